@@ -1,0 +1,54 @@
+"""What planning knows of a model besides its step program."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from launchkit.program import StepProgram
+from launchkit.scenario import Attention, TraceKey
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelProfile:
+    """A model's metadata. ``source`` is ``catalogue``, ``hub``, ``local`` or ``traced``.
+
+    ``fingerprint`` is a hash over the configuration fields that decide the architecture: two hub ids with equal
+    fields share it, and with it their programs. ``block_classes`` are the classes FSDP wraps (those of
+    ``_no_split_modules`` that occur in the module tree). ``checkpoint_itemsize`` is the width of the stored weights.
+    """
+
+    name: str
+    source: str
+    fingerprint: str
+    model_type: str
+    architecture: str
+    num_parameters: int
+    hidden_size: int
+    num_layers: int
+    vocab_size: int
+    max_position_embeddings: int
+    block_classes: tuple[str, ...]
+    attentions: tuple[Attention, ...]  # those the model's code offers
+    checkpoint_itemsize: int = 2
+    num_active_parameters: int = 0  # of an MoE model: those a token passes through; 0 for dense models
+    task: str = "causal-lm"  # causal-lm | sequence-classification | seq2seq-lm | …
+    tied_embeddings: bool = False
+    versions: Mapping[str, str] = field(default_factory=dict)  # what the programs were traced with
+    notes: tuple[str, ...] = ()
+
+
+class ModelSource(Protocol):
+    """A model as the planner sees it: its profile, and its step programs on demand.
+
+    The catalogue answers from files; a traced source answers by tracing and remembers.
+    """
+
+    @property
+    def profile(self) -> ModelProfile: ...
+
+    def program(self, key: TraceKey) -> StepProgram:
+        """The unsharded step program: forward, loss and backward of one micro-batch, without the optimizer's
+        part, which the strategies add. Raises ``TraceError`` where it cannot be had."""
+        ...

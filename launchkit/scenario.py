@@ -1,0 +1,287 @@
+"""One point of the search: what is trained, how it is spread, in which batches.
+
+Names of values follow Hugging Face's ``TrainingArguments``. A number that costs memory **and** is written to an
+engine's configuration is a field here, read by both the rewrite (``strategies``) and the exporter (``export``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+
+class Method(StrEnum):
+    FULL = "full"
+    LORA = "lora"
+    QLORA = "qlora"
+
+
+class Precision(StrEnum):
+    """Where each format is held. ``bf16`` and ``fp16`` are mixed precision with fp32 held somewhere: fp32 weights
+    under autocast (single, ddp), fp32 shards with 16-bit compute (fsdp), 16-bit weights with an fp32 master (zero)."""
+
+    FP32 = "fp32"
+    FP16 = "fp16"
+    BF16 = "bf16"
+    BF16_PARAMS = "bf16-params"  # bf16 weights, gradients and states, autocast on
+    BF16_PURE = "bf16-pure"  # the same without autocast
+    FP8 = "fp8"
+
+    @property
+    def is_mixed(self) -> bool:
+        return self in (Precision.BF16, Precision.FP16, Precision.FP8)
+
+
+class Checkpointing(StrEnum):
+    NONE = "none"
+    FULL = "full"
+    SELECTIVE = "selective"
+
+
+class Attention(StrEnum):
+    EAGER = "eager"
+    SDPA = "sdpa"
+    FLASH_ATTENTION_2 = "flash_attention_2"
+
+
+class Loss(StrEnum):
+    PLAIN = "plain"
+    CHUNKED = "chunked"
+    LIGER = "liger"
+    CCE = "cce"
+
+
+class Trainer(StrEnum):
+    LOOP = "loop"
+    HF = "hf"
+    TRL = "trl"
+    AXOLOTL = "axolotl"
+
+
+class State(StrEnum):
+    """Which step is meant: the first, before any optimizer state exists, or a later one."""
+
+    STEADY = "steady"
+    FIRST = "first"
+
+
+class StrategyKind(StrEnum):
+    SINGLE = "single"
+    DDP = "ddp"
+    FSDP = "fsdp"
+    FSDP2 = "fsdp2"
+    HSDP = "hsdp"
+    ZERO1 = "zero1"
+    ZERO2 = "zero2"
+    ZERO3 = "zero3"
+
+    @property
+    def zero_stage(self) -> int:
+        """1 to 3 for a ZeRO stage, 0 for everything else."""
+        return int(self.value[-1]) if self.value.startswith("zero") else 0
+
+    @property
+    def is_fsdp(self) -> bool:
+        return self in (StrategyKind.FSDP, StrategyKind.FSDP2, StrategyKind.HSDP)
+
+
+class Offload(StrEnum):
+    NONE = "none"
+    OPTIMIZER = "optimizer"
+    PARAMS = "params"
+    ALL = "all"
+    NVME = "nvme"
+
+    @property
+    def optimizer(self) -> bool:
+        return self in (Offload.OPTIMIZER, Offload.ALL, Offload.NVME)
+
+    @property
+    def params(self) -> bool:
+        return self in (Offload.PARAMS, Offload.ALL, Offload.NVME)
+
+
+class Sharding(StrEnum):
+    """FSDP's sharding strategy, in FSDP1's names."""
+
+    FULL_SHARD = "full_shard"
+    SHARD_GRAD_OP = "shard_grad_op"
+    NO_SHARD = "no_shard"
+    HYBRID_SHARD = "hybrid_shard"
+    HYBRID_SHARD_ZERO2 = "hybrid_shard_zero2"
+
+    @property
+    def reshard_after_forward(self) -> bool:
+        """Whether gathered weights are dropped between forward and backward."""
+        return self in (Sharding.FULL_SHARD, Sharding.HYBRID_SHARD)
+
+    @property
+    def is_hybrid(self) -> bool:
+        return self in (Sharding.HYBRID_SHARD, Sharding.HYBRID_SHARD_ZERO2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DdpSettings:
+    """``DistributedDataParallel``'s arguments that cost memory or time. Source: its signature, torch 2.13
+    (``bucket_cap_mb=25``, ``_DEFAULT_FIRST_BUCKET_BYTES`` = 1 MiB)."""
+
+    bucket_cap_bytes: int = 25 * 1024**2
+    first_bucket_bytes: int = 1024**2
+    gradient_as_bucket_view: bool = False
+    find_unused_parameters: bool = False
+    static_graph: bool = False
+    broadcast_buffers: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class FsdpSettings:
+    """What FSDP1 and FSDP2 are told. ``full_state_dict`` chooses FULL_ over SHARDED_STATE_DICT when saving."""
+
+    sharding: Sharding = Sharding.FULL_SHARD
+    offload_params: bool = False
+    full_state_dict: bool = True
+    cpu_ram_efficient_loading: bool = True
+    limit_all_gathers: bool = True
+    backward_prefetch: bool = True
+    use_orig_params: bool = True
+    shard_group_size: int = 0  # ranks per shard group under hybrid sharding; 0: one node
+
+
+@dataclass(frozen=True, kw_only=True)
+class ZeroSettings:
+    """DeepSpeed's ``zero_optimization`` section. Sizes are in elements. Source of the defaults: DeepSpeed 0.19.8
+    ``deepspeed/runtime/zero/config.py``; ``gather_16bit_weights_on_model_save`` is true here, since with DeepSpeed's
+    own default a checkpoint holds no weights that ``from_pretrained`` can read."""
+
+    reduce_bucket_size: int = 500_000_000
+    allgather_bucket_size: int = 500_000_000
+    overlap_comm: bool | None = None  # None: DeepSpeed's own default (on at stage 3, off below)
+    contiguous_gradients: bool = True
+    reduce_scatter: bool = True
+    round_robin_gradients: bool = False
+    sub_group_size: int = 1_000_000_000
+    stage3_prefetch_bucket_size: int = 50_000_000
+    stage3_param_persistence_threshold: int = 100_000
+    stage3_max_live_parameters: int = 1_000_000_000
+    stage3_max_reuse_distance: int = 1_000_000_000
+    gather_16bit_weights_on_model_save: bool = True
+    offload_pin_memory: bool = True
+    nvme_path: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Strategy:
+    """How a job is spread over the GPUs. Only the settings of the engine in force matter."""
+
+    kind: StrategyKind = StrategyKind.SINGLE
+    offload: Offload = Offload.NONE
+    ddp: DdpSettings = field(default_factory=DdpSettings)
+    fsdp: FsdpSettings = field(default_factory=FsdpSettings)
+    zero: ZeroSettings = field(default_factory=ZeroSettings)
+
+    @property
+    def name(self) -> str:
+        """Short text: ``FSDP2``, ``ZeRO-3 + CPU offload``."""
+        text = {
+            StrategyKind.SINGLE: "single GPU",
+            StrategyKind.DDP: "DDP",
+            StrategyKind.FSDP: "FSDP1",
+            StrategyKind.FSDP2: "FSDP2",
+            StrategyKind.HSDP: "HSDP",
+            StrategyKind.ZERO1: "ZeRO-1",
+            StrategyKind.ZERO2: "ZeRO-2",
+            StrategyKind.ZERO3: "ZeRO-3",
+        }[self.kind]
+        if self.kind.is_fsdp and self.fsdp.sharding not in (Sharding.FULL_SHARD, Sharding.HYBRID_SHARD):
+            text += f" {self.fsdp.sharding.value}"
+        offloads = {
+            Offload.NONE: "",
+            Offload.OPTIMIZER: " + optimizer offload",
+            Offload.PARAMS: " + parameter offload",
+            Offload.ALL: " + CPU offload",
+            Offload.NVME: " + NVMe offload",
+        }
+        return text + offloads[self.offload]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """What is trained and how one step computes, whatever the batch and the strategy."""
+
+    method: Method = Method.FULL
+    lora_rank: int = 16
+    lora_targets: str = "all-linear"
+    precision: Precision = Precision.BF16
+    optimizer: str = "adamw_torch_fused"
+    checkpointing: Checkpointing = Checkpointing.NONE
+    attention: Attention = Attention.SDPA
+    loss: Loss = Loss.PLAIN
+    compile: bool = False
+    packing: bool = False
+    trainer: Trainer = Trainer.HF
+    max_grad_norm: float = 1.0  # clipping is the trainer's: none under Trainer.LOOP
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """How many tokens a step sees. ``micro_batch`` counts sequences per GPU and forward pass."""
+
+    micro_batch: int = 1
+    gradient_accumulation_steps: int = 1
+    seq_len: int = 2048
+
+    def global_batch(self, data_parallel_size: int) -> int:
+        """Sequences per optimizer step."""
+        return self.micro_batch * self.gradient_accumulation_steps * data_parallel_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scenario:
+    """One point of the search: all that an estimate depends on besides the model and the cluster."""
+
+    training: Training = field(default_factory=Training)
+    strategy: Strategy = field(default_factory=Strategy)
+    batch: Batch = field(default_factory=Batch)
+    state: State = State.STEADY
+
+
+class Compute(StrEnum):
+    """What dtype a block really computes in, which is what a trace depends on (not the precision's name)."""
+
+    FP32 = "fp32"  # fp32 weights, no autocast
+    AUTOCAST_BF16 = "autocast-bf16"  # fp32 weights under bf16 autocast
+    AUTOCAST_FP16 = "autocast-fp16"
+    BF16 = "bf16"  # bf16 weights, no autocast
+    BF16_AUTOCAST = "bf16-autocast"  # bf16 weights, autocast on
+    FP16 = "fp16"  # fp16 weights, no autocast
+
+
+class DeviceKind(StrEnum):
+    """Whose kernels a trace describes; ``cpu`` switches the CUDA-faithfulness layer off."""
+
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TraceKey:
+    """Which of a model's programs is meant: everything that changes what is traced."""
+
+    device: DeviceKind
+    method: Method
+    compute: Compute
+    checkpointing: Checkpointing
+    attention: Attention
+    loss: Loss
+    trainer: Trainer
+    lora_targets: str = ""  # empty for full fine-tuning
+    single_sequence: bool = False  # a micro-batch of 1 is a program of its own
+
+    @property
+    def text(self) -> str:
+        """A stable name for files and messages."""
+        parts = [self.device, self.method, self.compute, self.checkpointing, self.attention, self.loss, self.trainer]
+        if self.lora_targets:
+            parts.append(self.lora_targets)
+        parts.append("b1" if self.single_sequence else "bn")
+        return "/".join(str(part) for part in parts)
