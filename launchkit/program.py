@@ -248,6 +248,7 @@ class Section:
 
     events: tuple[Event, ...]
     group: str = "root"
+    uses: tuple[int, ...] = ()  # indices, in the group, of the parameters its kernels read
     kernels: tuple[Kernel, ...] = ()
     collectives: tuple[Collective, ...] = ()
     copies: tuple[Copy, ...] = ()
@@ -257,7 +258,10 @@ class Section:
 class Stage:
     """A part of the step: one section per layer, in layer order; ``reverse`` when run from the last layer.
 
-    ``stack`` names the stack of blocks whose layers it runs, and is empty for a stage that runs once.
+    ``stack`` names the stack of blocks whose layers it runs (``model.layers``), and is empty for a stage that runs
+    once. A traced step of a causal model has the stages ``forward.0`` (embedding), ``forward.model.layers``,
+    ``forward.1`` (final norm, head and loss, of phase ``loss``), ``backward.1``, ``backward.model.layers``,
+    ``backward.0``; an encoder-decoder has a second stack and ``forward.2`` between. Strategies add ``optimizer``.
     """
 
     name: str
