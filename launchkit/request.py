@@ -1,0 +1,311 @@
+"""What was asked for: every scenario flag as typed, and the scenario that ``estimate`` reads from it.
+
+One table, ``FLAGS``, names each flag once. The command line, the ``LAUNCHKIT_*`` variables, ``launchkit.toml`` and the
+Python API all read their values through it, so that a value means the same wherever it was written.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from enum import StrEnum
+from typing import Any, TypeVar
+
+from launchkit.errors import IllegalScenarioError, UsageError
+from launchkit.hardware import Cluster
+from launchkit.model import ModelProfile
+from launchkit.scenario import (
+    Attention,
+    Batch,
+    Checkpointing,
+    FsdpSettings,
+    Loss,
+    Method,
+    Offload,
+    Precision,
+    Scenario,
+    Sharding,
+    State,
+    Strategy,
+    StrategyKind,
+    Trainer,
+    Training,
+)
+
+_T = TypeVar("_T")
+SWITCHES = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
+MAXIMUM_COUNT = 10**8  # no batch, length or rank is larger; a typing slip is
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """Everything typed besides the model. ``None`` means that ``plan`` may choose and ``estimate`` takes the default.
+
+    ``gpus`` and ``config`` say where the cluster and the model come from; the rest narrows the search.
+    """
+
+    gpus: str | None = None
+    strategy: StrategyKind | None = None
+    fsdp_sharding: Sharding | None = None
+    offload: Offload | None = None
+    method: Method | None = None
+    lora_rank: int | None = None
+    lora_targets: str | None = None
+    precision: Precision | None = None
+    optimizer: str | None = None
+    micro_batch: int | None = None
+    global_batch: int | None = None
+    seq_len: int | None = None
+    packing: bool | None = None
+    checkpointing: Checkpointing | None = None
+    attention: Attention | None = None
+    loss: Loss | None = None
+    compile: bool | None = None
+    trainer: Trainer | None = None
+    data: str | None = None
+    state: State | None = None
+    config: str | None = None
+
+    @classmethod
+    def from_flags(cls, values: Mapping[str, object]) -> Request:
+        """Reads values as typed (``{"seq-len": "4096"}``); unknown names and bad values raise ``UsageError``."""
+        parsed: dict[str, Any] = {}
+        for name, value in values.items():
+            if value is not None:
+                flag = find_flag(name)
+                parsed[flag.name] = flag.parse(value)
+        return cls(**parsed)
+
+    def given(self) -> dict[str, str | int | bool]:
+        """The flags that were given, by name, as plain values."""
+        values = ((field.name, getattr(self, field.name)) for field in fields(self))
+        return {name: _plain(value) for name, value in values if value is not None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flag:
+    """One scenario flag. ``default`` is what ``estimate`` takes, ``None`` where there is none."""
+
+    name: str
+    kind: type
+    help: str
+    default: str | int | bool | None = None
+
+    @property
+    def option(self) -> str:
+        """The spelling on the command line: ``--seq-len``."""
+        return "--" + self.name.replace("_", "-")
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """The values of a flag that is a choice; empty for free text and numbers."""
+        return tuple(str(member) for member in self.kind) if issubclass(self.kind, StrEnum) else ()
+
+    def parse(self, value: object) -> str | int | bool:
+        """The typed value of what was written, or ``UsageError``."""
+        if self.kind is bool:
+            return self._parse_switch(value)
+        if self.kind is int:
+            return self._parse_count(value)
+        if issubclass(self.kind, StrEnum):
+            return self._parse_choice(value, self.kind)
+        if isinstance(value, str) and value.strip():
+            return value.strip()
+        raise UsageError(f"{self.option} {value!r} is no text; give it a value, such as {self.default or 'a path'}")
+
+    def _parse_switch(self, value: object) -> bool:
+        words = {
+            "1": True,
+            "true": True,
+            "yes": True,
+            "on": True,
+            "0": False,
+            "false": False,
+            "no": False,
+            "off": False,
+        }
+        switch = words.get(str(value).strip().lower())
+        if switch is None:
+            raise UsageError(f"{self.option} {value!r} is neither on nor off; write true or false")
+        return switch
+
+    def _parse_count(self, value: object) -> int:
+        try:
+            number = int(str(value).replace("_", "")) if not isinstance(value, bool) else 0
+        except ValueError:
+            number = 0
+        if not 1 <= number <= MAXIMUM_COUNT:
+            raise UsageError(
+                f"{self.option} {value} is no whole number from 1 to {MAXIMUM_COUNT:,}; try {self.option} 1"
+            )
+        return number
+
+    def _parse_choice(self, value: object, kind: type[StrEnum]) -> StrEnum:
+        written = _canonical(str(value))
+        for member in kind:
+            if _canonical(member) == written:
+                return member
+        near = difflib.get_close_matches(written, [_canonical(member) for member in kind], n=1)
+        meant = f"did you mean {near[0]}? it takes" if near else "use one of"
+        raise UsageError(f"{self.option} {value} is unknown; {meant} {', '.join(kind)}")
+
+
+FLAGS: tuple[Flag, ...] = (
+    Flag(name="gpus", kind=str, default="auto", help="4x4090, 2x8xH100, A100-80GB:4, 24GiB, cpu, 2xcpu; auto detects"),
+    Flag(name="strategy", kind=StrategyKind, default="single", help="how the job is spread over the GPUs"),
+    Flag(name="fsdp_sharding", kind=Sharding, help="what FSDP shards [full_shard; hsdp: hybrid_shard]"),
+    Flag(name="offload", kind=Offload, default="none", help="what is kept off the GPU"),
+    Flag(name="method", kind=Method, default="full", help="what is trained"),
+    Flag(name="lora_rank", kind=int, default=16, help="rank of the adapters"),
+    Flag(
+        name="lora_targets",
+        kind=str,
+        default="all-linear",
+        help="all-linear, attention, or module names separated by commas",
+    ),
+    Flag(name="precision", kind=Precision, default="bf16", help="where each number format is held"),
+    Flag(
+        name="optimizer",
+        kind=str,
+        default="adamw_torch_fused",
+        help="adamw_torch_fused, adamw_torch, adamw_bnb_8bit, paged_adamw_8bit, adafactor, sgd, lion_32bit, muon, …",
+    ),
+    Flag(name="micro_batch", kind=int, default=1, help="sequences per GPU and forward pass"),
+    Flag(name="global_batch", kind=int, help="sequences per optimizer step, over all GPUs [one micro-batch per GPU]"),
+    Flag(name="seq_len", kind=int, default=2048, help="tokens per sequence"),
+    Flag(name="packing", kind=bool, default=False, help="fill every sequence with several examples"),
+    Flag(name="checkpointing", kind=Checkpointing, default="none", help="activations computed again in the backward"),
+    Flag(name="attention", kind=Attention, default="sdpa", help="attention implementation"),
+    Flag(name="loss", kind=Loss, default="plain", help="cross-entropy implementation"),
+    Flag(name="compile", kind=bool, default=False, help="run the model through torch.compile"),
+    Flag(name="trainer", kind=Trainer, default="hf", help="whose training loop"),
+    Flag(name="data", kind=str, help="training data (JSON lines)"),
+    Flag(name="state", kind=State, default="steady", help="which step: the first has no optimizer states yet"),
+    Flag(name="config", kind=str, help="read the model's configuration from this config.json"),
+)
+_BY_NAME = {flag.name: flag for flag in FLAGS}
+
+
+def find_flag(name: str) -> Flag:
+    """The flag of that name; ``-`` and ``_`` mean the same."""
+    flag = _BY_NAME.get(name.replace("-", "_").lower())
+    if flag is not None:
+        return flag
+    near = difflib.get_close_matches(name.replace("-", "_").lower(), _BY_NAME, n=1)
+    advice = f"did you mean {near[0]}?" if near else "see launchkit plan --help"
+    raise UsageError(f"{name!r} is no setting of launchkit; {advice}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resolution:
+    """A scenario without open questions, and what had to be decided on the way."""
+
+    scenario: Scenario
+    notes: tuple[str, ...] = ()
+
+
+def resolve(request: Request, *, model: ModelProfile, cluster: Cluster) -> Resolution:
+    """The one scenario that ``estimate`` reads from a request: what was given, and the defaults elsewhere."""
+    attention, notes = _attention(request, model)
+    strategy = _strategy(request)
+    training = Training(
+        method=_value(request, "method", Method),
+        lora_rank=_value(request, "lora_rank", int),
+        lora_targets=_value(request, "lora_targets", str),
+        precision=_value(request, "precision", Precision),
+        optimizer=_value(request, "optimizer", str),
+        checkpointing=_value(request, "checkpointing", Checkpointing),
+        attention=attention,
+        loss=_value(request, "loss", Loss),
+        compile=_value(request, "compile", bool),
+        packing=_value(request, "packing", bool),
+        trainer=_value(request, "trainer", Trainer),
+        max_grad_norm=0.0 if request.trainer is Trainer.LOOP else Training().max_grad_norm,
+    )
+    scenario = Scenario(
+        training=training,
+        strategy=strategy,
+        batch=_batch(request, num_gpus=1 if strategy.kind is StrategyKind.SINGLE else cluster.num_gpus),
+        state=_value(request, "state", State),
+    )
+    return Resolution(scenario=scenario, notes=notes)
+
+
+def scenario_flags(scenario: Scenario, *, cluster: Cluster) -> dict[str, str | int | bool | None]:
+    """Every flag of a scenario, resolved: what to type to ``estimate`` to get this scenario again."""
+    training, strategy, batch = scenario.training, scenario.strategy, scenario.batch
+    num_ranks = 1 if strategy.kind is StrategyKind.SINGLE else cluster.num_gpus
+    values: dict[str, Any] = {
+        "gpus": cluster.text,
+        "strategy": strategy.kind,
+        "fsdp_sharding": strategy.fsdp.sharding if strategy.kind.is_fsdp else None,
+        "offload": strategy.offload,
+        "method": training.method,
+        "lora_rank": training.lora_rank,
+        "lora_targets": training.lora_targets,
+        "precision": training.precision,
+        "optimizer": training.optimizer,
+        "micro_batch": batch.micro_batch,
+        "global_batch": batch.global_batch(num_ranks),
+        "seq_len": batch.seq_len,
+        "packing": training.packing,
+        "checkpointing": training.checkpointing,
+        "attention": training.attention,
+        "loss": training.loss,
+        "compile": training.compile,
+        "trainer": training.trainer,
+        "state": scenario.state,
+    }
+    return {name: _plain(value) for name, value in values.items()}
+
+
+def _attention(request: Request, model: ModelProfile) -> tuple[Attention, tuple[str, ...]]:
+    if request.attention is not None:
+        return request.attention, ()
+    if not model.attentions or Attention.SDPA in model.attentions:
+        return Attention.SDPA, ()
+    chosen = model.attentions[0]
+    return chosen, (f"{model.architecture} has no sdpa attention: {chosen} is assumed",)
+
+
+def _strategy(request: Request) -> Strategy:
+    kind = _value(request, "strategy", StrategyKind)
+    offload = _value(request, "offload", Offload)
+    default = Sharding.HYBRID_SHARD if kind is StrategyKind.HSDP else Sharding.FULL_SHARD
+    if request.fsdp_sharding is not None and not kind.is_fsdp:
+        raise IllegalScenarioError(
+            f"--fsdp-sharding {request.fsdp_sharding} says nothing under --strategy {kind}; add --strategy fsdp2"
+        )
+    sharding = request.fsdp_sharding or default
+    fsdp = FsdpSettings(sharding=sharding, offload_params=kind.is_fsdp and offload.params)
+    return Strategy(kind=kind, offload=offload, fsdp=fsdp)
+
+
+def _batch(request: Request, *, num_gpus: int) -> Batch:
+    micro_batch, seq_len = _value(request, "micro_batch", int), _value(request, "seq_len", int)
+    sequences = micro_batch * num_gpus
+    global_batch = request.global_batch or sequences
+    steps, remainder = divmod(global_batch, sequences)
+    if remainder or not steps:
+        nearest = max(sequences, round(global_batch / sequences) * sequences)
+        raise IllegalScenarioError(
+            f"--global-batch {global_batch} is no multiple of --micro-batch {micro_batch} × {num_gpus} GPUs; "
+            f"use --global-batch {nearest}"
+        )
+    return Batch(micro_batch=micro_batch, gradient_accumulation_steps=steps, seq_len=seq_len)
+
+
+def _value(request: Request, name: str, kind: type[_T]) -> _T:
+    given = getattr(request, name)
+    value: object = _BY_NAME[name].parse(_BY_NAME[name].default) if given is None else given
+    assert isinstance(value, kind)
+    return value
+
+
+def _plain(value: Any) -> Any:
+    return str(value) if isinstance(value, StrEnum) else value
+
+
+def _canonical(text: str) -> str:
+    return text.strip().lower().replace("-", "_")
