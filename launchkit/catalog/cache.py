@@ -1,0 +1,123 @@
+"""The user's cache of traced models: written atomically, keyed by everything that a trace depends on.
+
+::
+
+    <cache>/traces/<fingerprint>/<toolchain>/profile.json
+    <cache>/traces/<fingerprint>/<toolchain>/<trace key>.json.gz
+
+``toolchain`` is a digest of the versions that traced. A changed version looks elsewhere, so nothing stale is read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+
+import launchkit
+from launchkit.catalog.codec import SCHEMA_VERSION, ProgramFile, encode, profile_from_json
+from launchkit.errors import ProgramError
+from launchkit.model import ModelProfile
+from launchkit.program import StepProgram
+from launchkit.scenario import TraceKey
+
+TRACED_WITH = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "liger-kernel")
+
+
+def cache_directory() -> Path:
+    """Where launchkit caches: ``LAUNCHKIT_HOME``, else ``$XDG_CACHE_HOME/launchkit``, else ``~/.cache/launchkit``."""
+    home = os.environ.get("LAUNCHKIT_HOME")
+    if home:
+        return Path(home).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "launchkit"
+
+
+def toolchain_versions() -> dict[str, str]:
+    """What a trace made now would be made with: the installed packages, read from their metadata without importing
+    them, and a digest of the tracer's own source."""
+    from importlib import metadata  # lazy: costs 15 ms, and planning from the catalogue needs none of it
+
+    versions = {"launchkit": launchkit.__version__}
+    for package in TRACED_WITH:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
+    versions["tracer"] = _tracer_digest()
+    return versions
+
+
+def _tracer_digest() -> str:
+    digest = hashlib.sha256()
+    for path in sorted((Path(launchkit.__file__).parent / "trace").glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+class TraceCache:
+    """The cached traces of one architecture. A damaged or unreadable entry counts as absent; a cache that cannot be
+    written costs the next run a trace, so it stops nothing."""
+
+    def __init__(
+        self, fingerprint: str, *, directory: Path | None = None, versions: Mapping[str, str] | None = None
+    ) -> None:
+        self._fingerprint = fingerprint
+        self._root = (cache_directory() if directory is None else directory) / "traces"
+        self._given_versions = versions
+
+    @cached_property
+    def versions(self) -> Mapping[str, str]:
+        """The toolchain whose traces are read and written."""
+        return toolchain_versions() if self._given_versions is None else self._given_versions
+
+    @cached_property
+    def directory(self) -> Path:
+        """Where this architecture's entries for this toolchain lie."""
+        text = json.dumps([SCHEMA_VERSION, dict(self.versions)], sort_keys=True)
+        return self._root / self._fingerprint / hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    def program_path(self, key: TraceKey) -> Path:
+        return self.directory / f"{key.text.replace('/', '_').replace(',', '+')}.json.gz"
+
+    def load_profile(self) -> ModelProfile | None:
+        """The cached profile, or None."""
+        try:
+            return profile_from_json(json.loads((self.directory / "profile.json").read_bytes()))
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def store_profile(self, profile: ModelProfile) -> None:
+        self._write(self.directory / "profile.json", json.dumps(asdict(profile)).encode())
+
+    def load_program(self, key: TraceKey) -> StepProgram | None:
+        """The cached program, or None."""
+        try:
+            return ProgramFile.read(self.program_path(key)).program(key.text)
+        except (OSError, ProgramError, KeyError):
+            return None
+
+    def store_program(self, key: TraceKey, program: StepProgram, *, profile: ModelProfile) -> None:
+        self._write(self.program_path(key), encode(profile, {key.text: program}))
+
+    def _write(self, path: Path, data: bytes) -> None:
+        with contextlib.suppress(OSError):
+            write_atomically(path, data)
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write ``path`` so that a reader sees the old file or the whole new one, whenever the writer dies."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
