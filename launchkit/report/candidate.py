@@ -1,0 +1,161 @@
+"""What is said of one candidate, in lines that several screens share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from launchkit.hardware import Cluster
+from launchkit.plan import Candidate, Estimate
+from launchkit.report.text import Canvas, Ink, MemoryScale, bar
+from launchkit.report.verdict import Verdict, verdict
+from launchkit.scenario import Checkpointing, Method, Precision, Scenario, StrategyKind, Training
+from launchkit.units import duration, gib, gigabytes
+
+INDENT = "   "
+OVERHEAD_KEYS = ("cuda_context", "nccl", "fragmentation")
+# The order of the bars: what stays, what the step makes, what comes on top. Each label sums the keys beside it.
+OWNERS: Mapping[str, tuple[str, ...]] = {
+    "weights": ("weights",),
+    "gathered": ("gathered_weights",),
+    "master": ("master_weights",),
+    "gradients": ("gradients",),
+    "optimizer": ("optimizer_states",),
+    "activations": ("activations",),
+    "logits": ("logits",),
+    "temporary": ("temporaries",),
+    "buckets": ("communication",),
+    "inputs": ("inputs",),
+    "cuda+nccl+slack": OVERHEAD_KEYS,
+}
+SMALLEST_SHOWN = 0.005  # of the peak; what is below is left to the JSON
+
+
+def headline(candidate: Candidate, *, cluster: Cluster, canvas: Canvas) -> list[str]:
+    """The verdict line: mark, method, strategy, precision, batch."""
+    judged = verdict(candidate.estimate)
+    parts = describe(candidate.scenario, cluster=cluster)
+    if judged is Verdict.NARROW:
+        parts = ["fits only within the error band", *parts]
+    if judged is Verdict.DOES_NOT_FIT:
+        parts = ["does not fit", *parts]
+    lines = canvas.flow(_joined(parts), first=f" {judged.mark} ", rest=INDENT, separator=" ")
+    return [canvas.paint(line, judged.ink) for line in lines]
+
+
+def describe(scenario: Scenario, *, cluster: Cluster) -> list[str]:
+    """A scenario in full, part by part."""
+    training = scenario.training
+    extras = {
+        f"{training.checkpointing} checkpointing": training.checkpointing is not Checkpointing.NONE,
+        f"{training.loss} loss": training.loss.value != "plain",
+        "compiled": training.compile,
+        "first step": scenario.state.value == "first",
+    }
+    return [
+        method_text(training),
+        scenario.strategy.name,
+        training.precision.value,
+        *(text for text, applies in extras.items() if applies),
+        batch_text(scenario, cluster=cluster),
+    ]
+
+
+def short_name(scenario: Scenario) -> str:
+    """A scenario in a table: what tells it from its neighbours."""
+    training = scenario.training
+    parts = [_METHODS[training.method], scenario.strategy.name]
+    if training.precision is not Precision.BF16:
+        parts.append(training.precision.value)
+    if training.checkpointing is not Checkpointing.NONE:
+        parts.append(f"{training.checkpointing} ckpt")
+    if scenario.batch.micro_batch > 1:
+        parts.append(f"micro-batch {scenario.batch.micro_batch}")
+    return " · ".join(parts)
+
+
+def method_text(training: Training) -> str:
+    """``LoRA r=16 on all linear layers``."""
+    if training.method is Method.FULL:
+        return "full fine-tuning"
+    targets = {"all-linear": "all linear layers", "attention": "the attention layers"}
+    return f"{_METHODS[training.method]} r={training.lora_rank} on {targets.get(training.lora_targets, training.lora_targets)}"
+
+
+def batch_text(scenario: Scenario, *, cluster: Cluster) -> str:
+    """``micro-batch 1 × 16 accumulation × 2 GPUs = 32 sequences of 4096``."""
+    batch = scenario.batch
+    num_ranks = 1 if scenario.strategy.kind is StrategyKind.SINGLE else cluster.num_gpus
+    factors = [f"micro-batch {batch.micro_batch}"]
+    if batch.gradient_accumulation_steps > 1:
+        factors.append(f"{batch.gradient_accumulation_steps} accumulation")
+    if num_ranks > 1:
+        factors.append(f"{num_ranks} {'processes' if cluster.gpu.backend.value == 'cpu' else 'GPUs'}")
+    if len(factors) == 1:
+        return f"{factors[0]} of {batch.seq_len} tokens"
+    return f"{' × '.join(factors)} = {batch.global_batch(num_ranks)} sequences of {batch.seq_len} tokens"
+
+
+def memory_lines(candidate: Candidate, *, cluster: Cluster, canvas: Canvas) -> list[str]:
+    """The peak with its range, the host, the disk and the speed."""
+    estimate = candidate.estimate
+    parts = [peak_text(estimate, cluster=cluster), f"host {gib(estimate.host_peak_bytes)}"]
+    if estimate.host_load_peak_bytes > estimate.host_peak_bytes:
+        parts[-1] += f" ({gib(estimate.host_load_peak_bytes)} while loading)"
+    parts.append(f"{gigabytes(estimate.checkpoint_bytes)} per checkpoint")
+    if speed := speed_text(candidate):
+        parts.append(speed)
+    return canvas.flow(_joined(parts), first=INDENT, rest=INDENT, separator=" ")
+
+
+def peak_text(estimate: Estimate, *, cluster: Cluster) -> str:
+    """``20.9 GiB of 23.5 usable per GPU (20.3–21.6)``."""
+    scale = MemoryScale(largest_bytes=estimate.device_peak_bytes)
+    low, high = scale.number(estimate.device_peak_low_bytes), scale.number(estimate.device_peak_high_bytes)
+    place = "process" if cluster.gpu.backend.value == "cpu" else "GPU"
+    usable = gib(estimate.device_usable_bytes)
+    if scale.unit == "GiB":
+        usable = usable.removesuffix(" GiB")
+    spread = f" ({low}–{high})" if low != high else ""
+    return f"{scale.number(estimate.device_peak_bytes)} {scale.unit} of {usable} usable per {place}{spread}"
+
+
+def speed_text(candidate: Candidate) -> str:
+    """Step time and tokens per second, with ``~`` where nobody measured; empty where nothing is known."""
+    step = candidate.step
+    if step.seconds <= 0:
+        return ""
+    doubt = "" if step.validated else "~"
+    return f"{doubt}{duration(step.seconds)} per step, {doubt}{step.tokens_per_second_per_gpu:,.0f} tokens/s each"
+
+
+def bars(estimate: Estimate, *, canvas: Canvas) -> list[str]:
+    """The memory at the peak by what it is for, flowing over as many lines as the width asks for."""
+    scale = MemoryScale(largest_bytes=estimate.device_peak_bytes)
+    sums = {label: sum(estimate.at_peak.get(key, 0) for key in keys) for label, keys in OWNERS.items()}
+    shown = {label: value for label, value in sums.items() if value > SMALLEST_SHOWN * estimate.device_peak_bytes}
+    largest = max(shown.values(), default=0)
+    items = [
+        f"{label} {scale.number(value)} {canvas.paint(bar(value, of=largest), Ink.BAR)}"
+        for label, value in shown.items()
+    ]
+    return canvas.flow(items, first=INDENT, rest=INDENT)
+
+
+def worst_moment(estimate: Estimate) -> str:
+    """When the peak comes, and in which stage."""
+    names = {
+        "forward": "the forward",
+        "loss": "the loss",
+        "backward": "the backward",
+        "optimizer": "the optimizer step",
+    }
+    text = f"worst moment: {names.get(estimate.peak_phase, estimate.peak_phase)}"
+    return text if estimate.peak_stage in ("", estimate.peak_phase) else f"{text} (stage {estimate.peak_stage})"
+
+
+_METHODS = {Method.FULL: "full", Method.LORA: "LoRA", Method.QLORA: "QLoRA"}
+
+
+def _joined(parts: list[str]) -> list[str]:
+    """Parts with the dot that joins them, so that a line may break after it."""
+    return [f"{part} ·" for part in parts[:-1]] + parts[-1:]

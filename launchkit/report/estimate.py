@@ -1,0 +1,55 @@
+"""The screen of ``launchkit estimate``: one scenario, every owner of memory, no search."""
+
+from __future__ import annotations
+
+from launchkit.hardware import Cluster
+from launchkit.plan import Candidate, Estimate
+from launchkit.report.candidate import INDENT, headline, memory_lines, worst_moment
+from launchkit.report.text import MARGIN, Canvas, Ink, MemoryScale, bar, table
+from launchkit.units import count, gib
+
+
+def render_estimate(candidate: Candidate, *, cluster: Cluster, canvas: Canvas) -> str:
+    """Verdict, peak and range, memory by owner, when, speed, and what was assumed."""
+    estimate = candidate.estimate
+    lines = headline(candidate, cluster=cluster, canvas=canvas)
+    lines += memory_lines(candidate, cluster=cluster, canvas=canvas)
+    lines += [INDENT + worst_moment(estimate)]
+    lines += [f"{' ' * MARGIN}{row}" for row in _owner_rows(estimate, canvas=canvas)]
+    lines += canvas.section("allocator", _allocator(estimate), separator=" · ")
+    lines += canvas.section("model", _subject(candidate, cluster=cluster), separator=" · ")
+    for note in candidate.notes:
+        lines += canvas.section("note", [note])
+    return "\n".join(lines) + "\n"
+
+
+def _owner_rows(estimate: Estimate, *, canvas: Canvas) -> list[str]:
+    scale = MemoryScale(largest_bytes=estimate.device_peak_bytes)
+    largest = max(estimate.at_peak.values(), default=0)
+    length = 12 if canvas.is_narrow else 30
+    return table(
+        [
+            [name, f"{scale.number(value)} {scale.unit}", canvas.paint(bar(value, of=largest, length=length), Ink.BAR)]
+            for name, value in estimate.at_peak.items()
+            if value > 0
+        ],
+        right=(1,),
+    )
+
+
+def _allocator(estimate: Estimate) -> list[str]:
+    return [
+        f"allocated {gib(estimate.allocated_peak_bytes, digits=2)}",
+        f"reserved {gib(estimate.reserved_peak_bytes, digits=2)}",
+        f"between steps {gib(estimate.steady_bytes, digits=2)}",
+    ]
+
+
+def _subject(candidate: Candidate, *, cluster: Cluster) -> list[str]:
+    trained = count(candidate.num_trainable)
+    return [
+        candidate.model.name,
+        f"{count(candidate.num_parameters)} parameters, {trained} trained",
+        cluster.text,
+        *cluster.notes,
+    ]

@@ -1,0 +1,113 @@
+"""The first screen: what to run, what it takes, what else would do, and why the rest would not."""
+
+from __future__ import annotations
+
+from launchkit.plan import Candidate, Plan, Rejected, Suggestion
+from launchkit.report.candidate import INDENT, bars, headline, memory_lines, peak_text, short_name, worst_moment
+from launchkit.report.text import MARGIN, Canvas, Ink, MemoryScale, beside, columns, table
+from launchkit.report.verdict import closest
+from launchkit.units import count, duration, gib
+
+SHOWN_ALTERNATIVES = 3
+SHOWN_REJECTED = 4
+SIDE_BY_SIDE_COLUMNS = 120
+
+
+def render_plan(plan: Plan, *, canvas: Canvas, plan_file: str = "") -> str:
+    """The screen of ``launchkit plan``; ``plan_file`` is where the plan was written, if it was."""
+    head = _nothing_fits(plan, canvas=canvas) if plan.chosen is None else _chosen(plan, plan.chosen, canvas=canvas)
+    lines = [*head, *_others(plan, canvas=canvas)]
+    lines += canvas.section(
+        "to fit more" if plan.chosen else "would fit", _suggestions(plan.suggestions), separator="  ·  "
+    )
+    lines += canvas.section("model", _subject(plan), separator=" · ")
+    lines += canvas.section("assumes", list(plan.assumptions), separator=", ")
+    for note in plan.notes:
+        lines += canvas.section("note", [note])
+    lines += canvas.section("next", _next(plan, plan_file=plan_file))
+    return "\n".join(lines) + "\n"
+
+
+def _chosen(plan: Plan, chosen: Candidate, *, canvas: Canvas) -> list[str]:
+    lines = headline(chosen, cluster=plan.cluster, canvas=canvas)
+    lines += memory_lines(chosen, cluster=plan.cluster, canvas=canvas)
+    lines += bars(chosen.estimate, canvas=canvas)
+    lines += [INDENT + worst_moment(chosen.estimate)]
+    for note in chosen.notes:
+        lines += canvas.flow([note], first=INDENT, rest=INDENT)
+    return lines
+
+
+def _nothing_fits(plan: Plan, *, canvas: Canvas) -> list[str]:
+    considered = f"{plan.num_considered} configurations considered" if plan.num_considered else "as asked"
+    lines = canvas.flow([f"nothing fits {plan.cluster.text}: {considered}"], first=" ✗ ", rest=INDENT)
+    lines = [canvas.paint(line, Ink.BAD) for line in lines]
+    nearest = closest(plan)
+    if nearest is None:
+        return lines
+    missing = gib(max(0, nearest.estimate.device_peak_high_bytes - nearest.estimate.device_usable_bytes))
+    text = f"closest: {short_name(nearest.scenario)} needs {peak_text(nearest.estimate, cluster=plan.cluster)}"
+    lines += canvas.flow([f"{text}; {missing} too much"], first=INDENT, rest=INDENT)
+    return [*lines, *bars(nearest.estimate, canvas=canvas), INDENT + worst_moment(nearest.estimate)]
+
+
+def _others(plan: Plan, *, canvas: Canvas) -> list[str]:
+    fitting = _labelled(
+        "also fits", _alternative_rows(plan.alternatives[:SHOWN_ALTERNATIVES], canvas=canvas), canvas=canvas
+    )
+    losing = _labelled("rejected", _rejected_rows(plan.rejected[:SHOWN_REJECTED], canvas=canvas), canvas=canvas)
+    if fitting and losing and canvas.width >= SIDE_BY_SIDE_COLUMNS:
+        together = beside(fitting, losing)
+        if max(columns(line) for line in together) <= canvas.width:
+            return together
+    return [*fitting, *losing]
+
+
+def _alternative_rows(candidates: tuple[Candidate, ...], *, canvas: Canvas) -> list[str]:
+    rows = [
+        [short_name(item.scenario), gib(item.estimate.device_peak_bytes), f"~{duration(item.step.seconds)} per step"]
+        for item in candidates
+    ]
+    return table([row[:2] for row in rows] if canvas.is_narrow else rows, right=(1,))
+
+
+def _rejected_rows(rejected: tuple[Rejected, ...], *, canvas: Canvas) -> list[str]:
+    rows = [
+        [short_name(item.candidate.scenario), gib(item.candidate.estimate.device_peak_bytes), f"({item.reason})"]
+        for item in rejected
+    ]
+    return table([row[:2] for row in rows] if canvas.is_narrow else rows, right=(1,))
+
+
+def _labelled(label: str, rows: list[str], *, canvas: Canvas) -> list[str]:
+    margins = [canvas.paint(f" {label:<{MARGIN - 2}} ", Ink.LABEL), *[" " * MARGIN] * (len(rows) - 1)]
+    return [margin + row for margin, row in zip(margins, rows, strict=False)]
+
+
+def _suggestions(suggestions: tuple[Suggestion, ...]) -> list[str]:
+    return [f"{item.flags}  {_saved(item.saved_bytes)}{_time(item.time_factor)}" for item in suggestions]
+
+
+def _saved(saved_bytes: int) -> str:
+    scale = MemoryScale(largest_bytes=abs(saved_bytes))
+    return f"{'−' if saved_bytes >= 0 else '+'}{scale.number(abs(saved_bytes))} {scale.unit}"
+
+
+def _time(factor: float) -> str:
+    """``, +22 % time``; nothing where the time is unknown."""
+    percent = round(100 * (factor - 1))
+    if factor <= 0:
+        return ""
+    return ", no slower" if percent == 0 else f", {'+' if percent > 0 else '−'}{abs(percent)} % time"
+
+
+def _subject(plan: Plan) -> list[str]:
+    return [plan.model.name, f"{count(plan.model.num_parameters)} parameters", plan.cluster.text, *plan.cluster.notes]
+
+
+def _next(plan: Plan, *, plan_file: str) -> list[str]:
+    if plan.chosen is None:
+        return ["launchkit explain <term>"]
+    if plan_file:
+        return [f"launchkit launch --plan {plan_file}"]
+    return ["add --output FILE to keep this plan for launchkit launch"]
