@@ -1,0 +1,511 @@
+"""What each optimizer holds per parameter, and what its step allocates on the way.
+
+A row describes one optimizer by *variants*: the first whose ``applies`` is true of a tensor says which states that
+tensor gets and which temporaries its update makes. Temporaries are written as the Python variables of the optimizer's
+own code, because that is what decides their lifetime: binding a name frees what it held before, and everything
+is freed when the step returns. In a *loop* the names are rebound tensor by tensor; under *foreach* one name holds a
+list over all tensors of one dtype.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from math import prod
+from typing import NamedTuple
+
+from launchkit.errors import IllegalScenarioError
+from launchkit.program import Alloc, Event, Free, Owner, Parameter, Size, local
+from launchkit.scenario import DeviceKind
+from launchkit.units import divide_up
+
+FP32_BYTES = 4
+BF16_BYTES = 2
+OWN_DTYPE = 0  # as an item size: the width of the parameter's own dtype
+
+
+class LocalTensor(NamedTuple):
+    """A trainable tensor as the optimizer of one rank sees it: a whole parameter, a shard, or a flat buffer.
+
+    ``in_block`` is false outside the stack of blocks (embeddings, head), where Muon hands over to AdamW.
+    """
+
+    shape: tuple[int, ...]
+    itemsize: int
+    in_block: bool = True
+
+    @property
+    def numel(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def num_bytes(self) -> int:
+        return self.numel * self.itemsize
+
+
+def local_tensor(parameter: Parameter, *, lora_rank: int = 0, itemsize: int = 0, in_block: bool = True) -> LocalTensor:
+    """``parameter`` unsharded, the LoRA rank put in; ``itemsize`` where it is held in another dtype."""
+    shape = parameter.shape
+    if parameter.lora_rank_power:
+        axis = shape.index(1)
+        shape = (*shape[:axis], lora_rank, *shape[axis + 1 :])
+    return LocalTensor(shape, itemsize or parameter.itemsize, in_block)
+
+
+class Extent(StrEnum):
+    """How many entries a state or temporary has, given its parameter's shape."""
+
+    ELEMENTS = "elements"
+    ROWS = "rows"  # all dimensions but the last
+    COLUMNS = "columns"  # all dimensions but the last but one
+    SQUARE = "square"  # a square matrix of the smaller side
+    ONE = "one"
+
+
+_ENTRIES: dict[Extent, Callable[[tuple[int, ...]], int]] = {
+    Extent.ELEMENTS: prod,
+    Extent.ROWS: lambda shape: prod(shape[:-1]),
+    Extent.COLUMNS: lambda shape: prod((*shape[:-2], *shape[-1:])),
+    Extent.SQUARE: lambda shape: min(shape) ** 2,
+    Extent.ONE: lambda shape: 1,
+}
+
+
+class Place(StrEnum):
+    """Where a state lives when the parameters are on a GPU. Everything is on the device when that is the CPU."""
+
+    DEVICE = "device"
+    HOST = "host"
+    PAGED = "paged"  # CUDA managed memory: counted on the host, migrates to the GPU while it has room
+
+
+class StateTensor(NamedTuple):
+    """One state of a parameter: ``ceil(entries / elements_per_entry)`` items."""
+
+    extent: Extent = Extent.ELEMENTS
+    itemsize: int = OWN_DTYPE
+    elements_per_entry: int = 1
+    place: Place = Place.DEVICE
+
+    def num_bytes(self, tensor: LocalTensor) -> int:
+        entries = divide_up(_ENTRIES[self.extent](tensor.shape), self.elements_per_entry)
+        return entries * (self.itemsize or tensor.itemsize)
+
+    def is_on(self, place: Place, device: DeviceKind) -> bool:
+        return (Place.DEVICE if device is DeviceKind.CPU else self.place) is place
+
+
+class Bind(NamedTuple):
+    """``variable = <a new tensor>``: what the name held before is freed once the new one exists."""
+
+    variable: str
+    extent: Extent = Extent.ELEMENTS
+    itemsize: int = OWN_DTYPE
+
+
+class Drop(NamedTuple):
+    """The variable lets go of its tensor (an intermediate of an expression, ``del``, or rebinding to a state)."""
+
+    variable: str
+
+
+Temporary = Bind | Drop
+
+
+def _always(tensor: LocalTensor) -> bool:
+    return True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """States and temporaries of the tensors for which ``applies`` is true.
+
+    ``loop`` are the temporaries of the update written tensor by tensor, ``foreach`` those of the multi-tensor one,
+    which torch prefers on CUDA; None where there is no multi-tensor form (a fused kernel, or a loop everywhere).
+    """
+
+    applies: Callable[[LocalTensor], bool] = _always
+    states: tuple[StateTensor, ...] = ()
+    loop: tuple[Temporary, ...] = ()
+    foreach: tuple[Temporary, ...] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimizer:
+    """One row. ``name`` is what ``--optimizer`` takes; ``hf_name`` and ``hf_args`` what ``TrainingArguments`` takes as
+    ``optim`` and ``optim_args`` (empty where the Trainer does not know the optimizer).
+
+    ``shared_state_bytes`` are allocations made once (bitsandbytes' code books). ``states_before_step`` is true where
+    the states exist from construction on; ``states_interleaved`` where each is made just before its tensor's update,
+    not all of them before the first.
+    """
+
+    name: str
+    hf_name: str
+    variants: tuple[Variant, ...]
+    source: str
+    hf_args: str = ""
+    needs: str = ""  # the package it comes from, besides torch and transformers
+    shared_state_bytes: tuple[int, ...] = ()
+    states_before_step: bool = False
+    states_interleaved: bool = False
+
+    def variant(self, tensor: LocalTensor) -> Variant:
+        return next(variant for variant in self.variants if variant.applies(tensor))
+
+    def state_bytes(self, tensor: LocalTensor, *, device: DeviceKind, place: Place = Place.DEVICE) -> tuple[int, ...]:
+        """Bytes of each state storage of ``tensor`` that lives at ``place``."""
+        states = self.variant(tensor).states
+        return tuple(state.num_bytes(tensor) for state in states if state.is_on(place, device))
+
+    def host_state_bytes(self, tensors: Sequence[LocalTensor], *, device: DeviceKind) -> int:
+        """Bytes of paged states, which live in host memory when the GPU has no room. Scalars are left out."""
+        return sum(sum(self.state_bytes(tensor, device=device, place=Place.PAGED)) for tensor in tensors)
+
+
+def find(name: str) -> Optimizer:
+    """The row called ``name`` (or by the Trainer's alias of it)."""
+    row = OPTIMIZERS.get(ALIASES.get(name, name))
+    if row is None:
+        close = difflib.get_close_matches(name, OPTIMIZERS, n=3, cutoff=0.4) or ["adamw_torch_fused"]
+        raise IllegalScenarioError(f"unknown optimizer {name!r}; try --optimizer {', '.join(close)}")
+    return row
+
+
+def step_events(
+    optimizer: Optimizer,
+    tensors: Sequence[LocalTensor],
+    *,
+    device: DeviceKind,
+    first_step: bool,
+    stage: str = "optimizer",
+    slot: int = 0,
+) -> tuple[Event, ...]:
+    """The allocations of one ``optimizer.step()`` over ``tensors``, in a stage called ``stage``, from ``slot`` on.
+
+    With ``first_step`` the states are allocated too, and stay.
+    """
+    writer = _Writer(stage=stage, slot=slot)
+    makes_states = first_step and not optimizer.states_before_step
+    interleaved = makes_states and optimizer.states_interleaved
+    if makes_states:
+        for num_bytes in optimizer.shared_state_bytes:
+            writer.allocate(num_bytes, Owner.OPTIMIZER_STATES)
+    if makes_states and not interleaved:
+        for tensor in tensors:
+            writer.states(optimizer.state_bytes(tensor, device=device))
+    for temporaries, batch in _updates(optimizer, tensors, device=device):
+        if interleaved:
+            for tensor in batch:
+                writer.states(optimizer.state_bytes(tensor, device=device))
+        for temporary in temporaries:
+            writer.apply(temporary, batch)
+    writer.drop_everything()
+    return tuple(writer.events)
+
+
+def traffic_bytes(optimizer: Optimizer, tensors: Sequence[LocalTensor], *, device: DeviceKind) -> int:
+    """Bytes that one step must move: gradient read, parameter and states read and written. Omits temporaries."""
+    states = sum(sum(optimizer.state_bytes(tensor, device=device)) for tensor in tensors)
+    return 3 * sum(tensor.num_bytes for tensor in tensors) + 2 * states
+
+
+def _updates(
+    optimizer: Optimizer, tensors: Sequence[LocalTensor], *, device: DeviceKind
+) -> Iterator[tuple[tuple[Temporary, ...], Sequence[LocalTensor]]]:
+    """The update in units of what one pass of the optimizer's code handles: a tensor, or all tensors of one dtype."""
+    by_dtype: dict[tuple[int, tuple[Temporary, ...]], list[LocalTensor]] = {}
+    for tensor in tensors:
+        variant = optimizer.variant(tensor)
+        if device is DeviceKind.CPU or variant.foreach is None:
+            yield variant.loop, (tensor,)
+        else:
+            by_dtype.setdefault((tensor.itemsize, variant.foreach), []).append(tensor)
+    for (_, temporaries), batch in by_dtype.items():
+        yield temporaries, batch
+
+
+class _Writer:
+    """Turns bindings of variables into allocations and frees."""
+
+    def __init__(self, *, stage: str, slot: int) -> None:
+        self.events: list[Event] = []
+        self._stage = stage
+        self._slot = slot
+        self._held: dict[str, list[Alloc]] = {}
+
+    def allocate(self, num_bytes: int, owner: Owner) -> Alloc:
+        alloc = Alloc(self._slot, Size.constant(num_bytes), owner)
+        self._slot += 1
+        self.events.append(alloc)
+        return alloc
+
+    def states(self, sizes: Sequence[int]) -> None:
+        for num_bytes in sizes:
+            self.allocate(num_bytes, Owner.OPTIMIZER_STATES)
+
+    def apply(self, temporary: Temporary, batch: Sequence[LocalTensor]) -> None:
+        if isinstance(temporary, Drop):
+            self._release(self._held.pop(temporary.variable, []))
+            return
+        replaced = self._held.get(temporary.variable, [])
+        self._held[temporary.variable] = [self._temporary(temporary, tensor) for tensor in batch]
+        self._release(replaced)
+
+    def drop_everything(self) -> None:
+        for allocs in self._held.values():
+            self._release(allocs)
+        self._held.clear()
+
+    def _temporary(self, bind: Bind, tensor: LocalTensor) -> Alloc:
+        num_bytes = _ENTRIES[bind.extent](tensor.shape) * (bind.itemsize or tensor.itemsize)
+        return self.allocate(num_bytes, Owner.TEMPORARIES)
+
+    def _release(self, allocs: Sequence[Alloc]) -> None:
+        self.events.extend(Free(local(self._stage, alloc.slot), alloc.size) for alloc in allocs)
+
+
+def _is_half(tensor: LocalTensor) -> bool:
+    return tensor.itemsize == BF16_BYTES
+
+
+def _is_matrix(tensor: LocalTensor) -> bool:
+    return len(tensor.shape) >= 2
+
+
+def _is_small_8bit(tensor: LocalTensor) -> bool:
+    return tensor.numel < 4096
+
+
+def _is_unpaged(tensor: LocalTensor) -> bool:
+    return tensor.numel < 100_000
+
+
+_STEP_ON_HOST = StateTensor(Extent.ONE, FP32_BYTES, 1, Place.HOST)
+_STEP_ON_DEVICE = StateTensor(Extent.ONE, FP32_BYTES)
+
+# torch.optim.adam: exp_avg and exp_avg_sq are zeros_like(param), so they have the parameter's dtype. The loop's
+# `denom = (exp_avg_sq.sqrt() / bias_correction2_sqrt).add_(eps)` keeps the previous tensor's denom until it is done.
+_ADAM = Variant(
+    states=(_STEP_ON_HOST, StateTensor(), StateTensor()),
+    loop=(Bind("sqrt"), Bind("denom"), Drop("sqrt")),
+    foreach=(Bind("exp_avg_sq_sqrt"),),
+)
+_ADAM_FUSED = Variant(states=(_STEP_ON_DEVICE, StateTensor(), StateTensor()))
+
+_ADAFACTOR_HALF = (Drop("grad"), Bind("grad", itemsize=FP32_BYTES), Drop("p"), Bind("p", itemsize=FP32_BYTES))
+
+
+def _adafactor_update(*, factored: bool) -> tuple[Temporary, ...]:
+    """The variables of transformers' ``Adafactor.step``; all its arithmetic is in fp32."""
+    square = (Bind("square", itemsize=FP32_BYTES), Bind("update", itemsize=FP32_BYTES), Drop("square"))
+    if not factored:
+        return (*square, Bind("update", itemsize=FP32_BYTES), Bind("negative", itemsize=FP32_BYTES), Drop("negative"))
+    return (
+        *square,
+        Bind("mean", Extent.ROWS, FP32_BYTES),
+        Drop("mean"),
+        Bind("mean", Extent.COLUMNS, FP32_BYTES),
+        Drop("mean"),
+        Bind("r_factor", Extent.ROWS, FP32_BYTES),
+        Bind("c_factor", Extent.COLUMNS, FP32_BYTES),
+        Bind("update", itemsize=FP32_BYTES),
+        Drop("r_factor"),
+        Drop("c_factor"),
+        Bind("negative", itemsize=FP32_BYTES),
+        Drop("negative"),
+    )
+
+
+_FACTORED_STATES = (StateTensor(Extent.ROWS, FP32_BYTES), StateTensor(Extent.COLUMNS, FP32_BYTES))
+_UNFACTORED_STATES = (StateTensor(itemsize=FP32_BYTES),)
+
+_ADAFACTOR = (
+    Variant(
+        applies=lambda tensor: _is_matrix(tensor) and _is_half(tensor),
+        states=_FACTORED_STATES,
+        loop=_ADAFACTOR_HALF + _adafactor_update(factored=True),
+    ),
+    Variant(applies=_is_matrix, states=_FACTORED_STATES, loop=_adafactor_update(factored=True)),
+    Variant(
+        applies=_is_half,
+        states=_UNFACTORED_STATES,
+        loop=_ADAFACTOR_HALF + _adafactor_update(factored=False),
+    ),
+    Variant(states=_UNFACTORED_STATES, loop=_adafactor_update(factored=False)),
+)
+
+# torch.optim._muon: Newton-Schulz on a bf16 copy, five rounds; the second round holds the most.
+_NEWTON_SCHULZ_ROUND = (
+    Bind("gram_matrix", Extent.SQUARE, BF16_BYTES),
+    Bind("gram_update", Extent.SQUARE, BF16_BYTES),
+    Bind("ortho_grad", itemsize=BF16_BYTES),
+)
+_MUON_END = (Drop("update"), Drop("gram_matrix"), Drop("gram_update"))
+_MUON_HIDDEN = (
+    Variant(
+        applies=lambda tensor: tensor.in_block and _is_matrix(tensor) and not _is_half(tensor),
+        states=(StateTensor(),),
+        loop=(Bind("update"), Drop("ortho_grad"), Bind("ortho_grad", itemsize=BF16_BYTES))
+        + _NEWTON_SCHULZ_ROUND * 5
+        + _MUON_END,
+    ),
+    Variant(
+        applies=lambda tensor: tensor.in_block and _is_matrix(tensor),
+        states=(StateTensor(),),
+        # `.bfloat16()` of a bf16 tensor is the tensor itself: the lerp's result is orthogonalised in place.
+        loop=(Bind("update"), Drop("ortho_grad")) + _NEWTON_SCHULZ_ROUND * 5 + _MUON_END,
+    ),
+)
+
+_CODE_BOOK_BYTES = 256 * FP32_BYTES
+_BNB_BLOCK = 256
+
+
+def _bnb_states(num_states: int, *, bits: int, place: Place = Place.DEVICE) -> tuple[StateTensor, ...]:
+    """bitsandbytes' states: fp32, or one byte per element with an fp32 maximum per block of 256."""
+    if bits == 32:
+        return (StateTensor(Extent.ELEMENTS, FP32_BYTES, 1, place),) * num_states
+    codes = (StateTensor(Extent.ELEMENTS, 1, 1, place),) * num_states
+    return codes + (StateTensor(Extent.ELEMENTS, FP32_BYTES, _BNB_BLOCK),) * num_states
+
+
+def _bnb(num_states: int, *, bits: int, paged: bool = False) -> tuple[Variant, ...]:
+    """bitsandbytes keeps small tensors in fp32, and pages only those of 100 000 elements and more."""
+    small = (Variant(applies=_is_small_8bit, states=_bnb_states(num_states, bits=32)),) if bits == 8 else ()
+    if not paged:
+        return (*small, Variant(states=_bnb_states(num_states, bits=bits)))
+    return (
+        *small,
+        Variant(applies=_is_unpaged, states=_bnb_states(num_states, bits=bits)),
+        Variant(states=_bnb_states(num_states, bits=bits, place=Place.PAGED)),
+    )
+
+
+def _torchao(*, elements_per_byte: int) -> tuple[Variant, ...]:
+    """torchao quantises tensors of at least 4096 elements whose count is a multiple of the block (256, as the
+    Trainer passes it); each quantised state has a code book of its own."""
+    codes = StateTensor(Extent.ELEMENTS, 1, elements_per_byte)
+    scales = StateTensor(Extent.ELEMENTS, FP32_BYTES, 256)
+    book = StateTensor(Extent.ONE, (256 if elements_per_byte == 1 else 16) * FP32_BYTES)
+    return (
+        Variant(
+            applies=lambda tensor: tensor.numel < 4096 or tensor.numel % 256 != 0,
+            states=(_STEP_ON_HOST, StateTensor(), StateTensor()),
+        ),
+        Variant(states=(_STEP_ON_HOST, codes, scales, book, codes, scales, book)),
+    )
+
+
+_TORCH = "torch 2.13 torch/optim"
+_BNB = "bitsandbytes 0.50.2 bitsandbytes/optim/optimizer.py"
+_TORCHAO = "pytorch/ao torchao/optim/adam.py and subclass_*.py; temporaries of its compiled update not measured"
+
+
+def _bnb_row(name: str, num_states: int, *, bits: int, source: str = _BNB) -> Optimizer:
+    return Optimizer(
+        name=name,
+        hf_name=name,
+        needs="bitsandbytes",
+        source=source,
+        variants=_bnb(num_states, bits=bits, paged=name.startswith("paged")),
+        shared_state_bytes=(_CODE_BOOK_BYTES,) * min(num_states, 2) if bits == 8 else (),
+        states_interleaved=True,
+    )
+
+
+# AdEMAMix stacks its two moving averages in one state of twice the size, so it counts as three.
+_ADEMAMIX = "bitsandbytes 0.50.2 bitsandbytes/optim/ademamix.py"
+
+_ROWS = (
+    Optimizer(name="adamw_torch", hf_name="adamw_torch", variants=(_ADAM,), source=f"{_TORCH}/adam.py"),
+    Optimizer(
+        name="adamw_torch_fused", hf_name="adamw_torch_fused", variants=(_ADAM_FUSED,), source=f"{_TORCH}/adam.py"
+    ),
+    Optimizer(
+        name="adamw_torch_8bit",
+        hf_name="adamw_torch_8bit",
+        needs="torchao",
+        variants=_torchao(elements_per_byte=1),
+        source=_TORCHAO,
+        states_interleaved=True,
+    ),
+    Optimizer(
+        name="adamw_torch_4bit",
+        hf_name="adamw_torch_4bit",
+        needs="torchao",
+        variants=_torchao(elements_per_byte=2),
+        source=_TORCHAO,
+        states_interleaved=True,
+    ),
+    Optimizer(
+        name="adafactor",
+        hf_name="adafactor",
+        variants=_ADAFACTOR,
+        source="transformers 5.23.0 transformers/optimization.py, without a first moment as the Trainer sets it",
+        states_interleaved=True,
+    ),
+    Optimizer(name="sgd", hf_name="sgd", variants=(Variant(),), source=f"{_TORCH}/sgd.py"),
+    Optimizer(
+        name="sgd_momentum",
+        hf_name="sgd",
+        hf_args="momentum=0.9",
+        variants=(Variant(states=(StateTensor(),)),),
+        source=f"{_TORCH}/sgd.py",
+    ),
+    Optimizer(
+        name="rmsprop",
+        hf_name="rmsprop",
+        variants=(
+            Variant(
+                states=(_STEP_ON_HOST, StateTensor()),
+                loop=(Bind("avg"),),
+                foreach=(Bind("avg"),),
+            ),
+        ),
+        source=f"{_TORCH}/rmsprop.py",
+    ),
+    Optimizer(
+        name="adagrad",
+        hf_name="adagrad",
+        variants=(
+            Variant(
+                states=(_STEP_ON_HOST, StateTensor()),
+                loop=(Bind("std"),),
+                foreach=(Bind("std"), Bind("numerator")),
+            ),
+        ),
+        source=f"{_TORCH}/adagrad.py",
+        states_before_step=True,
+    ),
+    Optimizer(
+        name="muon",
+        hf_name="",
+        variants=(*_MUON_HIDDEN, _ADAM_FUSED),
+        source=f"{_TORCH}/_muon.py for matrices of the blocks, fused AdamW for everything else",
+    ),
+    _bnb_row("adamw_bnb_8bit", 2, bits=8),
+    _bnb_row("paged_adamw_8bit", 2, bits=8),
+    _bnb_row("paged_adamw_32bit", 2, bits=32),
+    _bnb_row("lion_8bit", 1, bits=8),
+    _bnb_row("lion_32bit", 1, bits=32),
+    _bnb_row("paged_lion_8bit", 1, bits=8),
+    _bnb_row("paged_lion_32bit", 1, bits=32),
+    _bnb_row("rmsprop_bnb", 1, bits=32),
+    _bnb_row("rmsprop_bnb_8bit", 1, bits=8),
+    _bnb_row("rmsprop_bnb_32bit", 1, bits=32),
+    _bnb_row("ademamix", 3, bits=32, source=_ADEMAMIX),
+    _bnb_row("ademamix_8bit", 3, bits=8, source=_ADEMAMIX),
+    _bnb_row("paged_ademamix_32bit", 3, bits=32, source=_ADEMAMIX),
+    _bnb_row("paged_ademamix_8bit", 3, bits=8, source=_ADEMAMIX),
+)
+
+OPTIMIZERS = {row.name: row for row in _ROWS}
+ALIASES = {
+    "adamw_8bit": "adamw_bnb_8bit",
+    "adamw": "adamw_torch",
+    "lion": "lion_32bit",
+    "paged_adamw": "paged_adamw_32bit",
+}

@@ -1,0 +1,240 @@
+"""The optimizer table against the real optimizers, and against itself."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from launchkit.errors import IllegalScenarioError
+from launchkit.optimizers import (
+    OPTIMIZERS,
+    LocalTensor,
+    Place,
+    find,
+    local_tensor,
+    step_events,
+    traffic_bytes,
+)
+from launchkit.program import Alloc, Event, Free, Owner, Parameter, Point
+from launchkit.scenario import DeviceKind
+
+CPU, CUDA = DeviceKind.CPU, DeviceKind.CUDA
+SHAPES = ((300, 200), (200,), (128, 512), (700, 100), (512,))
+POINT = Point(1, 1)
+
+
+def live_bytes(events: Iterable[Event]) -> tuple[int, int]:
+    """Peak and final live bytes of ``events``; a free without its allocation fails."""
+    live: dict[int, int] = {}
+    peak = 0
+    for event in events:
+        if isinstance(event, Alloc):
+            assert event.slot not in live
+            live[event.slot] = event.size.at(POINT)
+        elif isinstance(event, Free):
+            assert live.pop(event.ref.slot) == event.size.at(POINT)
+        peak = max(peak, sum(live.values()))
+    return peak, sum(live.values())
+
+
+def profiled(torch: Any, function: Callable[[], object]) -> tuple[int, int]:
+    """Peak and final change in the CPU allocator's live bytes while ``function`` runs."""
+    gc.collect()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        function()
+    live = peak = 0
+    pending = list(profile.profiler.kineto_results.experimental_event_tree())
+    allocations = []
+    while pending:
+        event = pending.pop()
+        pending.extend(event.children)
+        if event.tag == torch._C._profiler._EventType.Allocation:
+            allocations.append((event.start_time_ns, event.extra_fields.alloc_size))
+    for _, size in sorted(allocations, key=lambda pair: pair[0]):
+        live += size
+        peak = max(peak, live)
+    return peak, live
+
+
+def real_steps(torch: Any, make: Callable[[list[Any]], Any], itemsize: int) -> list[tuple[int, int]]:
+    """(peak, kept) bytes of the first and the second step of a real optimizer."""
+    dtype = {4: torch.float32, 2: torch.bfloat16}[itemsize]
+    parameters = [torch.nn.Parameter(torch.randn(shape, dtype=dtype)) for shape in SHAPES]
+    for parameter in parameters:
+        parameter.grad = torch.randn_like(parameter)
+    optimizer = make(parameters)
+    return [profiled(torch, optimizer.step) for _ in range(2)]
+
+
+def predicted_steps(name: str, itemsize: int, device: DeviceKind) -> list[tuple[int, int]]:
+    tensors = [LocalTensor(shape, itemsize) for shape in SHAPES]
+    return [live_bytes(step_events(find(name), tensors, device=device, first_step=first)) for first in (True, False)]
+
+
+def adafactor(parameters: list[Any]) -> Any:
+    optimization = pytest.importorskip("transformers.optimization")
+    return optimization.Adafactor(parameters, lr=1e-3, scale_parameter=False, relative_step=False)
+
+
+def torch_class(name: str, **arguments: object) -> Callable[[list[Any]], Any]:
+    return lambda parameters: getattr(pytest.importorskip("torch").optim, name)(parameters, lr=1e-3, **arguments)
+
+
+REAL = [
+    ("adamw_torch", CPU, torch_class("AdamW")),
+    ("adamw_torch", CUDA, torch_class("AdamW", foreach=True)),
+    ("adamw_torch_fused", CPU, torch_class("AdamW", fused=True)),
+    ("sgd", CPU, torch_class("SGD")),
+    ("sgd", CUDA, torch_class("SGD", foreach=True)),
+    ("sgd_momentum", CPU, torch_class("SGD", momentum=0.9)),
+    ("sgd_momentum", CUDA, torch_class("SGD", momentum=0.9, foreach=True)),
+    ("rmsprop", CPU, torch_class("RMSprop")),
+    ("rmsprop", CUDA, torch_class("RMSprop", foreach=True)),
+    ("adagrad", CPU, torch_class("Adagrad")),
+    ("adagrad", CUDA, torch_class("Adagrad", foreach=True)),
+    ("adafactor", CPU, adafactor),
+]
+
+
+@pytest.mark.parametrize("itemsize", [4, 2])
+@pytest.mark.parametrize(("name", "device", "make"), REAL, ids=[f"{row[0]}-{row[1]}" for row in REAL])
+def test_step_allocates_what_the_real_optimizer_does(
+    name: str, device: DeviceKind, make: Callable[[list[Any]], Any], itemsize: int
+) -> None:
+    """Peak and kept bytes of both steps agree to a kilobyte: the scalars of norms and step counts."""
+    torch = pytest.importorskip("torch")
+    for real, predicted in zip(real_steps(torch, make, itemsize), predicted_steps(name, itemsize, device), strict=True):
+        assert predicted == pytest.approx(real, abs=1024)
+
+
+@pytest.mark.parametrize("itemsize", [4, 2])
+def test_muon_allocates_what_torch_does(itemsize: int) -> None:
+    """Muon's matrices; oneDNN is off, since its products take scratch that no GPU does."""
+    torch = pytest.importorskip("torch")
+    dtype = {4: torch.float32, 2: torch.bfloat16}[itemsize]
+    shapes = ((256, 512), (512, 256), (256, 256))
+    parameters = [torch.nn.Parameter(torch.randn(shape, dtype=dtype)) for shape in shapes]
+    for parameter in parameters:
+        parameter.grad = torch.randn_like(parameter)
+    optimizer = torch.optim.Muon(parameters)
+    tensors = [LocalTensor(shape, itemsize) for shape in shapes]
+    for first in (True, False):
+        with torch.backends.mkldnn.flags(enabled=False):
+            real = profiled(torch, optimizer.step)
+        predicted = live_bytes(step_events(find("muon"), tensors, device=CPU, first_step=first))
+        assert predicted == pytest.approx(real, abs=1024)
+
+
+@pytest.mark.parametrize(
+    ("name", "class_name", "arguments"),
+    [
+        ("adamw_bnb_8bit", "AdamW", {"optim_bits": 8}),
+        ("paged_adamw_32bit", "AdamW", {"optim_bits": 32}),
+        ("lion_8bit", "Lion", {"optim_bits": 8}),
+        ("lion_32bit", "Lion", {"optim_bits": 32}),
+        ("rmsprop_bnb_8bit", "RMSprop", {"optim_bits": 8}),
+        ("ademamix_8bit", "AdEMAMix", {"optim_bits": 8}),
+        ("ademamix", "AdEMAMix", {"optim_bits": 32}),
+    ],
+)
+def test_states_of_bitsandbytes(name: str, class_name: str, arguments: dict[str, int]) -> None:
+    """State bytes on the CPU, where nothing is paged; the code books are shared and counted once."""
+    torch = pytest.importorskip("torch")
+    optim = pytest.importorskip("bitsandbytes").optim
+    parameters = [torch.nn.Parameter(torch.randn(shape)) for shape in SHAPES]
+    for parameter in parameters:
+        parameter.grad = torch.randn_like(parameter)
+    optimizer = getattr(optim, class_name)(parameters, lr=1e-3, **arguments)
+    for group_index, group in enumerate(optimizer.param_groups):
+        for index, parameter in enumerate(group["params"]):
+            optimizer.init_state(group, parameter, group_index, index)
+    storages = {
+        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+        for state in optimizer.state.values()
+        for tensor in state.values()
+        if isinstance(tensor, torch.Tensor)
+    }
+    row = find(name)
+    predicted = sum(sum(row.state_bytes(LocalTensor(shape, 4), device=CPU)) for shape in SHAPES)
+    assert predicted + sum(row.shared_state_bytes) == sum(storages.values())
+
+
+def test_every_trainer_name_is_one_the_trainer_knows() -> None:
+    training_args = pytest.importorskip("transformers.training_args")
+    known = {member.value for member in training_args.OptimizerNames}
+    assert {row.hf_name for row in OPTIMIZERS.values() if row.hf_name} <= known
+
+
+@pytest.mark.parametrize(
+    ("name", "place", "expected_bytes"),
+    [
+        ("adamw_torch", Place.DEVICE, 2 * 4 * 1_000_000),
+        ("adamw_torch", Place.HOST, 4),
+        ("adamw_torch_fused", Place.DEVICE, 2 * 4 * 1_000_000 + 4),
+        ("paged_adamw_32bit", Place.PAGED, 2 * 4 * 1_000_000),
+        ("paged_adamw_8bit", Place.PAGED, 2 * 1_000_000),
+        ("paged_adamw_8bit", Place.DEVICE, 2 * 4 * 3907),
+        ("adamw_bnb_8bit", Place.DEVICE, 2 * (1_000_000 + 4 * 3907)),
+        ("adamw_torch_4bit", Place.DEVICE, 2 * 4 * 1_000_000),
+        ("adafactor", Place.DEVICE, 2 * 4 * 1000),
+        ("sgd", Place.DEVICE, 0),
+        ("muon", Place.DEVICE, 4 * 1_000_000),
+    ],
+)
+def test_state_bytes_on_a_gpu(name: str, place: Place, expected_bytes: int) -> None:
+    """A million fp32 parameters (a count that torchao does not quantise: no multiple of 256)."""
+    assert sum(find(name).state_bytes(LocalTensor((1000, 1000), 4), device=CUDA, place=place)) == expected_bytes
+
+
+def test_torchao_quantises_multiples_of_its_block() -> None:
+    tensor = LocalTensor((1024, 1024), 2)
+    assert sum(find("adamw_torch_8bit").state_bytes(tensor, device=CUDA)) == 2 * (2**20 + 4 * 2**12 + 1024)
+    assert sum(find("adamw_torch_4bit").state_bytes(tensor, device=CUDA)) == 2 * (2**19 + 4 * 2**12 + 64)
+
+
+def test_muon_leaves_embeddings_to_adamw() -> None:
+    embedding = LocalTensor((1000, 1000), 4, in_block=False)
+    assert sum(find("muon").state_bytes(embedding, device=CUDA)) == 2 * 4 * 1_000_000 + 4
+
+
+@pytest.mark.parametrize(("typed", "name"), [("adamw_8bit", "adamw_bnb_8bit"), ("lion", "lion_32bit")])
+def test_aliases(typed: str, name: str) -> None:
+    assert find(typed).name == name
+
+
+@pytest.mark.parametrize(
+    ("typed", "hint"),
+    [("adamw_fused", "adamw_torch_fused"), ("paged_adam8bit", "paged_adamw_8bit"), ("zzz", "adamw_torch_fused")],
+)
+def test_unknown_optimizer_says_what_to_try(typed: str, hint: str) -> None:
+    with pytest.raises(IllegalScenarioError, match=rf"unknown optimizer '{typed}'; try --optimizer .*{hint}"):
+        find(typed)
+
+
+@pytest.mark.parametrize("name", sorted(OPTIMIZERS))
+@given(first=st.booleans(), itemsize=st.sampled_from([2, 4]), rows=st.integers(1, 3000))
+def test_steady_steps_leave_nothing_behind(name: str, first: bool, itemsize: int, rows: int) -> None:
+    """Temporaries are all freed; only a first step keeps something, and what it keeps are the states."""
+    row = find(name)
+    tensors = [LocalTensor((rows, 64), itemsize), LocalTensor((rows,), itemsize)]
+    for device in DeviceKind:
+        events = step_events(row, tensors, device=device, first_step=first)
+        kept = sum(sum(row.state_bytes(tensor, device=device)) for tensor in tensors) + sum(row.shared_state_bytes)
+        _, left = live_bytes(events)
+        assert left == (kept if first and not row.states_before_step else 0)
+        owners = {event.owner for event in events if isinstance(event, Alloc)}
+        assert owners <= {Owner.OPTIMIZER_STATES, Owner.TEMPORARIES}
+
+
+def test_local_tensor_puts_the_lora_rank_in() -> None:
+    parameter = Parameter(name="lora_A", shape=(1, 64), itemsize=2, lora_rank_power=1)
+    assert local_tensor(parameter, lora_rank=16, itemsize=4) == LocalTensor((16, 64), 4)
+
+
+def test_traffic_counts_gradient_parameter_and_states() -> None:
+    assert traffic_bytes(find("adamw_torch"), [LocalTensor((1000,), 4)], device=CUDA) == 4000 * (3 + 4)
