@@ -112,6 +112,7 @@ def test_step_allocates_what_the_real_optimizer_does(
         assert predicted == pytest.approx(real, abs=1024)
 
 
+@pytest.mark.filterwarnings("ignore:TF32 acceleration")
 @pytest.mark.parametrize("itemsize", [4, 2])
 def test_muon_allocates_what_torch_does(itemsize: int) -> None:
     """Muon's matrices; oneDNN is off, since its products take scratch that no GPU does."""
