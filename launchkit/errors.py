@@ -14,6 +14,7 @@
     ├── MissingExtraError         an optional dependency is not installed
     ├── TraceError                a model whose step could not be traced
     ├── ProgramError              a step program that contradicts itself
+    ├── OutOfMemoryError          a simulated allocation beyond the capacity
     └── LaunchError               a run that could not be started
 
 A message is ``<fact with the value>; <what to type next>``, one line, no traceback. What is true of the
@@ -73,6 +74,10 @@ class TraceError(LaunchkitError):
 
 class ProgramError(LaunchkitError):
     """A step program that contradicts itself (a free without its allocation, an unfitted size)."""
+
+
+class OutOfMemoryError(LaunchkitError):
+    """A simulated allocation beyond the capacity that the allocator was given."""
 
 
 class LaunchError(LaunchkitError):
