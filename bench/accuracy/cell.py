@@ -1,0 +1,51 @@
+"""One measurement: a tiny random model and how a step of it is run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """What ``bench.accuracy.measure`` runs. Values are spelled as the flags of ``launchkit estimate``.
+
+    ``config`` is a ``config.json`` as a mapping; ``reduce_dtype`` is FSDP's (``bf16`` as accelerate sets it, or
+    ``fp32``); ``use_cache`` None leaves the model's own default, which keeps keys and values of a training step.
+    """
+
+    name: str
+    config: Mapping[str, Any]
+    micro_batch: int = 2
+    seq_len: int = 64
+    gradient_accumulation_steps: int = 1
+    method: str = "full"
+    lora_rank: int = 8
+    lora_targets: str = "all-linear"
+    precision: str = "fp32"
+    checkpointing: str = "none"
+    attention: str = "sdpa"
+    optimizer: str = "adamw_torch_fused"
+    trainer: str = "loop"
+    strategy: str = "single"
+    num_processes: int = 1
+    sharding: str = "full_shard"
+    shard_group_size: int = 0
+    reduce_dtype: str = "bf16"
+    max_grad_norm: float = 0.0
+    num_steps: int = 3
+    use_cache: bool | None = False
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether parts of the step compute in bf16 on parameters held in fp32."""
+        return self.precision == "bf16"
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> Cell:
+        return cls(**json.loads(text))

@@ -1,0 +1,315 @@
+"""Runs one cell in this process and writes what the real allocator did.
+
+``python -m bench.accuracy.worker CELL.json OUT_DIR [--timeline]``, one process per rank with torchrun's environment
+variables; ``bench.accuracy.measure`` starts them. The allocator is torch's own CPU allocator, read through
+``torch.profiler(profile_memory=True)``: each allocation event carries ``total_allocated``, which counts only what was
+allocated since the profiler started, so it starts before the model is built.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from bench.accuracy.cell import Cell
+
+MARK = "launchkit::"
+DEFAULT_BUCKETS: dict[str, Any] = {}  # DeepSpeed's own: what launchkit predicts unless told otherwise
+
+OPTIMIZERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "adamw_torch_fused": ("AdamW", {"fused": True}),
+    "adamw_torch": ("AdamW", {}),
+    "adamw_torch_foreach": ("AdamW", {"foreach": True}),
+    "sgd": ("SGD", {}),
+    "adagrad": ("Adagrad", {}),
+    "rmsprop": ("RMSprop", {}),
+    "nadamw": ("NAdam", {"decoupled_weight_decay": True}),
+}
+
+
+def build_model(cell: Cell) -> nn.Module:
+    """The cell's model with random weights, adapters and checkpointing in place."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    fields = dict(cell.config)
+    config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+    if cell.use_cache is not None:
+        config.use_cache = cell.use_cache
+    dtype = torch.bfloat16 if cell.precision.startswith("bf16-") else torch.float32
+    model: nn.Module = AutoModelForCausalLM.from_config(config, attn_implementation=cell.attention, dtype=dtype)
+    if cell.method == "lora":
+        from peft import LoraConfig, get_peft_model
+
+        targets = cell.lora_targets if cell.lora_targets == "all-linear" else cell.lora_targets.split(",")
+        model = get_peft_model(
+            model, LoraConfig(r=cell.lora_rank, lora_alpha=2 * cell.lora_rank, target_modules=targets)
+        )
+    if cell.checkpointing == "full":
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model.train()
+
+
+def trainable(model: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def build_optimizer(cell: Cell, model: nn.Module) -> torch.optim.Optimizer:
+    name, arguments = OPTIMIZERS[cell.optimizer]
+    optimizer: torch.optim.Optimizer = getattr(torch.optim, name)(trainable(model), lr=1e-4, **arguments)
+    return optimizer
+
+
+def autocast(cell: Cell) -> contextlib.AbstractContextManager[Any]:
+    """Autocast where ``--trainer loop`` has it: mixed precision without an engine that casts by itself."""
+    engine_casts = cell.strategy in ("fsdp2", "hsdp") or cell.strategy.startswith("zero")
+    on = cell.precision == "bf16-params" or (cell.is_mixed and not engine_casts)
+    return torch.autocast("cpu", dtype=torch.bfloat16) if on else contextlib.nullcontext()
+
+
+def shard(cell: Cell, model: nn.Module) -> nn.Module:
+    """``fully_shard`` on every block, then on the root."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    group_size = cell.shard_group_size or cell.num_processes
+    if cell.sharding.startswith("hybrid"):
+        shape = (cell.num_processes // group_size, group_size)
+        mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard"))
+    else:
+        mesh = init_device_mesh("cpu", (cell.num_processes,))
+    dtypes = {"bf16": torch.bfloat16, "fp32": torch.float32}
+    policy = (
+        MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=dtypes[cell.reduce_dtype])
+        if cell.is_mixed
+        else MixedPrecisionPolicy()
+    )
+    reshard = cell.sharding in ("full_shard", "hybrid_shard")
+    base = model.get_base_model() if cell.method == "lora" else model
+    classes = set(base._no_split_modules or ())
+    for module in model.modules():
+        if type(module).__name__ in classes:
+            fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
+    return model
+
+
+def batches(cell: Cell, vocab_size: int) -> Iterator[dict[str, torch.Tensor]]:
+    """One micro-batch after another, labels in a tensor of their own as collators make them."""
+    while True:
+        ids = torch.randint(0, vocab_size, (cell.micro_batch, cell.seq_len))
+        yield {"input_ids": ids, "labels": ids.clone()}
+
+
+def run_loop(cell: Cell) -> None:
+    """The plain step of ``--trainer loop``, on one process, DDP or FSDP2."""
+    model = build_model(cell)
+    vocab_size = model.config.vocab_size
+    if cell.strategy in ("fsdp2", "hsdp"):
+        model = shard(cell, model)
+    elif cell.strategy == "ddp":
+        model = nn.parallel.DistributedDataParallel(model)
+    optimizer = build_optimizer(cell, model)
+    data = batches(cell, vocab_size)
+    for step in range(cell.num_steps):
+        gc.collect()
+        with record_function(f"{MARK}step.{step}"):
+            for micro in range(cell.gradient_accumulation_steps):
+                batch = next(data)
+                with gradient_sync(cell, model, last=micro == cell.gradient_accumulation_steps - 1):
+                    with record_function(f"{MARK}forward"), autocast(cell):
+                        loss = model(**batch).loss
+                    with record_function(f"{MARK}backward"):
+                        loss.backward()
+                del loss, batch
+            with record_function(f"{MARK}optimizer"):
+                if cell.max_grad_norm:
+                    nn.utils.clip_grad_norm_(trainable(model), cell.max_grad_norm)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+
+
+def gradient_sync(cell: Cell, model: nn.Module, *, last: bool) -> contextlib.AbstractContextManager[Any]:
+    """``no_sync`` for DDP's inner micro-batches; FSDP2 reduces after each, as accelerate does by default."""
+    if cell.strategy == "ddp" and not last:
+        return model.no_sync()
+    return contextlib.nullcontext()
+
+
+def deepspeed_config(cell: Cell) -> dict[str, Any]:
+    return {
+        "train_micro_batch_size_per_gpu": cell.micro_batch,
+        "gradient_accumulation_steps": cell.gradient_accumulation_steps,
+        "gradient_clipping": cell.max_grad_norm,
+        "zero_optimization": {"stage": int(cell.strategy[-1])} | DEFAULT_BUCKETS,
+        "bf16": {"enabled": cell.precision != "fp32"},
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 10**9,
+    }
+
+
+def run_deepspeed(cell: Cell) -> None:
+    """Raw ``deepspeed.initialize`` with a torch optimizer; nothing is compiled."""
+    import deepspeed
+
+    # Every run on CPU would compile a shared-memory transport; gloo does without it.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend="gloo")
+    model = build_model(cell)
+    vocab_size = model.config.vocab_size
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=build_optimizer(cell, model), config=deepspeed_config(cell)
+    )
+    del model
+    data = batches(cell, vocab_size)
+    for step in range(cell.num_steps):
+        gc.collect()
+        with record_function(f"{MARK}step.{step}"):
+            for _ in range(cell.gradient_accumulation_steps):
+                batch = next(data)
+                with record_function(f"{MARK}forward"):
+                    loss = engine(**batch).loss
+                with record_function(f"{MARK}backward"):
+                    engine.backward(loss)
+                del loss, batch
+                with record_function(f"{MARK}optimizer"):
+                    engine.step()
+
+
+def run_hf(cell: Cell) -> None:
+    """``transformers.Trainer`` with its defaults, on one process or DDP."""
+    import tempfile
+
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    model = build_model(cell)
+    vocab_size = model.config.vocab_size
+    data = batches(cell, vocab_size)
+    rows = [
+        {name: tensor[row].tolist() for name, tensor in batch.items()}
+        for batch in (next(data) for _ in range(cell.num_steps * cell.gradient_accumulation_steps * cell.num_processes))
+        for row in range(cell.micro_batch)
+    ]
+
+    class Marks(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            gc.collect()
+            self.mark = record_function(f"{MARK}step.{state.global_step}")
+            self.mark.__enter__()
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            self.mark.__exit__(None, None, None)
+
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            output_dir=folder,
+            use_cpu=True,
+            max_steps=cell.num_steps,
+            per_device_train_batch_size=cell.micro_batch,
+            gradient_accumulation_steps=cell.gradient_accumulation_steps,
+            gradient_checkpointing=cell.checkpointing == "full",
+            optim=cell.optimizer,
+            bf16=cell.precision in ("bf16", "bf16-params"),
+            max_grad_norm=cell.max_grad_norm or 1.0,
+            dataloader_pin_memory=False,
+            save_strategy="no",
+            logging_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+        )
+        Trainer(model=model, args=arguments, train_dataset=rows, callbacks=[Marks()]).train()
+
+
+def runner(cell: Cell) -> Callable[[Cell], None]:
+    if cell.trainer == "hf":
+        return run_hf
+    return run_deepspeed if cell.strategy.startswith("zero") else run_loop
+
+
+def walk(cell: Cell, tree: list[Any]) -> tuple[list[tuple[Any, tuple[str, ...]]], dict[str, list[tuple[int, int]]]]:
+    """The allocation events in time order, each with the operators around it, and the marked spans by name."""
+    allocations: list[tuple[Any, tuple[str, ...]]] = []
+    spans: dict[str, list[tuple[int, int]]] = {}
+    stack: list[tuple[Any, tuple[str, ...]]] = [(event, ()) for event in tree]
+    while stack:
+        event, path = stack.pop()
+        if event.tag == torch._C._profiler._EventType.Allocation:
+            allocations.append((event, path))
+            continue
+        if event.name.startswith(MARK):
+            spans.setdefault(event.name.removeprefix(MARK), []).append((event.start_time_ns, event.end_time_ns))
+        stack.extend((child, (*path, event.name)) for child in event.children)
+    allocations.sort(key=lambda pair: pair[0].start_time_ns)
+    return allocations, spans
+
+
+def summarise(cell: Cell, prof: Any, *, timeline: bool) -> dict[str, Any]:
+    """Peaks per step and per phase, bytes live between steps, and on demand each event of the last step."""
+    allocations, spans = walk(cell, prof.profiler.kineto_results.experimental_event_tree())
+    times = [event.start_time_ns for event, _ in allocations]
+    totals = [event.extra_fields.total_allocated for event, _ in allocations]
+
+    def peak(span: tuple[int, int]) -> int:
+        """Includes what was live when the span began."""
+        before = [total for time, total in zip(times, totals, strict=True) if time < span[0]][-1:]
+        return max(before + [t for time, t in zip(times, totals, strict=True) if span[0] <= time <= span[1]])
+
+    steps = [spans[f"step.{step}"][0] for step in range(cell.num_steps)]
+    last = steps[-1]
+    phases = {
+        name: max(peak(span) for span in spans[name] if last[0] <= span[0] <= last[1])
+        for name in ("forward", "backward", "optimizer")
+        if name in spans
+    }
+    result: dict[str, Any] = {
+        "rank": int(os.environ.get("RANK", "0")),
+        "build_peak_bytes": max([total for time, total in zip(times, totals, strict=True) if time < steps[0][0]]),
+        "step_peaks_bytes": [peak(span) for span in steps],
+        "first_peak_bytes": peak(steps[0]),
+        "steady_peak_bytes": peak(last),
+        "phase_peaks_bytes": phases,
+        "live_between_steps_bytes": [total for time, total in zip(times, totals, strict=True) if time < last[0]][-1],
+    }
+    if timeline:
+        result["timeline"] = [
+            {
+                "phase": next((n for n in phases for a, b in spans[n] if a <= event.start_time_ns <= b), ""),
+                "bytes": event.extra_fields.alloc_size,
+                "live": event.extra_fields.total_allocated,
+                "address": event.extra_fields.ptr,
+                "where": [name for name in path if not name.startswith(MARK)],
+            }
+            for event, path in allocations
+            if last[0] <= event.start_time_ns <= last[1]
+        ]
+    return result
+
+
+def main(arguments: list[str]) -> None:
+    cell = Cell.from_json(Path(arguments[0]).read_text())
+    folder = Path(arguments[1])
+    torch.manual_seed(0)
+    if cell.num_processes > 1 and cell.trainer == "loop":
+        dist.init_process_group("gloo")
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as prof:
+        runner(cell)(cell)
+    result = summarise(cell, prof, timeline="--timeline" in arguments)
+    (folder / f"rank{result['rank']}.json").write_text(json.dumps(result))
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
