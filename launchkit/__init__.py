@@ -7,17 +7,34 @@
     plan = launchkit.plan("Qwen/Qwen3-8B", gpus="4x4090", seq_len=4096)
     print(plan.chosen.scenario.strategy.name, plan.chosen.estimate.device_peak_bytes)
     candidate = launchkit.estimate("./model", gpus="2xcpu", strategy="fsdp2")
+
+``flags`` are the command line's, spelled with underscores; the values that come back are ``launchkit.plan``'s classes
+``Plan`` and ``Candidate``, and ``launchkit.serialize`` turns them into the JSON of ``--json``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-# First, so that a later import of the submodule does not put it in the place of the function below.
+# First, so that no later import of this submodule takes the place of the function ``plan`` below.
 import launchkit.plan
 
 if TYPE_CHECKING:
     from launchkit.plan import Candidate, Plan
 
 __version__ = "0.1.0"
+__all__ = ["__version__", "estimate", "plan"]
+
+
+def plan(model: str, *, trust_remote_code: bool = False, **flags: str | int | bool | None) -> Plan:  # type: ignore[no-redef]
+    """The best way to fine-tune ``model`` (hub id, directory or ``config.json``) under what ``flags`` ask for."""
+    from launchkit import api  # lazy: importing launchkit costs next to nothing
+
+    return api.plan(model, trust_remote_code=trust_remote_code, **flags)
+
+
+def estimate(model: str, *, trust_remote_code: bool = False, **flags: str | int | bool | None) -> Candidate:
+    """Memory and speed of exactly one scenario; a flag that is not given has the command line's default."""
+    from launchkit import api  # lazy, as above
+
+    return api.estimate(model, trust_remote_code=trust_remote_code, **flags)

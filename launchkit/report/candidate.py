@@ -77,8 +77,9 @@ def method_text(training: Training) -> str:
     """``LoRA r=16 on all linear layers``."""
     if training.method is Method.FULL:
         return "full fine-tuning"
-    targets = {"all-linear": "all linear layers", "attention": "the attention layers"}
-    return f"{_METHODS[training.method]} r={training.lora_rank} on {targets.get(training.lora_targets, training.lora_targets)}"
+    named = {"all-linear": "all linear layers", "attention": "the attention layers"}
+    targets = named.get(training.lora_targets, training.lora_targets)
+    return f"{_METHODS[training.method]} r={training.lora_rank} on {targets}"
 
 
 def batch_text(scenario: Scenario, *, cluster: Cluster) -> str:

@@ -1,0 +1,139 @@
+"""The command ``launchkit``: finds the verb, runs it, and turns whatever goes wrong into one line and an exit code."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import click
+
+from launchkit import __version__
+from launchkit.cli.console import Console
+from launchkit.errors import LaunchkitError
+
+EXIT_FAILURE = 1
+EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verb:
+    """A verb as ``--help`` shows it; its module ``launchkit.cli.<name>`` is imported only when it runs."""
+
+    name: str
+    arguments: str
+    help: str
+
+
+VERBS = (
+    Verb(name="plan", arguments="MODEL", help="what to run here: the best configuration, alternatives, and why not others"),
+    Verb(name="estimate", arguments="MODEL", help="exactly this scenario, no search"),
+    Verb(name="config", arguments="PLAN", help="write accelerate, DeepSpeed and Axolotl files"),
+    Verb(name="launch", arguments="[SCRIPT]", help="run a script, or the built-in fine-tune, as planned"),
+    Verb(name="trace", arguments="MODEL", help="trace a model's training step into the cache"),
+    Verb(name="explain", arguments="[TERM]", help="where a number comes from"),
+    Verb(name="gpus", arguments="", help="the hardware found here, and the table of known GPUs"),
+    Verb(name="env", arguments="", help="versions and settings, as a block for bug reports"),
+    Verb(name="demo", arguments="", help="the whole path on a tiny model, on whatever is here"),
+)
+
+EPILOGUE = """
+Start with:  launchkit plan Qwen/Qwen3-8B --gpus 2x4090
+Every verb takes --json, -q, -v, --debug and -h. Settings come from flags, then LAUNCHKIT_*, then
+launchkit.toml or [tool.launchkit] in pyproject.toml, then defaults.
+"""
+
+
+class LazyVerbs(click.Group):
+    """A group whose help needs no verb's imports."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return [verb.name for verb in VERBS]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in self.list_commands(ctx):
+            return None
+        command: click.Command = importlib.import_module(f"launchkit.cli.{cmd_name}").command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Verbs"):
+            formatter.write_dl([(f"{verb.name} {verb.arguments}".strip(), verb.help) for verb in VERBS])
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        formatter.write(EPILOGUE)
+
+
+def _same_spelling(token: str) -> str:
+    """``--seq_len`` and ``--seq-len`` are one flag."""
+    return token.replace("_", "-")
+
+
+@click.group(
+    cls=LazyVerbs,
+    name="launchkit",
+    help="Predicts memory and speed of a fine-tune before it runs, then launches it.",
+    context_settings={"help_option_names": ["-h", "--help"], "token_normalize_func": _same_spelling},
+)
+@click.version_option(__version__, prog_name="launchkit")
+def launchkit() -> None:
+    pass
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs one command line and returns its exit code; never raises."""
+    console = Console()
+    try:
+        result = launchkit.main(args=list(arguments), prog_name="launchkit", standalone_mode=False, obj=console)
+        return result if isinstance(result, int) else 0
+    except click.exceptions.Exit as stop:
+        return stop.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        console.error("interrupted", exit_code=EXIT_INTERRUPTED)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        return _close_quietly()
+    except Exception as error:
+        return _failed(error, console=console)
+
+
+def run() -> None:
+    """The console script."""
+    sys.exit(main(sys.argv[1:]))
+
+
+def _failed(error: Exception, *, console: Console) -> int:
+    if console.debug:
+        traceback.print_exc()
+    message, exit_code = _reading(error)
+    console.error(message, exit_code=exit_code)
+    return exit_code
+
+
+def _reading(error: Exception) -> tuple[str, int]:
+    """An exception as one line and an exit code."""
+    if isinstance(error, LaunchkitError):
+        return _one_line(str(error)), error.exit_code
+    if isinstance(error, click.UsageError):
+        where = error.ctx.command_path if error.ctx else "launchkit"
+        return f"{_one_line(error.format_message()).rstrip('.')}; see {where} --help", EXIT_USAGE
+    if isinstance(error, click.ClickException):
+        return _one_line(error.format_message()), EXIT_USAGE
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror or error}; check the path and its permissions", EXIT_FAILURE
+    fact = _one_line(str(error)) or "no message"
+    return f"unexpected {type(error).__name__}: {fact}; run it again with --debug for the traceback", EXIT_FAILURE
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _close_quietly() -> int:
+    """The reader of our pipe went away: not an error, but Python must not try to flush into it at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
