@@ -17,7 +17,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 # First, so that no later import of this submodule takes the place of the function ``plan`` below.
-import launchkit.plan
+import launchkit.plan  # noqa: F401
 
 if TYPE_CHECKING:
     from launchkit.plan import Candidate, Plan

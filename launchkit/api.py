@@ -23,10 +23,8 @@ _SOME_DETECTED = re.compile(r"(\d+)[x×*]auto", re.IGNORECASE)
 def plan(
     model: str, *, trust_remote_code: bool = False, progress: Progress | None = None, **flags: str | int | bool | None
 ) -> Plan:
-    """The best way to fine-tune ``model``; ``flags`` are those of the command line (``gpus="4x4090", seq_len=4096``)."""
-    return plan_request(
-        model, Request.from_flags(flags), trust_remote_code=trust_remote_code, progress=progress
-    )
+    """The best way to fine-tune ``model``; ``flags`` are the command line's (``gpus="4x4090", seq_len=4096``)."""
+    return plan_request(model, Request.from_flags(flags), trust_remote_code=trust_remote_code, progress=progress)
 
 
 def estimate(

@@ -30,7 +30,11 @@ class Verb:
 
 
 VERBS = (
-    Verb(name="plan", arguments="MODEL", help="what to run here: the best configuration, alternatives, and why not others"),
+    Verb(
+        name="plan",
+        arguments="MODEL",
+        help="what to run here: the best configuration, alternatives, and why not others",
+    ),
     Verb(name="estimate", arguments="MODEL", help="exactly this scenario, no search"),
     Verb(name="config", arguments="PLAN", help="write accelerate, DeepSpeed and Axolotl files"),
     Verb(name="launch", arguments="[SCRIPT]", help="run a script, or the built-in fine-tune, as planned"),

@@ -38,7 +38,7 @@ def headline(candidate: Candidate, *, cluster: Cluster, canvas: Canvas) -> list[
         parts = ["fits only within the error band", *parts]
     if judged is Verdict.DOES_NOT_FIT:
         parts = ["does not fit", *parts]
-    lines = canvas.flow(_joined(parts), first=f" {judged.mark} ", rest=INDENT, separator=" ")
+    lines = canvas.flow(parts, first=f" {judged.mark} ", rest=INDENT, separator=" · ")
     return [canvas.paint(line, judged.ink) for line in lines]
 
 
@@ -105,7 +105,7 @@ def memory_lines(candidate: Candidate, *, cluster: Cluster, canvas: Canvas) -> l
     parts.append(f"{gigabytes(estimate.checkpoint_bytes)} per checkpoint")
     if speed := speed_text(candidate):
         parts.append(speed)
-    return canvas.flow(_joined(parts), first=INDENT, rest=INDENT, separator=" ")
+    return canvas.flow(parts, first=INDENT, rest=INDENT, separator=" · ")
 
 
 def peak_text(estimate: Estimate, *, cluster: Cluster) -> str:
@@ -155,8 +155,3 @@ def worst_moment(estimate: Estimate) -> str:
 
 
 _METHODS = {Method.FULL: "full", Method.LORA: "LoRA", Method.QLORA: "QLoRA"}
-
-
-def _joined(parts: list[str]) -> list[str]:
-    """Parts with the dot that joins them, so that a line may break after it."""
-    return [f"{part} ·" for part in parts[:-1]] + parts[-1:]

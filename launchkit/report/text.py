@@ -45,8 +45,8 @@ class Canvas:
         is_empty = True
         for item in items:
             addition = item if is_empty else separator + item
-            if not is_empty and columns(line) + columns(addition.rstrip()) > self.width:
-                lines.append(line.rstrip())
+            if not is_empty and columns(line) + columns(addition) + len(separator.rstrip()) > self.width:
+                lines.append((line + separator).rstrip())
                 line, addition = rest, item
             line += addition
             is_empty = False

@@ -1,0 +1,72 @@
+"""``launchkit env``."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Mapping
+from importlib import metadata
+
+import click
+
+from launchkit import __version__
+from launchkit.cli.console import Console
+from launchkit.cli.options import console_options
+from launchkit.probe import detect
+from launchkit.serialize import encode
+
+PACKAGES = (
+    "torch",
+    "transformers",
+    "accelerate",
+    "peft",
+    "trl",
+    "deepspeed",
+    "bitsandbytes",
+    "datasets",
+    "huggingface-hub",
+    "nvidia-ml-py",
+)
+PREFIXES = ("LAUNCHKIT_", "ACCELERATE_", "FSDP_", "CUDA_", "NCCL_", "PYTORCH_", "HF_", "TORCH_", "DS_")
+SECRET_WORDS = ("TOKEN", "KEY", "SECRET", "PASSWORD")
+
+
+@click.command(name="env")
+@console_options
+@click.pass_obj
+def command(console: Console) -> None:
+    """Versions, hardware and settings: a block to paste into a bug report. Tokens are never printed."""
+    versions = {name: _version(name) for name in PACKAGES}
+    variables = relevant_variables(os.environ)
+    system = {"launchkit": __version__, "python": platform.python_version(), "platform": platform.platform()}
+    hardware = encode(detect())
+    rows = {**system, **versions, **variables, **_flat(hardware)}
+    width = max(len(name) for name in rows)
+    console.text("".join(f"{name:<{width}}  {value}\n" for name, value in rows.items()))
+    console.document({**system, "packages": versions, "environment": variables, "hardware": hardware})
+
+
+def relevant_variables(environment: Mapping[str, str]) -> dict[str, str]:
+    """Variables that change what a run does; the value of a secret is not shown."""
+    return {
+        name: "(set, not shown)" if any(word in name for word in SECRET_WORDS) else value
+        for name, value in sorted(environment.items())
+        if name.startswith(PREFIXES)
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _flat(hardware: Mapping[str, object]) -> dict[str, str]:
+    return {
+        f"hardware.{name}": _short(value) for name, value in hardware.items() if value not in ((), [], {}, "", None)
+    }
+
+
+def _short(value: object) -> str:
+    return str(value).replace("\n", " ")

@@ -1,0 +1,321 @@
+"""The words of the screens and documents: what each number is, how it comes about, what it leaves out."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+
+from launchkit.errors import UsageError
+from launchkit.report.text import Canvas, Ink
+
+
+@dataclass(frozen=True, kw_only=True)
+class Term:
+    """One word and its explanation; ``also`` are other names for it, ``see`` what to read next."""
+
+    name: str
+    text: str
+    formula: str = ""
+    omits: str = ""
+    also: tuple[str, ...] = ()
+    see: tuple[str, ...] = ()
+
+
+TERMS: tuple[Term, ...] = (
+    Term(
+        name="estimate",
+        text="The training step is traced on fake tensors as a list of allocations, kernels and messages; the strategy "
+        "rewrites that list into what one rank does; a model of PyTorch's caching allocator runs it. The peak is read "
+        "off that run, not multiplied out of parameter counts.",
+        omits="libraries that allocate outside PyTorch, and what your own script keeps alive between steps.",
+        see=("allocated", "reserved", "range"),
+    ),
+    Term(
+        name="range",
+        text="The lowest and the highest device peak that the known spreads allow: CUDA context, NCCL buffers and "
+        "fragmentation differ between drivers and runs. Something fits when the top of the range does.",
+        also=("device_peak_low_bytes", "device_peak_high_bytes", "band"),
+        see=("device_peak", "usable"),
+    ),
+    Term(
+        name="allocated",
+        text="Bytes in live tensors at the worst moment of the step, as torch.cuda.max_memory_allocated() reports.",
+        formula="the sum of at_peak without cuda_context, nccl and fragmentation",
+        also=("allocated_peak_bytes",),
+        see=("reserved",),
+    ),
+    Term(
+        name="reserved",
+        text="Bytes that the caching allocator holds from the driver, as torch.cuda.max_memory_reserved() reports: "
+        "the live tensors, and the gaps between them. It is what runs out.",
+        also=("reserved_peak_bytes",),
+        see=("fragmentation", "allocated"),
+    ),
+    Term(
+        name="device_peak",
+        text="What nvidia-smi would show at the worst moment, per GPU and for the largest rank.",
+        formula="reserved + cuda_context + nccl",
+        also=("device_peak_bytes", "peak"),
+        see=("range", "usable"),
+    ),
+    Term(
+        name="usable",
+        text="The memory of one GPU that a process can have: what the driver reports, less what it keeps for itself "
+        "and what other processes hold already.",
+        also=("device_usable_bytes",),
+    ),
+    Term(
+        name="weights",
+        text="The parameters that a rank keeps between steps: all of them under ddp and zero1/2, its shard under FSDP "
+        "and zero3. fp32 under mixed precision without ZeRO; 4 bits and their scales under qlora.",
+        formula="parameters × bytes each ÷ shards",
+        see=("gathered_weights", "master_weights", "precision"),
+    ),
+    Term(
+        name="gathered_weights",
+        text="Full copies of sharded weights while a layer needs them. FSDP holds about two blocks (the one that "
+        "computes and the one prefetched) plus the root; zero3 up to stage3_max_live_parameters.",
+        also=("gathered",),
+        see=("fsdp2", "zero3"),
+    ),
+    Term(
+        name="master_weights",
+        text="The fp32 copy that DeepSpeed's optimizer updates when the model computes in 16 bits; sharded at every "
+        "ZeRO stage, on the host under optimizer offload.",
+        formula="4 bytes × trainable parameters ÷ shards",
+        also=("master",),
+    ),
+    Term(
+        name="gradients",
+        text="Gradients of the trainable parameters, in the dtype of the weights. Accumulation does not multiply them; "
+        "ddp may hold them twice (buckets), zero2/3 and FSDP keep a shard after reducing.",
+        formula="trainable parameters × bytes each ÷ shards",
+        see=("communication",),
+    ),
+    Term(
+        name="optimizer_states",
+        text="What the optimizer remembers per parameter: two moments for the Adam family, one byte each in the 8-bit "
+        "variants, almost nothing for Adafactor and SGD. They appear with the first optimizer step.",
+        formula="trainable parameters × bytes of state ÷ shards",
+        also=("optimizer", "adam"),
+        see=("state",),
+    ),
+    Term(
+        name="activations",
+        text="What the forward saves for the backward. It grows with tokens per micro-batch and with depth; attention "
+        "adds tokens squared only in the eager implementation.",
+        see=("checkpointing", "attention", "logits"),
+    ),
+    Term(
+        name="logits",
+        text="The output of the head, one score per token and vocabulary entry, and the copies that the loss makes of "
+        "it in fp32. With a vocabulary of 150 000 it is often the largest item of all.",
+        formula="micro-batch × tokens × vocabulary × 4 bytes, two to three times under the plain loss",
+        see=("loss",),
+    ),
+    Term(
+        name="temporaries",
+        text="Memory that lives within an operation or a layer: workspaces of cuBLAS and attention, casts, and what "
+        "the optimizer step makes (foreach makes temporaries of parameter size, fused does not).",
+        also=("temporary",),
+    ),
+    Term(
+        name="communication",
+        text="Buffers that gradients and weights are packed into for a collective: DDP's buckets, DeepSpeed's "
+        "reduce_bucket_size and allgather buffers (500 million elements each by default, whatever the model's size).",
+        also=("buckets",),
+        see=("zero2", "ddp"),
+    ),
+    Term(name="inputs", text="The batch itself: token ids, mask, labels and positions."),
+    Term(
+        name="cuda_context",
+        text="What the driver takes per process for its context and for loaded kernels; no tensor holds it. It "
+        "depends on the GPU's generation and comes from a table of measurements.",
+        also=("context",),
+    ),
+    Term(
+        name="nccl",
+        text="Buffers of NCCL's communicators, per GPU; they grow with the number of ranks and channels.",
+    ),
+    Term(
+        name="fragmentation",
+        text="Memory that the caching allocator holds and no tensor uses at the peak. launchkit simulates the "
+        "allocator's blocks, since measured values run from 1.7 % to 14.2 % of what is allocated.",
+        formula="reserved − allocated",
+        also=("slack",),
+        see=("reserved",),
+    ),
+    Term(
+        name="host",
+        text="Memory of one node's processes together: the framework, pinned buffers, and offloaded states or weights. "
+        "While loading, every process may hold a whole copy of the weights; exit code −9 means this ran out.",
+        also=("host_peak_bytes", "host_load_peak_bytes"),
+        see=("offload",),
+    ),
+    Term(
+        name="checkpoint",
+        text="Disk space of one saved checkpoint that a run can resume from: weights (or the adapter), optimizer "
+        "states and, under DeepSpeed, the fp32 master.",
+        also=("checkpoint_bytes",),
+    ),
+    Term(
+        name="worst moment",
+        text="The part of the step in which the peak comes: forward, loss, backward or optimizer. What lowers the "
+        "peak depends on it: a chunked loss does nothing for a peak in the optimizer.",
+        also=("peak_phase", "peak_stage"),
+    ),
+    Term(
+        name="step time",
+        text="Kernels run at the GPU's roofline with measured efficiencies, messages at the link's bandwidth beside "
+        "them, copies on a third stream. A ~ says that nobody measured this GPU and model together.",
+        also=("seconds", "speed"),
+        see=("mfu", "exposed communication"),
+    ),
+    Term(
+        name="exposed communication",
+        text="The part of the messages between GPUs that no computation hides.",
+        also=("exposed_communication_seconds",),
+    ),
+    Term(
+        name="mfu",
+        text="Model FLOPs utilisation: what the model needs, recomputation not counted, over what the GPU could do "
+        "in the same time at its dense peak.",
+        formula="FLOPs of the model's step ÷ (step time × peak FLOPs per second)",
+    ),
+    Term(name="single", text="One process on one GPU; nothing is sharded and nothing is sent."),
+    Term(
+        name="ddp",
+        text="Every GPU holds everything and averages gradients. It shards nothing, so it never makes a model fit; it "
+        "is the fastest where it does.",
+        also=("DistributedDataParallel",),
+    ),
+    Term(
+        name="fsdp",
+        text="PyTorch's FullyShardedDataParallel, first version: blocks as flat parameters, sharded over the GPUs and "
+        "gathered one block at a time.",
+        also=("fsdp1",),
+        see=("fsdp2", "gathered_weights"),
+    ),
+    Term(
+        name="fsdp2",
+        text="fully_shard: each parameter is sharded along its first dimension, so frozen and trainable ones mix "
+        "freely. Under accelerate the trainable shards are fp32 and the computation is bf16.",
+        see=("gathered_weights", "hsdp"),
+    ),
+    Term(
+        name="hsdp", text="FSDP within a node, data parallel between nodes: more memory, less traffic on the network."
+    ),
+    Term(name="zero1", text="DeepSpeed stage 1: optimizer states and master weights are sharded.", see=("zero2",)),
+    Term(
+        name="zero2",
+        text="DeepSpeed stage 2: gradients are sharded too. Its buckets are allocated at full size, so that zero2 "
+        "can need less than zero3 for small models.",
+        see=("communication",),
+    ),
+    Term(
+        name="zero3",
+        text="DeepSpeed stage 3: weights are sharded too and gathered on use, within stage3_max_live_parameters.",
+        see=("gathered_weights",),
+    ),
+    Term(
+        name="offload",
+        text="What lives on the host instead of the GPU: optimizer states (optimizer), weights (params), both (all), "
+        "or both on a disk (nvme). It trades device memory for host memory and PCIe time.",
+        see=("host",),
+    ),
+    Term(
+        name="method",
+        text="full trains every parameter. lora freezes them and trains two thin matrices per target layer. qlora "
+        "also packs the frozen ones to 4 bits. Neither changes the activations much.",
+        also=("lora", "qlora", "full"),
+    ),
+    Term(
+        name="precision",
+        text="bf16 and fp16 are mixed precision with fp32 held somewhere: fp32 weights under autocast (single, ddp), "
+        "fp32 shards with 16-bit compute (fsdp), 16-bit weights with an fp32 master (zero). bf16-params holds "
+        "weights, gradients and states in bf16 with autocast on, bf16-pure without it.",
+        also=("bf16", "fp16", "bf16-params", "bf16-pure", "fp32", "fp8"),
+    ),
+    Term(
+        name="checkpointing",
+        text="full keeps only each block's input and computes the block again in the backward: less memory, about a "
+        "third more computation. selective recomputes what is cheap.",
+        also=("gradient checkpointing", "activation checkpointing"),
+        see=("activations",),
+    ),
+    Term(
+        name="attention",
+        text="sdpa lets PyTorch choose a kernel that never writes the matrix of scores; eager writes it, tokens "
+        "squared per head; flash_attention_2 is the separate package.",
+        also=("sdpa", "eager", "flash_attention_2"),
+    ),
+    Term(
+        name="loss",
+        text="plain makes all logits at once, in fp32. chunked makes them for a few tokens at a time, liger and cce "
+        "fuse head and loss into one kernel that never writes them.",
+        also=("chunked", "liger", "cce"),
+        see=("logits",),
+    ),
+    Term(
+        name="batch",
+        text="Sequences per GPU and forward pass (micro-batch) times accumulation steps times GPUs. Only the "
+        "micro-batch costs memory.",
+        formula="global batch = micro-batch × accumulation × GPUs",
+        also=("micro-batch", "global-batch", "accumulation"),
+    ),
+    Term(name="packing", text="Several examples fill one sequence, so that every micro-batch has all its tokens."),
+    Term(
+        name="state",
+        text="first is the step before optimizer states and buckets exist, steady any later one. Which of the two is "
+        "the peak depends on the model; a run fails at step 0 or not until step 1 accordingly.",
+        also=("steady", "first"),
+        see=("optimizer_states",),
+    ),
+)
+
+
+def find_term(name: str) -> Term:
+    """The term of that name or one of its other names; ``UsageError`` with the nearest one otherwise."""
+    names = {_canonical(word): term for term in TERMS for word in (*term.also, term.name)}
+    term = names.get(_canonical(name))
+    if term is not None:
+        return term
+    near = difflib.get_close_matches(_canonical(name), names, n=1)
+    advice = f"did you mean {names[near[0]].name}?" if near else "launchkit explain lists them all"
+    raise UsageError(f"{name!r} is no term of launchkit; {advice}")
+
+
+def render_term(term: Term, *, canvas: Canvas) -> str:
+    """One term, in full."""
+    lines = [canvas.paint(f" {term.name}", Ink.LABEL), *_paragraph(term.text, canvas=canvas)]
+    for label, text in (("formula", term.formula), ("omits", term.omits), ("also", ", ".join(term.also))):
+        if text:
+            lines += canvas.section(label, [text])
+    lines += canvas.section("see", [f"launchkit explain {name}" for name in term.see], separator=", ")
+    return "\n".join(lines) + "\n"
+
+
+def render_terms(*, canvas: Canvas) -> str:
+    """The list of all terms."""
+    lines = canvas.flow([term.name for term in TERMS], first=" ", rest=" ", separator=", ")
+    return "\n".join([*lines, *canvas.section("next", ["launchkit explain <term>"])]) + "\n"
+
+
+def term_document(term: Term) -> dict[str, object]:
+    """A term as JSON."""
+    return {
+        "term": term.name,
+        "text": term.text,
+        "formula": term.formula,
+        "omits": term.omits,
+        "also": list(term.also),
+        "see": list(term.see),
+    }
+
+
+def _paragraph(text: str, *, canvas: Canvas) -> list[str]:
+    return canvas.flow(text.split(), first="   ", rest="   ", separator=" ")
+
+
+def _canonical(name: str) -> str:
+    return " ".join(name.lower().replace("_", " ").replace("-", " ").split())
