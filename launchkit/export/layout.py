@@ -1,0 +1,225 @@
+"""What every exporter reads off a candidate: one place, so that the files written for one plan cannot disagree."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from launchkit.errors import IllegalScenarioError
+from launchkit.hardware import Backend, Cluster
+from launchkit.plan import Candidate
+from launchkit.scenario import (
+    Checkpointing,
+    Method,
+    Offload,
+    Precision,
+    Scenario,
+    Sharding,
+    StrategyKind,
+    Trainer,
+)
+
+DEEPSPEED_FILE = "deepspeed.json"
+OUTPUT_DIRECTORY = "outputs"
+# Customary starting points; Axolotl refuses a file without one, and no memory depends on it.
+LEARNING_RATES = {Method.FULL: 2e-5, Method.LORA: 2e-4, Method.QLORA: 2e-4}
+LORA_ALPHA_PER_RANK = 2  # the customary scale; it changes no memory
+_LAYOUT_FREE = (StrategyKind.SINGLE, StrategyKind.DDP)
+_BF16_STATES = (Precision.BF16_PARAMS, Precision.BF16_PURE)
+
+# What ``--lora-targets attention`` stands for, by model type. Source: the attention classes of transformers 5.23.
+_ATTENTION_MODULES: dict[str, tuple[str, ...]] = {
+    "bloom": ("query_key_value", "dense"),
+    "falcon": ("query_key_value", "dense"),
+    "gpt2": ("c_attn", "c_proj"),
+    "gpt_neox": ("query_key_value", "dense"),
+    "opt": ("q_proj", "k_proj", "v_proj", "out_proj"),
+    "phi": ("q_proj", "k_proj", "v_proj", "dense"),
+    "phi3": ("qkv_proj", "o_proj"),
+}
+_USUAL_ATTENTION_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FsdpLayout:
+    """FSDP as an exporter spells it. ``num_replicas`` is above 1 only where shard groups are replicated (HSDP)."""
+
+    version: int
+    sharding: Sharding
+    offload_params: bool
+    cpu_ram_efficient_loading: bool
+    activation_checkpointing: bool
+    state_dict_type: str
+    wrap_classes: str
+    num_replicas: int
+    shard_size: int
+
+
+def num_processes(candidate: Candidate, cluster: Cluster) -> int:
+    """Processes over all nodes: one for ``single``, else one per GPU."""
+    return 1 if candidate.scenario.strategy.kind is StrategyKind.SINGLE else cluster.num_gpus
+
+
+def num_nodes(candidate: Candidate, cluster: Cluster) -> int:
+    """Nodes that take part: one for ``single``, else all."""
+    return 1 if candidate.scenario.strategy.kind is StrategyKind.SINGLE else cluster.num_nodes
+
+
+def clip_norm(candidate: Candidate) -> float:
+    """The gradient norm that is clipped to; 0 turns clipping off, which the plain loop means."""
+    training = candidate.scenario.training
+    return 0.0 if training.trainer is Trainer.LOOP else training.max_grad_norm
+
+
+def autocast_format(scenario: Scenario) -> str:
+    """Accelerate's ``mixed_precision``: ``no``, ``fp16``, ``bf16`` or ``fp8``.
+
+    FSDP upcasts trainable weights to fp32 as soon as mixed precision is on, so bf16 weights need ``no`` there;
+    DeepSpeed computes in the dtype of its weights, so that its bf16 is ``bf16`` whatever holds the states.
+    """
+    precision, kind = scenario.training.precision, scenario.strategy.kind
+    if precision not in _BF16_STATES:
+        return {Precision.FP32: "no", Precision.FP16: "fp16", Precision.BF16: "bf16", Precision.FP8: "fp8"}[precision]
+    if kind.zero_stage:
+        return "bf16"
+    return "bf16" if precision is Precision.BF16_PARAMS and not kind.is_fsdp else "no"
+
+
+def attention_modules(model_type: str) -> tuple[str, ...]:
+    """The linear layers of the attention of ``model_type``, as PEFT's ``target_modules`` names them."""
+    return _ATTENTION_MODULES.get(model_type, _USUAL_ATTENTION_MODULES)
+
+
+def lora_target_modules(candidate: Candidate) -> tuple[str, ...]:
+    """PEFT's ``target_modules``; ``("all-linear",)`` is PEFT's own word for every linear layer but the head."""
+    targets = candidate.scenario.training.lora_targets
+    if targets == "attention":
+        return attention_modules(candidate.model.model_type)
+    return tuple(name.strip() for name in targets.split(",") if name.strip())
+
+
+def fsdp_layout(candidate: Candidate, cluster: Cluster) -> FsdpLayout:
+    """FSDP's settings with the defaults resolved. Call ``check_expressible`` first."""
+    scenario = candidate.scenario
+    fsdp, kind = scenario.strategy.fsdp, scenario.strategy.kind
+    shard_size = _shard_size(candidate, cluster) if kind is StrategyKind.HSDP else cluster.num_gpus
+    return FsdpLayout(
+        version=1 if kind is StrategyKind.FSDP else 2,
+        sharding=fsdp.sharding,
+        offload_params=fsdp.offload_params or scenario.strategy.offload.params,
+        # Only rank 0 quantises then, and the other ranks wait for shapes that never come.
+        cpu_ram_efficient_loading=fsdp.cpu_ram_efficient_loading and scenario.training.method is not Method.QLORA,
+        activation_checkpointing=scenario.training.checkpointing is Checkpointing.FULL,
+        state_dict_type="FULL_STATE_DICT" if fsdp.full_state_dict else "SHARDED_STATE_DICT",
+        wrap_classes=",".join(candidate.model.block_classes),
+        num_replicas=cluster.num_gpus // shard_size,
+        shard_size=shard_size,
+    )
+
+
+def check_expressible(candidate: Candidate, cluster: Cluster) -> None:
+    """Raises ``IllegalScenarioError`` for what no engine's file can say, or what an engine would silently ignore."""
+    for applies, fact, fix in _REFUSALS:
+        if applies(candidate, cluster):
+            raise IllegalScenarioError(f"{fact.format(name=candidate.scenario.strategy.name)}; {fix}")
+
+
+def _shard_size(candidate: Candidate, cluster: Cluster) -> int:
+    return candidate.scenario.strategy.fsdp.shard_group_size or cluster.node.num_gpus
+
+
+def _is_cpu_fsdp(candidate: Candidate, cluster: Cluster) -> bool:
+    return candidate.scenario.strategy.kind.is_fsdp and cluster.gpu.backend is Backend.CPU
+
+
+def _has_useless_offload(candidate: Candidate, cluster: Cluster) -> bool:
+    strategy = candidate.scenario.strategy
+    return strategy.kind in _LAYOUT_FREE and strategy.offload is not Offload.NONE
+
+
+def _has_partial_fsdp_offload(candidate: Candidate, cluster: Cluster) -> bool:
+    strategy = candidate.scenario.strategy
+    return strategy.kind.is_fsdp and strategy.offload in (Offload.OPTIMIZER, Offload.NVME)
+
+
+def _has_ignored_zero_offload(candidate: Candidate, cluster: Cluster) -> bool:
+    strategy = candidate.scenario.strategy
+    return strategy.kind.zero_stage in (1, 2) and strategy.offload.params
+
+
+def _has_fsdp2_without_shards(candidate: Candidate, cluster: Cluster) -> bool:
+    strategy = candidate.scenario.strategy
+    is_fsdp2 = strategy.kind in (StrategyKind.FSDP2, StrategyKind.HSDP)
+    return is_fsdp2 and strategy.fsdp.sharding is Sharding.NO_SHARD
+
+
+def _has_hybrid_fsdp2(candidate: Candidate, cluster: Cluster) -> bool:
+    strategy = candidate.scenario.strategy
+    return strategy.kind is StrategyKind.FSDP2 and strategy.fsdp.sharding.is_hybrid
+
+
+def _has_bad_shard_groups(candidate: Candidate, cluster: Cluster) -> bool:
+    size = _shard_size(candidate, cluster)
+    is_hsdp = candidate.scenario.strategy.kind is StrategyKind.HSDP
+    return is_hsdp and (cluster.num_gpus % size != 0 or not 1 < size < cluster.num_gpus)
+
+
+def _has_unwritable_fsdp1_setting(candidate: Candidate, cluster: Cluster) -> bool:
+    strategy = candidate.scenario.strategy
+    has_own_groups = strategy.fsdp.sharding.is_hybrid and _shard_size(candidate, cluster) != cluster.node.num_gpus
+    return strategy.kind is StrategyKind.FSDP and (has_own_groups or not strategy.fsdp.limit_all_gathers)
+
+
+def _has_unnamed_blocks(candidate: Candidate, cluster: Cluster) -> bool:
+    return candidate.scenario.strategy.kind.is_fsdp and not candidate.model.block_classes
+
+
+def _has_fp8_zero(candidate: Candidate, cluster: Cluster) -> bool:
+    scenario = candidate.scenario
+    return bool(scenario.strategy.kind.zero_stage) and scenario.training.precision is Precision.FP8
+
+
+def _has_offloaded_bf16_states(candidate: Candidate, cluster: Cluster) -> bool:
+    scenario = candidate.scenario
+    is_zero_offload = bool(scenario.strategy.kind.zero_stage) and scenario.strategy.offload.optimizer
+    return is_zero_offload and scenario.training.precision in _BF16_STATES
+
+
+_Refusal = tuple[Callable[[Candidate, Cluster], bool], str, str]
+_REFUSALS: tuple[_Refusal, ...] = (
+    (_has_useless_offload, "{name} is a strategy that offloads nothing", "use --strategy fsdp2 or --strategy zero2"),
+    (
+        _has_partial_fsdp_offload,
+        "{name} does not exist: FSDP moves parameters, gradients and optimizer states to the host together",
+        "use --offload params, or --strategy zero2",
+    ),
+    (
+        _has_ignored_zero_offload,
+        "{name} would be ignored: DeepSpeed offloads parameters only in stage 3",
+        "use --offload optimizer, or --strategy zero3",
+    ),
+    (_has_fsdp2_without_shards, "{name} does not exist: FSDP2 always shards", "use --strategy ddp"),
+    (_has_hybrid_fsdp2, "{name} is what --strategy hsdp does", "use --strategy hsdp"),
+    (
+        _has_bad_shard_groups,
+        "{name} cannot divide these GPUs into several equal shard groups",
+        "use --strategy fsdp2, or more nodes",
+    ),
+    (
+        _has_unwritable_fsdp1_setting,
+        "{name} with its own shard groups, or without limit_all_gathers, can be written to no file",
+        "use --strategy hsdp",
+    ),
+    (_has_unnamed_blocks, "{name} needs the class of the model's blocks, and none is known", "use --strategy zero3"),
+    (_has_fp8_zero, "{name} has no fp8", "use --precision bf16, or --strategy fsdp2"),
+    (
+        _has_offloaded_bf16_states,
+        "{name} keeps fp32 optimizer states on the host",
+        "use --precision bf16, or --offload none",
+    ),
+    (
+        _is_cpu_fsdp,
+        "{name} on CPU processes becomes DDP under accelerate, without a word",
+        "use --strategy zero3, or start it with launchkit launch",
+    ),
+)

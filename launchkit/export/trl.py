@@ -1,0 +1,110 @@
+"""TRL's YAML, for ``trl sft --config``; beside accelerate's, which says how the job is spread."""
+
+from __future__ import annotations
+
+from launchkit.errors import IllegalScenarioError
+from launchkit.export.layout import (
+    LEARNING_RATES,
+    LORA_ALPHA_PER_RANK,
+    OUTPUT_DIRECTORY,
+    autocast_format,
+    check_expressible,
+    clip_norm,
+    lora_target_modules,
+)
+from launchkit.hardware import Backend, Cluster
+from launchkit.plan import Candidate
+from launchkit.scenario import Checkpointing, Loss, Method, Precision, StrategyKind
+
+DEFAULT_DATASET = "train"  # a directory of data files, or a hub id
+_BF16_WEIGHTS = (Precision.BF16_PARAMS, Precision.BF16_PURE)
+
+
+def trl_config(
+    candidate: Candidate, cluster: Cluster, *, model: str | None = None, data: str = DEFAULT_DATASET
+) -> dict[str, object]:
+    """``SFTConfig``, ``ModelConfig`` and ``ScriptArguments`` in one file. Strategy keys live in accelerate's file."""
+    check_expressible(candidate, cluster)
+    _check_trl_can(candidate)
+    training, batch = candidate.scenario.training, candidate.scenario.batch
+    autocast = autocast_format(candidate.scenario)
+    return {
+        "model_name_or_path": model or candidate.model.name,
+        "dataset_name": data,
+        "output_dir": OUTPUT_DIRECTORY,
+        "dtype": _weights_dtype(candidate),
+        "attn_implementation": training.attention.value,
+        "max_length": batch.seq_len,
+        "packing": training.packing,
+        "per_device_train_batch_size": batch.micro_batch,
+        "gradient_accumulation_steps": batch.gradient_accumulation_steps,
+        "optim": training.optimizer,
+        "learning_rate": LEARNING_RATES[training.method],
+        "max_grad_norm": clip_norm(candidate),
+        "bf16": autocast == "bf16",
+        "fp16": autocast == "fp16",
+        "tf32": cluster.gpu.tf32_flops_per_s > 0,
+        "use_cpu": cluster.gpu.backend is Backend.CPU,
+        "use_liger_kernel": training.loss is Loss.LIGER,
+        "torch_compile": training.compile,
+        **_checkpointing(candidate),
+        **_adapter(candidate),
+        **_ddp(candidate),
+    }
+
+
+def _weights_dtype(candidate: Candidate) -> str:
+    """fp32 is held in the weights themselves unless an engine keeps it elsewhere (FSDP's shards, ZeRO's master) or
+    the weights are frozen and quantised."""
+    scenario = candidate.scenario
+    is_unsharded = scenario.strategy.kind in (StrategyKind.SINGLE, StrategyKind.DDP)
+    if scenario.training.precision is Precision.FP32:
+        return "float32"
+    if scenario.training.precision in _BF16_WEIGHTS:
+        return "bfloat16"
+    if is_unsharded and scenario.training.method is not Method.QLORA:
+        return "float32"
+    return "float16" if scenario.training.precision is Precision.FP16 else "bfloat16"
+
+
+def _checkpointing(candidate: Candidate) -> dict[str, object]:
+    scenario = candidate.scenario
+    if scenario.training.checkpointing is Checkpointing.NONE or scenario.strategy.kind.is_fsdp:
+        return {"gradient_checkpointing": False}
+    reenters = scenario.training.method is Method.QLORA and scenario.strategy.kind is StrategyKind.ZERO3
+    return {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": reenters}}
+
+
+def _adapter(candidate: Candidate) -> dict[str, object]:
+    training = candidate.scenario.training
+    if training.method is Method.FULL:
+        return {}
+    return {
+        "use_peft": True,
+        "load_in_4bit": training.method is Method.QLORA,
+        "lora_r": training.lora_rank,
+        "lora_alpha": LORA_ALPHA_PER_RANK * training.lora_rank,
+        "lora_dropout": 0.0,
+        "lora_target_modules": list(lora_target_modules(candidate)),
+    }
+
+
+def _ddp(candidate: Candidate) -> dict[str, object]:
+    strategy = candidate.scenario.strategy
+    if strategy.kind is not StrategyKind.DDP:
+        return {}
+    return {
+        "ddp_bucket_cap_mb": strategy.ddp.bucket_cap_bytes // 1024**2,
+        "ddp_find_unused_parameters": strategy.ddp.find_unused_parameters,
+        "ddp_broadcast_buffers": strategy.ddp.broadcast_buffers,
+    }
+
+
+def _check_trl_can(candidate: Candidate) -> None:
+    training, task = candidate.scenario.training, candidate.model.task
+    if training.loss is Loss.CCE:
+        raise IllegalScenarioError("TRL has no cut cross-entropy; use --loss liger, or leave TRL out")
+    if training.checkpointing is Checkpointing.SELECTIVE:
+        raise IllegalScenarioError("TRL has no selective checkpointing; use --checkpointing full, or leave TRL out")
+    if task != "causal-lm":
+        raise IllegalScenarioError(f"trl sft is not for {task}; use --trainer hf, or leave TRL out")
