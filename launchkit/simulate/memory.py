@@ -1,0 +1,224 @@
+"""What one step takes of the device's memory: peaks, by owner, and when."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from typing import NamedTuple
+
+from launchkit.errors import OutOfMemoryError
+from launchkit.program import Owner, Phase, Point, StepProgram
+from launchkit.scenario import DeviceKind
+from launchkit.simulate.allocator import AllocatorSettings, CachingAllocator
+from launchkit.simulate.expand import PERSISTENT_STAGE, MemoryEvent, expand, persistent_events
+
+OWNERS = tuple(Owner)
+_OWNER_INDEX: Mapping[Owner, int] = {owner: index for index, owner in enumerate(OWNERS)}
+
+
+class TimelinePoint(NamedTuple):
+    """Live bytes of each of ``OWNERS`` after event number ``event`` of the step, which is in stage ``stage``."""
+
+    event: int
+    stage: str
+    live_bytes: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryReading:
+    """A steady step's memory on one device, in bytes.
+
+    ``allocated_peak_bytes`` is what ``torch.cuda.max_memory_allocated`` reports; ``at_peak`` splits it over every
+    ``Owner`` and sums to it exactly. ``reserved_peak_bytes`` is ``max_memory_reserved`` after ``num_steps`` steps;
+    ``reserved_first_step_bytes`` after the first: where the two differ, the warm-up step alone is no measure.
+    ``steady_bytes`` is live at the step's end. ``exceeds_capacity`` says that the step does not run within the
+    capacity given even with the cache released; the other figures then are those without that limit.
+    """
+
+    allocated_peak_bytes: int
+    reserved_peak_bytes: int
+    reserved_first_step_bytes: int
+    at_peak: Mapping[Owner, int]
+    peak_stage: str
+    peak_phase: Phase
+    steady_bytes: int
+    num_steps: int
+    exceeds_capacity: bool = False
+    timeline: tuple[TimelinePoint, ...] = ()
+
+
+class _Change(NamedTuple):
+    """What one event of the step that is read did to the allocated bytes."""
+
+    owner: int
+    delta_bytes: int
+    stage: int
+
+
+class _Record(NamedTuple):
+    """The changes of the step that is read, from nothing, and what was reserved."""
+
+    changes: list[_Change]
+    reserved_peak_bytes: int
+    reserved_first_step_bytes: int
+    num_steps: int
+
+
+def simulate_memory(
+    program: StepProgram,
+    point: Point,
+    *,
+    device_kind: DeviceKind,
+    settings: AllocatorSettings | None = None,
+    capacity_bytes: int | None = None,
+    eager_optimizer_states: bool = False,
+    num_timeline_points: int = 0,
+) -> MemoryReading:
+    """Run ``program`` at ``point`` through the allocator of the device.
+
+    On CUDA two steps are run where the program ends as it began. In the first the optimizer states come into being
+    when its optimizer stage is reached, as torch's optimizers create them, among the cached blocks of the backward;
+    with ``eager_optimizer_states`` before it, as DeepSpeed does. The second is the one that is read. A program that
+    leaves more behind than it found (a first step that builds its states) is run once.
+
+    On CPU nothing is rounded or cached: reserved equals allocated.
+    """
+    persistent = list(persistent_events(program, point))
+    step = list(expand(program, point))[len(persistent) :]
+    exceeds_capacity = False
+    if device_kind is DeviceKind.CPU:
+        record = _count(persistent, step)
+    else:
+        run = _CudaRun(program, persistent, step, is_eager=eager_optimizer_states)
+        try:
+            record = run.record(CachingAllocator(settings=settings, capacity_bytes=capacity_bytes))
+        except OutOfMemoryError:
+            exceeds_capacity = True
+            record = run.record(CachingAllocator(settings=settings))
+    timeline = _timeline(program, record.changes, num_persistent=len(persistent), num_points=num_timeline_points)
+    return replace(_summary(program, record), exceeds_capacity=exceeds_capacity, timeline=timeline)
+
+
+def _count(persistent: Iterable[MemoryEvent], step: Iterable[MemoryEvent]) -> _Record:
+    """The record of an allocator that neither rounds nor caches."""
+    changes = [
+        _Change(_OWNER_INDEX[event.owner], event.delta_bytes, event.stage)
+        for events in (persistent, step)
+        for event in events
+    ]
+    peak = max(accumulate(change.delta_bytes for change in changes), default=0)
+    return _Record(changes, peak, peak, 1)
+
+
+class _CudaRun:
+    """A program's events and how they repeat."""
+
+    def __init__(
+        self, program: StepProgram, persistent: Sequence[MemoryEvent], step: Sequence[MemoryEvent], *, is_eager: bool
+    ) -> None:
+        self.persistent = persistent
+        self.step = step
+        num_persistent = len(persistent)
+        self.is_repeatable = sum(event.delta_bytes for event in step if event.tensor >= num_persistent) == 0
+        self.optimizer_stages = frozenset(
+            index for index, stage in enumerate(program.stages) if stage.phase is Phase.OPTIMIZER
+        )
+        late = {Owner.OPTIMIZER_STATES} if self.is_repeatable and not is_eager else set()
+        self.early = [event for event in persistent if event.owner not in late]
+        self.late = [event for event in persistent if event.owner in late]
+
+    def record(self, allocator: CachingAllocator) -> _Record:
+        handles: dict[int, int] = {}
+        _allocate(allocator, handles, self.early)
+        if not self.is_repeatable:
+            changes = self._read(allocator, handles)
+            return _Record(changes, allocator.peak_reserved_bytes, allocator.peak_reserved_bytes, 1)
+        self._warm_up(allocator, handles)
+        reserved_first_step_bytes = allocator.peak_reserved_bytes
+        _allocate(allocator, handles, [event for event in self.persistent if event.tensor not in handles])
+        changes = self._read(allocator, handles)
+        return _Record(changes, allocator.peak_reserved_bytes, reserved_first_step_bytes, 2)
+
+    def _warm_up(self, allocator: CachingAllocator, handles: dict[int, int]) -> None:
+        """The first step, in which the optimizer creates its states."""
+        optimizer = (i for i, event in enumerate(self.step) if event.stage in self.optimizer_stages)
+        start = next(optimizer, len(self.step))
+        _replay(allocator, handles, self.step[:start])
+        _allocate(allocator, handles, self.late)
+        _replay(allocator, handles, self.step[start:])
+
+    def _read(self, allocator: CachingAllocator, handles: dict[int, int]) -> list[_Change]:
+        """A step, with what it and the persistent storages take of the allocator."""
+        changes = [
+            _Change(_OWNER_INDEX[event.owner], allocator.size_of(handles[event.tensor]), PERSISTENT_STAGE)
+            for event in self.persistent
+        ]
+        for tensor, delta_bytes, owner, stage in self.step:
+            before = allocator.allocated_bytes
+            if delta_bytes > 0:
+                handles[tensor] = allocator.malloc(delta_bytes)
+            else:
+                allocator.free(handles.pop(tensor))
+            changes.append(_Change(_OWNER_INDEX[owner], allocator.allocated_bytes - before, stage))
+        return changes
+
+
+def _allocate(allocator: CachingAllocator, handles: dict[int, int], events: Iterable[MemoryEvent]) -> None:
+    for event in events:
+        handles[event.tensor] = allocator.malloc(event.delta_bytes)
+
+
+def _replay(allocator: CachingAllocator, handles: dict[int, int], events: Iterable[MemoryEvent]) -> None:
+    for event in events:
+        if event.delta_bytes > 0:
+            handles[event.tensor] = allocator.malloc(event.delta_bytes)
+        else:
+            allocator.free(handles.pop(event.tensor))
+
+
+def _summary(program: StepProgram, record: _Record) -> MemoryReading:
+    changes = record.changes
+    levels = list(accumulate(change.delta_bytes for change in changes))
+    peak = max(levels, default=0)
+    last = levels.index(peak) if levels else -1
+    at_peak = dict.fromkeys(OWNERS, 0)
+    for change in changes[: last + 1]:
+        at_peak[OWNERS[change.owner]] += change.delta_bytes
+    stage = changes[last].stage if levels else PERSISTENT_STAGE
+    return MemoryReading(
+        allocated_peak_bytes=peak,
+        reserved_peak_bytes=record.reserved_peak_bytes,
+        reserved_first_step_bytes=record.reserved_first_step_bytes,
+        at_peak=at_peak,
+        peak_stage=_stage_name(program, stage),
+        peak_phase=Phase.FORWARD if stage == PERSISTENT_STAGE else program.stages[stage].phase,
+        steady_bytes=levels[-1] if levels else 0,
+        num_steps=record.num_steps,
+    )
+
+
+def _stage_name(program: StepProgram, stage: int) -> str:
+    return "" if stage == PERSISTENT_STAGE else program.stages[stage].name
+
+
+def _timeline(
+    program: StepProgram, changes: Sequence[_Change], *, num_persistent: int, num_points: int
+) -> tuple[TimelinePoint, ...]:
+    """At most ``num_points`` moments of the step: of each stretch of equally many events the highest."""
+    if num_points <= 0:
+        return ()
+    levels = list(accumulate(change.delta_bytes for change in changes))
+    stretch = max(1, -(-(len(changes) - num_persistent) // num_points))
+    chosen = {
+        max(range(first, min(first + stretch, len(changes))), key=levels.__getitem__)
+        for first in range(num_persistent, len(changes), stretch)
+    }
+    live = [0] * len(OWNERS)
+    timeline: list[TimelinePoint] = []
+    for index, change in enumerate(changes):
+        live[change.owner] += change.delta_bytes
+        if index in chosen:
+            name = _stage_name(program, change.stage)
+            timeline.append(TimelinePoint(index - num_persistent, name, tuple(live)))
+    return tuple(timeline)

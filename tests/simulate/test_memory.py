@@ -1,0 +1,151 @@
+"""Memory readings: CPU against plain sums, CUDA against the allocator's own counters, and their laws."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import accumulate
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from launchkit.program import (
+    Alloc,
+    Anchor,
+    Free,
+    Owner,
+    Persistent,
+    Phase,
+    Point,
+    Size,
+    Stage,
+    StepProgram,
+    TensorRef,
+)
+from launchkit.scenario import DeviceKind
+from launchkit.simulate.allocator import AllocatorSettings
+from launchkit.simulate.expand import expand
+from launchkit.simulate.memory import simulate_memory
+from launchkit.simulate.reading import compile_program
+from launchkit.units import MIB
+from tests.simulate.programs import random_program, section, tiny_program
+
+POINT = Point(2, 3)
+
+
+def training_program(*, builds_states: bool = False) -> StepProgram:
+    """30 MiB of weights; a forward that keeps 40 MiB, freed in the backward, which leaves 30 MiB of gradients to the
+    optimizer; 60 MiB of states, there from the start or built by the step."""
+    kept, gradient = Size.constant(40 * MIB), Size.constant(30 * MIB)
+    states = Size.constant(60 * MIB)
+    drop_gradient = Free(TensorRef("backward", Anchor.RELATIVE, 0, 0), gradient)
+    return replace(
+        tiny_program(),
+        stages=(
+            Stage(name="forward", phase=Phase.FORWARD, layers=(0,)),
+            Stage(name="backward", phase=Phase.BACKWARD, layers=(1,)),
+            Stage(name="optimizer", phase=Phase.OPTIMIZER, layers=(2,)),
+        ),
+        sections=(
+            section(Alloc(0, kept, Owner.ACTIVATIONS)),
+            section(Alloc(0, gradient, Owner.GRADIENTS), Free(TensorRef("forward", Anchor.RELATIVE, 0, 0), kept)),
+            section(*[Alloc(0, states, Owner.OPTIMIZER_STATES)] * builds_states, drop_gradient),
+        ),
+        persistent=(
+            Persistent(gradient, Owner.WEIGHTS),
+            *[Persistent(states, Owner.OPTIMIZER_STATES)] * (not builds_states),
+        ),
+    )
+
+
+def test_cpu_reading_by_hand() -> None:
+    """On CPU the live bytes are what is allocated, and reserved equals allocated."""
+    reading = simulate_memory(tiny_program(), POINT, device_kind=DeviceKind.CPU)
+    assert (reading.allocated_peak_bytes, reading.reserved_peak_bytes, reading.steady_bytes) == (24400, 24400, 1400)
+    assert (reading.peak_stage, reading.peak_phase, reading.num_steps) == ("head", Phase.LOSS, 1)
+    assert {owner: value for owner, value in reading.at_peak.items() if value} == {
+        Owner.WEIGHTS: 1400,
+        Owner.ACTIVATIONS: 18000,
+        Owner.LOGITS: 5000,
+    }
+    assert set(reading.at_peak) == set(Owner)
+
+
+def test_cuda_reading_rounds_blocks() -> None:
+    """On CUDA every storage takes whole blocks of 512 B from 2 MiB segments."""
+    reading = simulate_memory(tiny_program(), POINT, device_kind=DeviceKind.CUDA)
+    assert reading.allocated_peak_bytes == 2 * 1024 + 3 * 6144 + 5120
+    assert (reading.reserved_peak_bytes, reading.steady_bytes, reading.num_steps) == (2 * MIB, 2048, 2)
+
+
+def test_optimizer_states_come_among_the_cached_blocks() -> None:
+    """States built at the end of the first step find the forward's block too small and take a segment; built before
+    it they leave the same. Either way the second step needs no more here."""
+    for is_eager in (False, True):
+        reading = simulate_memory(
+            training_program(), POINT, device_kind=DeviceKind.CUDA, eager_optimizer_states=is_eager
+        )
+        assert reading.allocated_peak_bytes == (30 + 60 + 40 + 30) * MIB
+        assert reading.reserved_peak_bytes == reading.reserved_first_step_bytes == 160 * MIB
+        assert reading.peak_stage == "backward"
+
+
+def test_a_second_step_can_reserve_more() -> None:
+    """States that settle in the forward's cached block drive the next forward out: the warm-up is no measure."""
+    program = training_program()
+    small_states = replace(
+        program, persistent=(program.persistent[0], Persistent(Size.constant(39 * MIB), Owner.OPTIMIZER_STATES))
+    )
+    lazy = simulate_memory(small_states, POINT, device_kind=DeviceKind.CUDA)
+    eager = simulate_memory(small_states, POINT, device_kind=DeviceKind.CUDA, eager_optimizer_states=True)
+    assert (lazy.reserved_first_step_bytes, lazy.reserved_peak_bytes) == (100 * MIB, 140 * MIB)
+    assert eager.reserved_peak_bytes == 140 * MIB
+
+
+def test_a_first_step_is_run_once() -> None:
+    """A step that leaves its states behind is read as it is."""
+    reading = simulate_memory(training_program(builds_states=True), POINT, device_kind=DeviceKind.CUDA)
+    assert (reading.num_steps, reading.steady_bytes) == (1, 90 * MIB)
+    assert reading.allocated_peak_bytes == 120 * MIB
+    assert (reading.peak_stage, reading.at_peak[Owner.OPTIMIZER_STATES]) == ("optimizer", 60 * MIB)
+
+
+@pytest.mark.parametrize(("capacity", "exceeds"), [(160, False), (159, True)])
+def test_capacity(capacity: int, exceeds: bool) -> None:
+    """What does not fit is said, with the figures of a device on which it would."""
+    reading = simulate_memory(training_program(), POINT, device_kind=DeviceKind.CUDA, capacity_bytes=capacity * MIB)
+    assert (reading.exceeds_capacity, reading.reserved_peak_bytes) == (exceeds, 160 * MIB)
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 10**9), micro_batch=st.integers(1, 4), expandable=st.booleans())
+def test_laws(seed: int, micro_batch: int, expandable: bool) -> None:
+    """Owners sum to the peak, CUDA never allocates less than the live bytes, reserved is never below allocated."""
+    program, point = random_program(seed), Point(micro_batch, 200)
+    cpu = simulate_memory(program, point, device_kind=DeviceKind.CPU, num_timeline_points=7)
+    cuda = simulate_memory(
+        program,
+        point,
+        device_kind=DeviceKind.CUDA,
+        settings=AllocatorSettings(expandable_segments=expandable),
+        num_timeline_points=1000,
+    )
+    for reading in (cpu, cuda):
+        assert sum(reading.at_peak.values()) == reading.allocated_peak_bytes <= reading.reserved_peak_bytes
+        assert min(reading.at_peak.values()) >= 0
+        if reading.peak_stage:
+            assert max(sum(moment.live_bytes) for moment in reading.timeline) == reading.allocated_peak_bytes
+    assert cpu.allocated_peak_bytes == compile_program(program).peak(point).num_bytes
+    assert cuda.allocated_peak_bytes >= compile_program(program).peak(point, granularity_bytes=512).num_bytes
+    assert len(cpu.timeline) <= 7
+
+
+def test_the_timeline_keeps_the_peak() -> None:
+    """Thinned out to three points, the highest of each third of the events remains."""
+    program = tiny_program()
+    reading = simulate_memory(program, POINT, device_kind=DeviceKind.CPU, num_timeline_points=3)
+    levels = list(accumulate(event.delta_bytes for event in expand(program, POINT)))[2:]
+    assert [sum(moment.live_bytes) for moment in reading.timeline] == [
+        max(levels[start : start + 5]) for start in range(0, len(levels), 5)
+    ]
+    assert reading.timeline[2].stage == "head"
