@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from launchkit import planner
-from launchkit.catalog.hardware import load_gpus
+from launchkit.catalog.hardware import hardware_table
 from launchkit.catalog.models import find_model
 from launchkit.errors import UnknownGpuError
 from launchkit.hardware import Cluster, parse_gpus
@@ -64,7 +64,7 @@ def find_source(
 
 def find_cluster(spec: str | None) -> Cluster:
     """The cluster that a GPU spec names; ``auto`` or nothing is what this machine has, ``2xauto`` two GPUs of it."""
-    table = load_gpus()
+    table = hardware_table()
     if spec is None or spec.strip().lower() == "auto":
         return cluster_from(detect(), table)
     some = _SOME_DETECTED.fullmatch(spec.strip())

@@ -13,7 +13,7 @@ from enum import StrEnum
 from typing import Any, TypeVar
 
 from launchkit.errors import IllegalScenarioError, UsageError
-from launchkit.hardware import Cluster
+from launchkit.hardware import Cluster, format_gpus
 from launchkit.model import ModelProfile
 from launchkit.scenario import (
     Attention,
@@ -136,9 +136,8 @@ class Flag:
         except ValueError:
             number = 0
         if not 1 <= number <= MAXIMUM_COUNT:
-            raise UsageError(
-                f"{self.option} {value} is no whole number from 1 to {MAXIMUM_COUNT:,}; try {self.option} 1"
-            )
+            allowed = f"a whole number from 1 to {MAXIMUM_COUNT:,}"
+            raise UsageError(f"{self.option} {value} is not {allowed}; try {self.option} {self.default or 1}")
         return number
 
     def _parse_choice(self, value: object, kind: type[StrEnum]) -> StrEnum:
@@ -237,7 +236,7 @@ def scenario_flags(scenario: Scenario, *, cluster: Cluster) -> dict[str, str | i
     training, strategy, batch = scenario.training, scenario.strategy, scenario.batch
     num_ranks = 1 if strategy.kind is StrategyKind.SINGLE else cluster.num_gpus
     values: dict[str, Any] = {
-        "gpus": cluster.text,
+        "gpus": format_gpus(cluster),
         "strategy": strategy.kind,
         "fsdp_sharding": strategy.fsdp.sharding if strategy.kind.is_fsdp else None,
         "offload": strategy.offload,

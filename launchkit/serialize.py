@@ -76,7 +76,7 @@ def plan_from_document(document: object, *, name: str = "the document") -> Plan:
         raise PlanFileError(f"{name} has schema_version {version!r}, this launchkit reads {SCHEMA_VERSION}; {_ADVICE}")
     try:
         return _plan(document)
-    except _Mismatch as mismatch:
+    except Mismatch as mismatch:
         raise PlanFileError(f"{name} is not a whole plan: {mismatch}; {_ADVICE}") from None
 
 
@@ -115,7 +115,7 @@ def decode(kind: Any, value: object, *, path: str) -> Any:
 _ADVICE = "write one with launchkit plan MODEL --output FILE"
 
 
-class _Mismatch(Exception):
+class Mismatch(ValueError):
     """A value in a document that is not what its place wants."""
 
 
@@ -209,13 +209,13 @@ def _decode_dataclass(kind: Any, value: object, *, path: str) -> Any:
     try:
         return kind(**values)
     except (LaunchkitError, ValueError, TypeError) as error:
-        raise _Mismatch(f"{path} is refused ({_first_line(error)})") from None
+        raise Mismatch(f"{path} is refused ({_first_line(error)})") from None
 
 
 def _decode_tuple(arguments: tuple[Any, ...], value: object, *, path: str) -> tuple[Any, ...]:
     items = _expect(list, value, path=path)
     if arguments[-1] is not Ellipsis and len(items) != len(arguments):
-        raise _Mismatch(f"{path} has {len(items)} items instead of {len(arguments)}")
+        raise Mismatch(f"{path} has {len(items)} items instead of {len(arguments)}")
     kinds = arguments if arguments[-1] is not Ellipsis else (arguments[0],) * len(items)
     return tuple(
         decode(kind, item, path=f"{path}[{index}]") for index, (kind, item) in enumerate(zip(kinds, items, strict=True))
@@ -226,18 +226,18 @@ def _decode_enum(kind: type[Enum], value: object, *, path: str) -> Enum:
     try:
         return kind(value)
     except ValueError:
-        raise _Mismatch(f"{path} is {value!r}, not one of {', '.join(str(member.value) for member in kind)}") from None
+        raise Mismatch(f"{path} is {value!r}, not one of {', '.join(str(member.value) for member in kind)}") from None
 
 
 def _take(items: Mapping[str, Any], name: str, *, path: str = "") -> Any:
     if name not in items:
-        raise _Mismatch(f"{path + '.' if path else ''}{name} is missing")
+        raise Mismatch(f"{path + '.' if path else ''}{name} is missing")
     return items[name]
 
 
 def _expect(kind: Any, value: object, *, path: str) -> Any:
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise _Mismatch(f"{path} is {_short(value)} where a {kind.__name__} belongs")
+        raise Mismatch(f"{path} is {_short(value)} where a {kind.__name__} belongs")
     return value
 
 

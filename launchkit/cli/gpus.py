@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from launchkit.catalog.hardware import load_gpus
+from launchkit.catalog.hardware import hardware_table
 from launchkit.cli.console import Console
 from launchkit.cli.options import console_options
 from launchkit.probe import detect
@@ -16,6 +16,6 @@ from launchkit.report.gpus import gpus_document, render_gpus
 @click.pass_obj
 def command(console: Console) -> None:
     """The hardware found here, and the table of GPUs that --gpus knows."""
-    detection, table = detect(), load_gpus()
+    detection, table = detect(), hardware_table()
     console.text(render_gpus(detection, table, width=console.canvas().width))
     console.document(gpus_document(detection, table))

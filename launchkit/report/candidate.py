@@ -143,15 +143,14 @@ def bars(estimate: Estimate, *, canvas: Canvas) -> list[str]:
 
 
 def worst_moment(estimate: Estimate) -> str:
-    """When the peak comes, and in which stage."""
+    """When the peak comes."""
     names = {
         "forward": "the forward",
         "loss": "the loss",
         "backward": "the backward",
         "optimizer": "the optimizer step",
     }
-    text = f"worst moment: {names.get(estimate.peak_phase, estimate.peak_phase)}"
-    return text if estimate.peak_stage in ("", estimate.peak_phase) else f"{text} (stage {estimate.peak_stage})"
+    return f"worst moment: {names.get(estimate.peak_phase, estimate.peak_phase)}"
 
 
 _METHODS = {Method.FULL: "full", Method.LORA: "LoRA", Method.QLORA: "QLoRA"}

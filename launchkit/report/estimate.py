@@ -14,7 +14,7 @@ def render_estimate(candidate: Candidate, *, cluster: Cluster, canvas: Canvas) -
     estimate = candidate.estimate
     lines = headline(candidate, cluster=cluster, canvas=canvas)
     lines += memory_lines(candidate, cluster=cluster, canvas=canvas)
-    lines += [INDENT + worst_moment(estimate)]
+    lines += [f"{INDENT}{worst_moment(estimate)} (stage {estimate.peak_stage})"]
     lines += [f"{' ' * MARGIN}{row}" for row in _owner_rows(estimate, canvas=canvas)]
     lines += canvas.section("allocator", _allocator(estimate), separator=" · ")
     lines += canvas.section("model", _subject(candidate, cluster=cluster), separator=" · ")

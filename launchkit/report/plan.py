@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from launchkit.plan import Candidate, Plan, Rejected, Suggestion
 from launchkit.report.candidate import INDENT, bars, headline, memory_lines, peak_text, short_name, worst_moment
-from launchkit.report.text import MARGIN, Canvas, Ink, MemoryScale, beside, columns, table
+from launchkit.report.text import MARGIN, Canvas, Ink, MemoryScale, beside, columns, shorten, table
 from launchkit.report.verdict import closest
 from launchkit.units import count, duration, gib
 
@@ -81,7 +81,7 @@ def _rejected_rows(rejected: tuple[Rejected, ...], *, canvas: Canvas) -> list[st
 
 def _labelled(label: str, rows: list[str], *, canvas: Canvas) -> list[str]:
     margins = [canvas.paint(f" {label:<{MARGIN - 2}} ", Ink.LABEL), *[" " * MARGIN] * (len(rows) - 1)]
-    return [margin + row for margin, row in zip(margins, rows, strict=False)]
+    return [margin + shorten(row, width=canvas.width - MARGIN) for margin, row in zip(margins, rows, strict=False)]
 
 
 def _suggestions(suggestions: tuple[Suggestion, ...]) -> list[str]:

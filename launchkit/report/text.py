@@ -98,6 +98,11 @@ def beside(left: Sequence[str], right: Sequence[str], *, gap: str = "   ") -> li
     return [(_pad(one, width, to_the_right=False) + gap + other).rstrip() for one, other in filled]
 
 
+def shorten(text: str, *, width: int) -> str:
+    """Uncoloured text cut to a width, with a sign that it was."""
+    return text if len(text) <= width else text[: width - 1].rstrip() + "…"
+
+
 def bar(value: float, *, of: float, length: int = 10) -> str:
     """A bar of blocks, at most ``length``; a value above zero shows at least one."""
     return "▇" * max(1 if value > 0 else 0, round(length * value / of)) if of > 0 else ""

@@ -1,0 +1,118 @@
+"""The printed screens, as golden files at several widths, and the laws that every width keeps."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+
+from launchkit.plan import Estimate, Plan
+from launchkit.report.candidate import OWNERS, bars
+from launchkit.report.estimate import render_estimate
+from launchkit.report.plan import render_plan
+from launchkit.report.text import Canvas, columns
+from launchkit.report.verdict import Verdict, plan_verdict, verdict
+from tests.report import plans
+
+PLAN_FILE = ".launchkit/plan.json"
+WIDTHS = (60, 79, 80, 100, 140)
+
+
+def _screens(canvas: Canvas) -> dict[str, str]:
+    return {
+        "plan": render_plan(plans.plan(), canvas=canvas, plan_file=PLAN_FILE),
+        "nothing_fits": render_plan(plans.nothing_fits(), canvas=canvas),
+        "estimate": render_estimate(plans.candidate(), cluster=plans.CLUSTER, canvas=canvas),
+        "estimate_cpu": render_estimate(plans.small_cpu_candidate(), cluster=plans.CPU_CLUSTER, canvas=canvas),
+    }
+
+
+@pytest.mark.parametrize("name", ["plan", "nothing_fits", "estimate", "estimate_cpu"])
+@pytest.mark.parametrize("width", [60, 100, 140])
+def test_screen_is_as_kept(name: str, width: int, golden: Callable[[str, str], None]) -> None:
+    golden(f"{name}_{width}.txt", _screens(Canvas(width=width))[name])
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_no_line_is_wider_than_the_terminal(width: int) -> None:
+    for name, text in _screens(Canvas(width=width, colour=True)).items():
+        widest = max(text.splitlines(), key=columns)
+        assert columns(widest) <= width, f"{name}: {widest}"
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_colour_adds_nothing_but_colour(width: int) -> None:
+    plain, coloured = _screens(Canvas(width=width)), _screens(Canvas(width=width, colour=True))
+    assert {name: re.sub(r"\x1b\[[0-9;]*m", "", text) for name, text in coloured.items()} == plain
+    assert "\x1b" not in "".join(plain.values())
+    assert all("\x1b" in text for text in coloured.values())
+
+
+@pytest.mark.parametrize(
+    ("peak_gib", "expected", "first_words"),
+    [
+        (20.0, Verdict.FITS, " ✓ LoRA"),
+        (23.2, Verdict.NARROW, " ~ fits only within the error band"),
+        (23.6, Verdict.DOES_NOT_FIT, " ✗ does not fit"),
+    ],
+)
+def test_verdict_comes_first(peak_gib: float, expected: Verdict, first_words: str) -> None:
+    candidate = plans.candidate(peak_gib=peak_gib)
+    assert verdict(candidate.estimate) is expected
+    for width in WIDTHS:
+        assert render_estimate(candidate, cluster=plans.CLUSTER, canvas=Canvas(width=width)).startswith(first_words)
+        assert render_plan(plans.plan(chosen=candidate), canvas=Canvas(width=width)).startswith(first_words)
+
+
+def _plan_without_room(peak_gib: float) -> Plan:
+    loser = replace(plans.rejected()[0], candidate=plans.candidate(peak_gib=peak_gib))
+    return plans.plan(chosen=None, alternatives=(), rejected=(loser, *plans.rejected()))
+
+
+@pytest.mark.parametrize(
+    ("plan", "expected"),
+    [
+        (plans.plan(), Verdict.FITS),
+        (plans.plan(chosen=plans.candidate(peak_gib=23.2)), Verdict.NARROW),
+        (plans.nothing_fits(), Verdict.DOES_NOT_FIT),
+        (_plan_without_room(23.2), Verdict.NARROW),
+        (_plan_without_room(40.0), Verdict.DOES_NOT_FIT),
+        (plans.plan(chosen=None, rejected=()), Verdict.DOES_NOT_FIT),
+    ],
+)
+def test_plan_has_the_verdict_of_its_best(plan: Plan, expected: Verdict) -> None:
+    assert plan_verdict(plan) is expected
+
+
+def test_every_owner_of_memory_has_a_bar() -> None:
+    assert {key for keys in OWNERS.values() for key in keys} == set(plans.estimate().at_peak)
+
+
+def _with_only(**at_peak: int) -> Estimate:
+    empty = dict.fromkeys(plans.estimate().at_peak, 0)
+    return replace(plans.estimate(), at_peak={**empty, **at_peak})
+
+
+@pytest.mark.parametrize(
+    ("estimate", "expected"),
+    [
+        (_with_only(weights=2 * 1024**3), ["   weights 2.0 ▇▇▇▇▇▇▇▇▇▇"]),
+        (_with_only(weights=1024**3, logits=512 * 1024**2), ["   weights 1.0 ▇▇▇▇▇▇▇▇▇▇  logits 0.5 ▇▇▇▇▇"]),
+        (_with_only(weights=1024**3, inputs=1024), ["   weights 1.0 ▇▇▇▇▇▇▇▇▇▇"]),
+    ],
+)
+def test_bars_are_proportional(estimate: Estimate, expected: list[str]) -> None:
+    assert bars(estimate, canvas=Canvas()) == expected
+
+
+def test_nothing_fits_names_the_closest_and_what_would_fit() -> None:
+    text = render_plan(plans.nothing_fits(), canvas=Canvas())
+    assert "closest: LoRA · DDP needs 29.2 GiB" in text
+    assert "would fit    --method qlora --checkpointing full" in text
+    assert "launchkit launch" not in text
+
+
+def test_plan_that_was_not_kept_says_how_to_keep_it() -> None:
+    assert "--output FILE" in render_plan(plans.plan(), canvas=Canvas())
