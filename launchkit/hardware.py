@@ -199,9 +199,10 @@ class HardwareTable:
 
     def similar_names(self, text: str) -> list[str]:
         """Up to three known names that look like ``text``, in the form that can be typed."""
-        known = {**self._nodes_by_key, **{key: rows[0] for key, rows in self._gpus_by_key.items()}}
-        keys = difflib.get_close_matches(name_key(text), known, n=6, cutoff=0.6)
-        return list(dict.fromkeys(known[key].name.replace(" ", "-") for key in keys))[:3]
+        names = {key: node.name for key, node in self._nodes_by_key.items()}
+        names |= {key: gpus[0].name for key, gpus in self._gpus_by_key.items()}
+        keys = difflib.get_close_matches(name_key(text), names, n=6, cutoff=0.6)
+        return list(dict.fromkeys(names[key].replace(" ", "-") for key in keys))[:3]
 
     @cached_property
     def _shorthands_by_key(self) -> dict[str, Shorthand]:
@@ -232,7 +233,7 @@ class GpuSpec:
 def name_key(text: str) -> str:
     """A device or node name without what people leave out: case, spaces, punctuation, vendor and series prefixes."""
     key = re.sub(r"[^a-z0-9]", "", text.lower())
-    prefix = r"(?:nvidia|geforce|rtx|gtx|tesla|amd|instinct|radeon|intel|habana|apple)"
+    prefix = r"(?:nvidia|geforce|rtx|gtx|rx|tesla|amd|instinct|radeon|intel|habana|apple)"
     return re.sub(rf"^{prefix}+(?=.)", "", key)
 
 

@@ -43,6 +43,7 @@ def _gpu(row: Mapping[str, Any]) -> Gpu:
     tflops: Mapping[str, float] = row["tflops"]
     bandwidth = row["memory_bandwidth_gb_per_s"] * 1e9
     pcie: Mapping[str, int] | None = row.get("pcie")  # none where host and device share their memory
+    pcie_rate = pcie_bytes_per_s(generation=pcie["generation"], num_lanes=pcie["lanes"]) if pcie else bandwidth
     major, minor = row.get("compute_capability", "0.0").split(".")
     return Gpu(
         name=row["name"],
@@ -60,7 +61,7 @@ def _gpu(row: Mapping[str, Any]) -> Gpu:
         fp8_flops_per_s=tflops.get("fp8", 0.0) * 1e12,
         fabric=Fabric(row.get("fabric", "")),
         nvlink_bytes_per_s=row.get("fabric_gb_per_s", 0.0) * 1e9,
-        pcie_bytes_per_s=pcie_bytes_per_s(generation=pcie["generation"], num_lanes=pcie["lanes"]) if pcie else bandwidth,
+        pcie_bytes_per_s=pcie_rate,
         peer_to_peer=row.get("peer_to_peer", True),
         max_gpus_per_node=row.get("max_gpus_per_node", 8),
         matmul_efficiency=row.get("matmul_efficiency", 0.0),
