@@ -19,7 +19,7 @@ from launchkit.units import GB, GIB, MIB
 
 
 @cache
-def load_gpus(profiles: Path | None = None) -> HardwareTable:
+def hardware_table(profiles: Path | None = None) -> HardwareTable:
     """Everything in ``profiles`` (by default what ships with launchkit), files in the order of their names."""
     directory = profiles or profiles_directory()
     return HardwareTable(
