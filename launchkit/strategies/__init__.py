@@ -1,7 +1,101 @@
-"""Strategies as rewrites of the step program: one module per engine, one row here.
-
-Three questions are asked of every strategy: which trace does it start from (``trace_key``), would its engine refuse
-the scenario (``refusal``), and what does one rank of it really do (``rewrite``).
-"""
+"""One module per engine. Each has the three functions below, which choose the module by the strategy's kind."""
 
 from __future__ import annotations
+
+from importlib import import_module
+from typing import Protocol, cast
+
+from launchkit.hardware import Cluster
+from launchkit.model import ModelProfile
+from launchkit.optimizers import find
+from launchkit.program import StepProgram
+from launchkit.scenario import (
+    Attention,
+    DeviceKind,
+    Method,
+    Precision,
+    Scenario,
+    Strategy,
+    StrategyKind,
+    TraceKey,
+    Training,
+)
+
+
+class Engine(Protocol):
+    """What a module of this package offers."""
+
+    def trace_key(
+        self, training: Training, strategy: Strategy, device: DeviceKind, *, single_sequence: bool = False
+    ) -> TraceKey: ...
+
+    def refusal(self, scenario: Scenario, profile: ModelProfile, cluster: Cluster) -> str | None: ...
+
+    def rewrite(self, program: StepProgram, *, scenario: Scenario, cluster: Cluster) -> StepProgram: ...
+
+
+MODULES = {
+    StrategyKind.SINGLE: "single",
+    StrategyKind.DDP: "ddp",
+    StrategyKind.FSDP: "fsdp1",
+    StrategyKind.FSDP2: "fsdp2",
+    StrategyKind.HSDP: "hsdp",
+    StrategyKind.ZERO1: "zero",
+    StrategyKind.ZERO2: "zero",
+    StrategyKind.ZERO3: "zero",
+}
+
+
+def engine(kind: StrategyKind) -> Engine:
+    """The module that rewrites for ``kind``, imported when first asked for."""
+    return cast(Engine, import_module(f"launchkit.strategies.{MODULES[kind]}"))
+
+
+def trace_key(training: Training, strategy: Strategy, device: DeviceKind, *, single_sequence: bool = False) -> TraceKey:
+    """Which of a model's programs the strategy starts from. ``single_sequence`` when the micro-batch is 1."""
+    return engine(strategy.kind).trace_key(training, strategy, device, single_sequence=single_sequence)
+
+
+def rewrite(program: StepProgram, *, scenario: Scenario, cluster: Cluster) -> StepProgram:
+    """The step of the largest rank: ``program`` as the strategy runs it, with its optimizer."""
+    return engine(scenario.strategy.kind).rewrite(program, scenario=scenario, cluster=cluster)
+
+
+def refusal(scenario: Scenario, profile: ModelProfile, cluster: Cluster) -> str | None:
+    """Why this combination would be refused when it is launched, with what to type instead; None when it would not."""
+    find(scenario.training.optimizer)
+    return (
+        _hardware_refusal(scenario, cluster)
+        or _model_refusal(scenario, profile, cluster)
+        or _engine_refusal(scenario, profile, cluster)
+    )
+
+
+def _engine_refusal(scenario: Scenario, profile: ModelProfile, cluster: Cluster) -> str | None:
+    return engine(scenario.strategy.kind).refusal(scenario, profile, cluster)
+
+
+def _hardware_refusal(scenario: Scenario, cluster: Cluster) -> str | None:
+    gpu, precision = cluster.gpu, scenario.training.precision
+    if gpu.device_kind is DeviceKind.CPU:
+        return None
+    if precision in (Precision.BF16, Precision.BF16_PARAMS, Precision.BF16_PURE) and not gpu.supports_bf16:
+        return f"{gpu.name} has no bf16; use --precision fp16"
+    if precision is Precision.FP8 and not gpu.fp8_flops_per_s:
+        return f"{gpu.name} has no fp8; use --precision bf16"
+    return None
+
+
+def _model_refusal(scenario: Scenario, profile: ModelProfile, cluster: Cluster) -> str | None:
+    training = scenario.training
+    if training.attention is Attention.FLASH_ATTENTION_2:
+        if cluster.gpu.device_kind is DeviceKind.CPU or cluster.gpu.compute_capability < (8, 0):
+            return f"flash_attention_2 does not run on {cluster.text}; use --attention sdpa"
+        if training.precision is Precision.FP32:
+            return "flash_attention_2 does not take fp32; use --precision bf16 or --attention sdpa"
+    elif training.attention not in profile.attentions:
+        offered = " or ".join(profile.attentions)
+        return f"{profile.name} has no {training.attention} attention; use --attention {offered}"
+    if training.method is Method.QLORA and cluster.gpu.device_kind is DeviceKind.CPU:
+        return "4-bit training needs a GPU; use --method lora"
+    return None

@@ -1,0 +1,312 @@
+"""What every strategy's rewrite is made of: what lies there before the step, accumulation, the optimizer's stage."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple, TypeGuard
+
+from launchkit.optimizers import (
+    FP32_BYTES,
+    LocalTensor,
+    Optimizer,
+    find,
+    local_tensor,
+    step_events,
+    traffic_bytes,
+)
+from launchkit.program import (
+    Alloc,
+    Collective,
+    Copy,
+    Event,
+    Free,
+    FreeAll,
+    Kernel,
+    Owner,
+    Parameter,
+    Persistent,
+    Phase,
+    Section,
+    Size,
+    Stage,
+    StepProgram,
+    local,
+)
+from launchkit.scenario import (
+    Compute,
+    DeviceKind,
+    Method,
+    Precision,
+    Scenario,
+    State,
+    TraceKey,
+    Trainer,
+    Training,
+)
+
+OPTIMIZER_STAGE = "optimizer"
+ROOT_GROUP = "root"
+
+
+# Weights stay as they are and autocast casts in the forward pass: one GPU and DDP.
+AUTOCAST_COMPUTE = {
+    Precision.FP32: Compute.FP32,
+    Precision.FP16: Compute.AUTOCAST_FP16,
+    Precision.BF16: Compute.AUTOCAST_BF16,
+    Precision.BF16_PARAMS: Compute.BF16_AUTOCAST,
+    Precision.BF16_PURE: Compute.BF16,
+    Precision.FP8: Compute.AUTOCAST_BF16,
+}
+
+
+def make_trace_key(training: Training, compute: Compute, device: DeviceKind, *, single_sequence: bool) -> TraceKey:
+    """The key of the program in which ``training`` computes as ``compute``."""
+    return TraceKey(
+        device=device,
+        method=training.method,
+        compute=compute,
+        checkpointing=training.checkpointing,
+        attention=training.attention,
+        loss=training.loss,
+        trainer=training.trainer,
+        lora_targets="" if training.method is Method.FULL else training.lora_targets,
+        single_sequence=single_sequence,
+    )
+
+
+class Located(NamedTuple):
+    """A parameter with where it is: its group, its index there, and how often that group occurs in the model."""
+
+    parameter: Parameter
+    group: str
+    index: int
+    count: int
+
+    @property
+    def in_block(self) -> bool:
+        return self.group != ROOT_GROUP
+
+
+def lora_rank(scenario: Scenario) -> int:
+    """The rank to put into LoRA-sized parameters; 0 where nothing has one."""
+    return 0 if scenario.training.method is Method.FULL else scenario.training.lora_rank
+
+
+def located_parameters(program: StepProgram, *, trainable: bool | None = None) -> Iterator[Located]:
+    """Each distinct parameter of the model once, of all or only of the trainable (or frozen) ones."""
+    for name, group in program.groups.items():
+        for index, parameter in enumerate(group.parameters):
+            if trainable is None or parameter.trainable == trainable:
+                yield Located(parameter, name, index, program.group_counts[name])
+
+
+def weights(program: StepProgram, *, scenario: Scenario) -> tuple[Persistent, ...]:
+    """The unsharded weights as the program's dtype holds them: one storage each, 4-bit scales beside them."""
+    rank = lora_rank(scenario)
+    found = []
+    for parameter, _, _, count in located_parameters(program):
+        found.append(Persistent(Size.constant(parameter.num_bytes(rank)), Owner.WEIGHTS, count))
+        if parameter.extra_bytes:
+            found.append(Persistent(Size.constant(parameter.extra_bytes), Owner.WEIGHTS, count))
+    return tuple(found)
+
+
+def whole_tensors(program: StepProgram, *, scenario: Scenario) -> tuple[LocalTensor, ...]:
+    """What the optimizer updates where nothing is sharded: every trainable parameter of every layer."""
+    rank = lora_rank(scenario)
+    return tuple(
+        tensor
+        for place in located_parameters(program, trainable=True)
+        for tensor in (local_tensor(place.parameter, lora_rank=rank, in_block=place.in_block),) * place.count
+    )
+
+
+def optimizer_states(
+    optimizer: Optimizer, tensors: Sequence[LocalTensor], *, device: DeviceKind
+) -> tuple[Persistent, ...]:
+    """States on the device as they lie there between steps, equal neighbours counted together."""
+    sizes = [size for tensor in tensors for size in optimizer.state_bytes(tensor, device=device)]
+    sizes.extend(optimizer.shared_state_bytes if tensors else ())
+    return tuple(persistent_run(sizes, Owner.OPTIMIZER_STATES))
+
+
+def persistent_run(sizes: Iterable[int], owner: Owner) -> Iterator[Persistent]:
+    """Storages of ``sizes`` bytes, in order of first appearance, with equal ones counted."""
+    counts: dict[int, int] = {}
+    for size in sizes:
+        if size:
+            counts[size] = counts.get(size, 0) + 1
+    for size, count in counts.items():
+        yield Persistent(Size.constant(size), owner, count)
+
+
+def states_exist_before_step(optimizer: Optimizer, scenario: Scenario) -> bool:
+    return scenario.state is State.STEADY or optimizer.states_before_step
+
+
+def clip_norm(scenario: Scenario) -> float:
+    """The gradient norm that the trainer clips to; 0 where it does not clip (the plain loop never does)."""
+    return 0.0 if scenario.training.trainer is Trainer.LOOP else scenario.training.max_grad_norm
+
+
+def accumulates(scenario: Scenario) -> bool:
+    """Whether gradients of earlier micro-batches are there when the last one runs."""
+    return scenario.batch.gradient_accumulation_steps > 1
+
+
+def accumulate_gradients(program: StepProgram) -> StepProgram:
+    """The last of several micro-batches: each parameter's gradient is added to the one that is there, and freed.
+
+    The program of the first micro-batch holds no more than this one at any time, so it need not be told apart.
+    """
+    return edit_gradients(program, added_at_once)
+
+
+def added_at_once(stage: str, alloc: Alloc) -> tuple[Event, ...]:
+    """A gradient that is copied or added elsewhere as soon as it exists."""
+    return (
+        alloc._replace(owner=Owner.TEMPORARIES, parameter=-1),
+        Free(local(stage, alloc.slot), alloc.size),
+    )
+
+
+def edit_gradients(program: StepProgram, edit: Callable[[str, Alloc], Sequence[Event]]) -> StepProgram:
+    """``program`` with the allocation of each parameter's gradient replaced by ``edit(stage name, allocation)``."""
+
+    def edited(stage: Stage, section: Section) -> Section:
+        events: list[Event] = []
+        for event in section.events:
+            events.extend(edit(stage.name, event) if is_gradient(event) else (event,))
+        return replace(section, events=tuple(events))
+
+    return map_sections(program, Phase.BACKWARD, edited)
+
+
+def is_gradient(event: Event) -> TypeGuard[Alloc]:
+    """Whether ``event`` brings the gradient of one of its section's parameters into being."""
+    return isinstance(event, Alloc) and event.parameter >= 0
+
+
+def map_sections(program: StepProgram, phase: Phase, change: Callable[[Stage, Section], Section]) -> StepProgram:
+    """``program`` with ``change`` made to the sections of every stage of ``phase``, each template once per stage."""
+    sections = list(program.sections)
+    stages = []
+    for stage in program.stages:
+        if stage.phase is phase:
+            changed = {number: change(stage, program.sections[number]) for number in dict.fromkeys(stage.layers)}
+            numbers = {number: len(sections) + place for place, number in enumerate(changed)}
+            sections.extend(changed.values())
+            stage = replace(stage, layers=tuple(numbers[number] for number in stage.layers))
+        stages.append(stage)
+    return compact(replace(program, stages=tuple(stages), sections=tuple(sections)))
+
+
+def gradient_bytes(program: StepProgram, section: Section, *, rank: int) -> tuple[int, ...]:
+    """Bytes of each parameter's gradient that ``section`` completes, in order of arrival."""
+    parameters = program.groups[section.group].parameters
+    return tuple(parameters[event.parameter].num_bytes(rank) for event in section.events if is_gradient(event))
+
+
+def arriving_gradients(program: StepProgram, *, rank: int) -> Iterator[tuple[int, int]]:
+    """(item size, bytes) of every gradient in the order in which the backward pass completes them."""
+    for stage in program.stages:
+        if stage.phase is not Phase.BACKWARD:
+            continue
+        for layer in stage.order():
+            section = program.section_of(stage, layer)
+            parameters = program.groups[section.group].parameters
+            for event in filter(is_gradient, section.events):
+                parameter = parameters[event.parameter]
+                yield parameter.itemsize, parameter.num_bytes(rank)
+
+
+def compact(program: StepProgram) -> StepProgram:
+    """``program`` without the sections that no stage runs."""
+    used = sorted({number for stage in program.stages for number in stage.layers})
+    renumbered = {number: position for position, number in enumerate(used)}
+    return replace(
+        program,
+        sections=tuple(program.sections[number] for number in used),
+        stages=tuple(replace(s, layers=tuple(renumbered[number] for number in s.layers)) for s in program.stages),
+    )
+
+
+def gradient_storages(program: StepProgram, *, scenario: Scenario) -> tuple[Persistent, ...]:
+    """A gradient per trainable parameter, in the parameter's dtype, as accumulation leaves them."""
+    sizes = (tensor.num_bytes for tensor in whole_tensors(program, scenario=scenario))
+    return tuple(persistent_run(sizes, Owner.GRADIENTS))
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerStep:
+    """What the optimizer's stage does, from the tensors that one rank updates.
+
+    ``before`` are events ahead of the update (with slots from 0 on), ``after`` events behind it, ahead of
+    ``zero_grad``; ``on_host`` when the update runs on the CPU, so that the device sees none of its allocations.
+    """
+
+    tensors: tuple[LocalTensor, ...]
+    before: tuple[Event, ...] = ()
+    after: tuple[Event, ...] = ()
+    collectives: tuple[Collective, ...] = ()
+    copies: tuple[Copy, ...] = ()
+    on_host: bool = False
+    gradient_owner: Owner = Owner.GRADIENTS
+    extra_kernels: tuple[Kernel, ...] = field(default=())
+
+
+def clip_events(num_gradients: int, *, slot: int = 0) -> tuple[Event, ...]:
+    """``clip_grad_norm_``: a norm per gradient, the norms stacked, their norm. Gradients are scaled in place."""
+    per_gradient = Size.constant(num_gradients * FP32_BYTES)
+    norms = (Alloc(slot, per_gradient, Owner.TEMPORARIES), Alloc(slot + 1, per_gradient, Owner.TEMPORARIES))
+    frees = (
+        Free(local(OPTIMIZER_STAGE, slot), per_gradient),
+        Free(local(OPTIMIZER_STAGE, slot + 1), per_gradient),
+    )
+    return (*norms, *frees)
+
+
+def next_slot(events: Iterable[Event]) -> int:
+    return 1 + max((event.slot for event in events if isinstance(event, Alloc)), default=-1)
+
+
+def with_optimizer(program: StepProgram, step: OptimizerStep, *, scenario: Scenario, device: DeviceKind) -> StepProgram:
+    """``program`` with the optimizer's stage behind it, and its states in place where the step begins with them.
+
+    ``zero_grad(set_to_none=True)`` is the stage's last event: every gradient that is left dies there.
+    """
+    optimizer = find(scenario.training.optimizer)
+    before = step.before
+    if clip_norm(scenario) and not step.on_host:
+        before += clip_events(len(step.tensors), slot=next_slot(before))
+    update: tuple[Event, ...] = ()
+    states: tuple[Persistent, ...] = ()
+    if not step.on_host:
+        exist = states_exist_before_step(optimizer, scenario)
+        update = step_events(
+            optimizer, step.tensors, device=device, first_step=not exist, stage=OPTIMIZER_STAGE, slot=next_slot(before)
+        )
+        states = optimizer_states(optimizer, step.tensors, device=device) if exist else ()
+    section = Section(
+        events=(*before, *update, *step.after, FreeAll(step.gradient_owner)),
+        kernels=(*update_kernels(optimizer, step, device=device), *step.extra_kernels),
+        collectives=step.collectives,
+        copies=step.copies,
+    )
+    stage = Stage(name=OPTIMIZER_STAGE, phase=Phase.OPTIMIZER, layers=(len(program.sections),))
+    return replace(
+        program,
+        stages=(*program.stages, stage),
+        sections=(*program.sections, section),
+        persistent=program.persistent + states,
+        host_persistent_bytes=program.host_persistent_bytes + optimizer.host_state_bytes(step.tensors, device=device),
+    )
+
+
+def update_kernels(optimizer: Optimizer, step: OptimizerStep, *, device: DeviceKind) -> tuple[Kernel, ...]:
+    """The update as one pass over parameters, gradients and states. None on the device when it runs on the host."""
+    if step.on_host or not step.tensors:
+        return ()
+    moved = traffic_bytes(optimizer, step.tensors, device=device)
+    return (Kernel(1, Size.constant(0), Size.constant(moved), False),)
