@@ -12,7 +12,6 @@ from launchkit.program import StepProgram
 from launchkit.scenario import (
     Attention,
     DeviceKind,
-    Method,
     Precision,
     Scenario,
     Strategy,
@@ -96,6 +95,4 @@ def _model_refusal(scenario: Scenario, profile: ModelProfile, cluster: Cluster) 
     elif training.attention not in profile.attentions:
         offered = " or ".join(profile.attentions)
         return f"{profile.name} has no {training.attention} attention; use --attention {offered}"
-    if training.method is Method.QLORA and cluster.gpu.device_kind is DeviceKind.CPU:
-        return "4-bit training needs a GPU; use --method lora"
     return None

@@ -76,12 +76,12 @@ def make_trace_key(training: Training, compute: Compute, device: DeviceKind, *, 
 
 
 class Located(NamedTuple):
-    """A parameter with where it is: its group, its index there, and how often that group occurs in the model."""
+    """A parameter with where it is: its group, its position there, and how often that group occurs in the model."""
 
     parameter: Parameter
     group: str
-    index: int
-    count: int
+    position: int
+    copies: int
 
     @property
     def in_block(self) -> bool:
@@ -118,7 +118,7 @@ def whole_tensors(program: StepProgram, *, scenario: Scenario) -> tuple[LocalTen
     return tuple(
         tensor
         for place in located_parameters(program, trainable=True)
-        for tensor in (local_tensor(place.parameter, lora_rank=rank, in_block=place.in_block),) * place.count
+        for tensor in (local_tensor(place.parameter, lora_rank=rank, in_block=place.in_block),) * place.copies
     )
 
 

@@ -7,8 +7,6 @@ order in which gradients arrived, before the second step's forward pass.
 
 from __future__ import annotations
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
