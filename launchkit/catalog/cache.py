@@ -14,7 +14,6 @@ import contextlib
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict
 from functools import cached_property
@@ -82,7 +81,7 @@ class TraceCache:
         return self._root / self._fingerprint / hashlib.sha256(text.encode()).hexdigest()[:12]
 
     def program_path(self, key: TraceKey) -> Path:
-        return self.directory / f"{key.text.replace('/', '_').replace(',', '+')}.json.gz"
+        return self.directory / f"{key.text.replace('/', '_')}.json.gz"
 
     def load_profile(self) -> ModelProfile | None:
         """The cached profile, or None."""
@@ -111,6 +110,8 @@ class TraceCache:
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Write ``path`` so that a reader sees the old file or the whole new one, whenever the writer dies."""
+    import tempfile  # lazy: imports random, and planning from the catalogue writes nothing
+
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".tmp")
     try:

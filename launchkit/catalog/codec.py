@@ -7,7 +7,7 @@ Reading a variant parses the lines it names and no others, so a file of eighty v
 ::
 
     header    {"schema_version", "profile", "origins", "sizes", "variants": {key: line}}
-    sizes     [[denominator, coefficient, b, s, r, coefficient, b, s, r, …], …]       the sizes that sections name by index
+    sizes     [[denominator, coefficient, b, s, r, coefficient, b, s, r, …], …]  the sizes, named elsewhere by index
     section   {"group", "uses", "events", "kernels", …}                          events as lists, told apart by length:
                   [slot, size, owner, parameter] alloc · [origin, slot, size] free · [origin, slot] free of the size
                   that the section itself allocated under that slot · [owner] free all
@@ -188,7 +188,9 @@ class ProgramFile:
 def profile_from_json(data: Mapping[str, Any]) -> ModelProfile:
     """A profile from its ``dataclasses.asdict`` as JSON read it. Fields that a newer version added are left out."""
     known = {field.name for field in fields(ModelProfile)}
-    values = {key: tuple(value) if isinstance(value, list) else value for key, value in data.items() if key in known}
+    values: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in data.items() if key in known
+    }
     values["attentions"] = tuple(Attention(value) for value in data["attentions"])
     return ModelProfile(**values)
 

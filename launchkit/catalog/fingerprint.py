@@ -12,25 +12,25 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-DROPPED_FIELDS = frozenset(
-    # Names, versions and bookkeeping.
-    "_name_or_path name_or_path _commit_hash transformers_version tokenizer_class prefix auto_map finetuning_task "
-    "unsloth_version unsloth_fixed _attn_implementation_autoset is_llama_config "
-    # How weights are stored or initialised; what is trained decides the dtype in force.
-    "torch_dtype dtype initializer_range initializer_factor initializer_std init_std rescale_prenorm_residual "
-    # Inference only. use_cache is off in a training step whatever the file says.
-    "use_cache cache_implementation output_past return_dict return_dict_in_generate output_attentions "
-    "output_hidden_states output_scores task_specific_params max_length min_length do_sample early_stopping "
-    "num_beams num_beam_groups num_return_sequences temperature top_k top_p typical_p repetition_penalty "
-    "length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size diversity_penalty bad_words_ids "
-    "forced_bos_token_id forced_eos_token_id forced_decoder_ids suppress_tokens begin_suppress_tokens "
-    "exponential_decay_length_penalty remove_invalid_values "
-    # Numbers inside element-wise arithmetic: they change values, never shapes or saved tensors.
-    "rms_norm_eps layer_norm_eps layer_norm_epsilon norm_epsilon norm_eps rope_theta rope_local_base_freq "
-    "rotary_emb_base router_aux_loss_coef "
-    # Fields of withdrawn features that transformers 5 ignores.
-    "pretraining_tp rope_interleaved gradient_checkpointing label2id n_special predict_special_tokens n_ctx".split()
-)
+# The fields that are dropped, by the reason why nothing in a training step depends on them.
+DROPPED_BECAUSE: Mapping[str, str] = {
+    "names, versions, bookkeeping": "_name_or_path name_or_path _commit_hash transformers_version tokenizer_class "
+    "prefix auto_map finetuning_task unsloth_version unsloth_fixed _attn_implementation_autoset is_llama_config",
+    "how weights are stored or initialised: what is trained decides the dtype in force": "torch_dtype dtype "
+    "initializer_range initializer_factor initializer_std init_std rescale_prenorm_residual",
+    "inference only: the cache is off in a training step whatever the file says": "use_cache cache_implementation "
+    "output_past return_dict return_dict_in_generate output_attentions output_hidden_states output_scores "
+    "task_specific_params max_length min_length do_sample early_stopping num_beams num_beam_groups "
+    "num_return_sequences temperature top_k top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size "
+    "encoder_no_repeat_ngram_size diversity_penalty bad_words_ids forced_bos_token_id forced_eos_token_id "
+    "forced_decoder_ids suppress_tokens begin_suppress_tokens exponential_decay_length_penalty remove_invalid_values",
+    "numbers inside element-wise arithmetic: they change values, never shapes or saved tensors": "rms_norm_eps "
+    "layer_norm_eps layer_norm_epsilon norm_epsilon norm_eps rope_theta rope_local_base_freq rotary_emb_base "
+    "router_aux_loss_coef",
+    "withdrawn features that transformers 5 ignores": "pretraining_tp rope_interleaved gradient_checkpointing label2id "
+    "n_special predict_special_tokens n_ctx",
+}
+DROPPED_FIELDS = frozenset(name for names in DROPPED_BECAUSE.values() for name in names.split())
 DROPPED_SUFFIXES = ("_token_id", "_token_index")
 
 # Spellings of one field: the newer one is kept. Source: transformers 5, PretrainedConfig.__post_init__ and
@@ -148,7 +148,9 @@ def _rope_fields(rope: Any) -> dict[str, Any]:
     kept = STATIC_ROPE_FIELDS if static else DYNAMIC_ROPE_FIELDS
     fields = {key: value for key, value in named.items() if key in kept}
     # A partial factor stands at the top in older files and inside the rope in newer ones.
-    partial = {"partial_rotary_factor": fields.pop("partial_rotary_factor")} if "partial_rotary_factor" in fields else {}
+    partial = (
+        {"partial_rotary_factor": fields.pop("partial_rotary_factor")} if "partial_rotary_factor" in fields else {}
+    )
     return partial | ({"rope_parameters": fields} if fields else {})
 
 

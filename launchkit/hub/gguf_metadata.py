@@ -14,7 +14,7 @@ from launchkit.errors import MissingExtraError, ModelConfigError
 
 # GGUF's keys (without the architecture's prefix) in the names of most configuration classes. Source: the table in
 # https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, and transformers' own GGUF loader.
-COMMON_FIELDS: Mapping[str, str] = {
+COMMON_FIELDS: dict[str, str] = {
     "context_length": "max_position_embeddings",
     "block_count": "num_hidden_layers",
     "embedding_length": "hidden_size",
@@ -142,9 +142,7 @@ def read_contents(path: Path) -> GgufContents:
     try:
         reader = GGUFReader(path)
         metadata = {
-            key: field.contents()
-            for key, field in reader.fields.items()
-            if not key.startswith(("tokenizer.", "GGUF."))
+            key: field.contents() for key, field in reader.fields.items() if not key.startswith(("tokenizer.", "GGUF."))
         }
         tensors = {tensor.name: tuple(int(n) for n in tensor.shape) for tensor in reader.tensors}
     except (OSError, ValueError, KeyError, IndexError, TypeError, MemoryError, OverflowError) as error:

@@ -28,6 +28,10 @@ class Bound(NamedTuple):
     per_layer: bool = False
 
 
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
 _WIDTH = Bound(1, 2**20)
 _DEPTH = Bound(1, 10_000)
 _HEADS = Bound(1, 2**16, per_layer=True)
@@ -68,19 +72,19 @@ BOUNDS: Mapping[str, Bound] = {
     "n_routed_experts": _EXPERTS,
     "num_experts_per_tok": _EXPERTS,
 }
-OPTIONAL_FIELDS = frozenset(  # null is allowed: the class computes them
+OPTIONAL_FIELDS = _words(  # null is allowed: the class computes them
     "head_dim num_key_value_heads num_kv_heads num_experts num_local_experts n_routed_experts num_experts_per_tok "
-    "moe_intermediate_size num_decoder_layers max_position_embeddings intermediate_size".split()
+    "moe_intermediate_size num_decoder_layers max_position_embeddings intermediate_size"
 )
 WIDTH_NAMES = ("hidden_size", "n_embd", "n_embed", "d_model", "dim")
 HEAD_COUNT_NAMES = ("num_attention_heads", "n_head", "n_heads", "num_heads")
 
 # Architectures whose head size is hidden_size / num_attention_heads when the file gives none. Others have a default
 # of their own (Gemma, Qwen3, T5). Source: the configuration classes of transformers 5.
-DERIVED_HEAD_SIZE = frozenset(
+DERIVED_HEAD_SIZE = _words(
     "llama mistral mixtral qwen2 qwen2_moe phi phi3 phimoe gpt2 gpt_neo gpt_neox gptj opt bloom falcon bert roberta "
     "xlm-roberta distilbert deberta deberta-v2 electra olmo olmo2 olmoe smollm3 stablelm starcoder2 cohere cohere2 "
-    "granite granitemoe whisper vit bart mbart".split()
+    "granite granitemoe whisper vit bart mbart"
 )
 
 
