@@ -1,0 +1,171 @@
+"""What a training process takes of a GPU besides torch's segments, and the range that a device's peak lies in.
+
+On top of the reserved memory come the CUDA context with its loaded kernels, and the communicators' buffers. Neither is
+computed: both are tables of what was seen, with its spread. The cuBLAS workspaces are torch allocations and belong
+into the program (``cublas_workspaces``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from launchkit.hardware import Backend, Cluster, Gpu
+from launchkit.program import Owner, Persistent, Size
+from launchkit.simulate.memory import MemoryReading
+from launchkit.units import MIB
+
+# Relative error of the reserved peak that is allowed for on either side: what a trace leaves out, versions of the
+# kernels, the order in which the cache filled. Replayed GPU runs were within 0.9 %, and traced models within 2 %
+# of the real allocator; the rest is margin for configurations that cannot be checked without a GPU.
+MEMORY_MODEL_ERROR = 0.03
+
+
+class ByteRange(NamedTuple):
+    """A quantity known by observation: the least seen, the usual, the most seen."""
+
+    low: int
+    typical: int
+    high: int
+
+    def plus(self, other: ByteRange) -> ByteRange:
+        return ByteRange(self.low + other.low, self.typical + other.typical, self.high + other.high)
+
+    def times(self, number: int) -> ByteRange:
+        return ByteRange(self.low * number, self.typical * number, self.high * number)
+
+
+NOTHING = ByteRange(0, 0, 0)
+
+
+class Observation(NamedTuple):
+    """One row of a table below: MiB seen, and where."""
+
+    low_mib: int
+    typical_mib: int
+    high_mib: int
+    source: str
+
+    @property
+    def range(self) -> ByteRange:
+        return ByteRange(self.low_mib * MIB, self.typical_mib * MIB, self.high_mib * MIB)
+
+
+# By major.minor compute capability, else by major alone. "OOM message" is torch's own: memory in use by the process
+# less allocated less reserved-but-unallocated, of a single-GPU process. Lazy module loading (CUDA 11.7, torch 1.13)
+# keeps the context small and lets it grow with the kernels in use; the upper ends are those of processes that load many.
+CONTEXTS: Mapping[tuple[int, ...], Observation] = {
+    (6,): Observation(200, 250, 450, "OOM message on a P100 (0.24 GiB); spread as for 8.6"),
+    (7, 0): Observation(300, 450, 1343, "typical as pytorch#109888 (400 MB); high: Hugging Face's V100, eager loading"),
+    (7, 5): Observation(150, 280, 550, "pytorch#86509 (274 MiB with lazy loading); spread as for 8.6"),
+    (8, 0): Observation(
+        400, 600, 950, "OOM messages: 0.76 GiB (openfold#473), 0.84 (PyTorch FAQ); least 0.4 (pytorch#109888)"
+    ),
+    (8, 6): Observation(230, 320, 500, "OOM messages on RTX 3090, A5000, A6000: 0.24 to 0.39 GiB"),
+    (8, 9): Observation(
+        380, 480, 620, "426 MiB bare on RTX 6000 Ada (unsloth-zoo#1053); OOM messages on 4090: 0.46 to 0.51 GiB"
+    ),
+    (9,): Observation(450, 650, 950, "1.06 GiB with one communicator of 8 H100 (nccl#1685), less the communicator"),
+    (10,): Observation(450, 700, 1100, "not observed; as for 9.0 with the upper end raised"),
+    (12,): Observation(400, 600, 750, "OOM message on an RTX 5090 (0.60 GiB)"),
+}
+UNKNOWN_CONTEXT = Observation(300, 600, 1500, "no observation; the span of the others")
+
+# One communicator, all collectives of one process group: buffers grow with the number of channels, which follows the
+# bandwidth of the link, and no more with the number of ranks beyond two nodes (nccl#986).
+COMMUNICATORS: Mapping[str, Observation] = {
+    "NVLink, 2 GPUs": Observation(200, 400, 560, "544 MB, 4 MB all-reduce on 2 A100 (nccl#964)"),
+    "NVLink": Observation(
+        250, 500, 1100, "688 MB on more than 2 A100 (nccl#964); about 0.45 GiB on 8 H100 (nccl#1685)"
+    ),
+    "PCIe": Observation(30, 120, 350, "0.36 GiB with the context on 8 RTX 3080 (trl#3436)"),
+    "network": Observation(100, 250, 600, "added to the node's own: grows with the number of network cards (nccl#818)"),
+}
+
+CUBLAS_WORKSPACES_PER_PROCESS = 2  # one handle for the thread of the forward, one for autograd's
+
+
+def cuda_context(gpu: Gpu) -> ByteRange:
+    """The CUDA context of one training process on ``gpu``.
+
+    Source: ``CONTEXTS``, row by row. Omits: other processes, which ``Cluster.used_bytes`` counts.
+    """
+    if gpu.backend in (Backend.CPU, Backend.MPS):
+        return NOTHING
+    by_minor = CONTEXTS.get(gpu.compute_capability)
+    observation = by_minor or CONTEXTS.get(gpu.compute_capability[:1]) or UNKNOWN_CONTEXT
+    return observation.range
+
+
+def communicator_buffers(cluster: Cluster, *, num_communicators: int = 1) -> ByteRange:
+    """NCCL's buffers on each GPU for ``num_communicators`` process groups over the whole cluster.
+
+    Source: ``COMMUNICATORS``. Nothing for a single GPU, and for CPU processes, whose gloo works in host memory.
+    """
+    if cluster.num_gpus == 1 or cluster.gpu.backend is Backend.CPU:
+        return NOTHING
+    buffers = NOTHING
+    if cluster.node.num_gpus > 1:
+        buffers = COMMUNICATORS[_node_link(cluster)].range
+    if cluster.num_nodes > 1:
+        buffers = buffers.plus(COMMUNICATORS["network"].range)
+    return buffers.times(num_communicators)
+
+
+def _node_link(cluster: Cluster) -> str:
+    """The row of ``COMMUNICATORS`` for the link within a node; other fabrics are as fast as NVLink."""
+    if cluster.node.gpu_link in ("PCIe", "shared memory"):
+        return "PCIe"
+    return "NVLink, 2 GPUs" if cluster.num_gpus == 2 else "NVLink"
+
+
+def cublas_workspace_bytes(gpu: Gpu) -> int:
+    """One cuBLAS handle's workspace, which torch takes from its own allocator.
+
+    Source: pytorch ``aten/src/ATen/cuda/CublasHandlePool.cpp``: 4096 KiB × 2 + 16 KiB × 8, on compute capability 9.0
+    and 10.0 4096 KiB × 8; hipBLAS 128 MiB on CDNA3 and later, else 32 MiB. Omits: ``CUBLAS_WORKSPACE_CONFIG``.
+    """
+    if gpu.backend is Backend.ROCM:
+        return (128 if gpu.architecture.startswith(("CDNA3", "CDNA4")) else 32) * MIB
+    if gpu.backend is not Backend.CUDA:
+        return 0
+    return 32 * MIB if gpu.compute_capability[0] in (9, 10) else 8 * MIB + 128 * 1024
+
+
+def cublas_workspaces(gpu: Gpu) -> tuple[Persistent, ...]:
+    """The workspaces of a training process, to be added to a program's persistent storages."""
+    size = cublas_workspace_bytes(gpu)
+    return (Persistent(Size.constant(size), Owner.TEMPORARIES, CUBLAS_WORKSPACES_PER_PROCESS),) if size else ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class DevicePeak:
+    """What ``nvidia-smi`` shows at the peak, in bytes, and the parts that are not torch allocations."""
+
+    low_bytes: int
+    typical_bytes: int
+    high_bytes: int
+    cuda_context_bytes: int
+    nccl_bytes: int
+    fragmentation_bytes: int
+
+
+def device_peak(reading: MemoryReading, cluster: Cluster, *, num_communicators: int = 1) -> DevicePeak:
+    """The peak on the device: reserved memory, context and communicators.
+
+    Formula: typical = reserved + context + communicators; low and high take the ends of the tables and
+    ``MEMORY_MODEL_ERROR`` of the reserved memory, so that errors of the model and of the tables add up.
+    """
+    context = cuda_context(cluster.gpu)
+    communicators = communicator_buffers(cluster, num_communicators=num_communicators)
+    outside = context.plus(communicators)
+    margin = round(reading.reserved_peak_bytes * MEMORY_MODEL_ERROR)
+    return DevicePeak(
+        low_bytes=reading.reserved_peak_bytes - margin + outside.low,
+        typical_bytes=reading.reserved_peak_bytes + outside.typical,
+        high_bytes=reading.reserved_peak_bytes + margin + outside.high,
+        cuda_context_bytes=context.typical,
+        nccl_bytes=communicators.typical,
+        fragmentation_bytes=reading.reserved_peak_bytes - reading.allocated_peak_bytes,
+    )
