@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from dataclasses import replace
 
 from launchkit import planner
 from launchkit.catalog.hardware import hardware_table
-from launchkit.catalog.models import find_model
+from launchkit.catalog.models import Progress, find_model
 from launchkit.errors import UnknownGpuError
 from launchkit.hardware import Cluster, parse_gpus
 from launchkit.model import ModelSource
@@ -16,7 +15,6 @@ from launchkit.plan import Candidate, Plan
 from launchkit.probe import cluster_from, detect
 from launchkit.request import Request, resolve
 
-Progress = Callable[[int, int, str], None]  # steps done, steps in all, what is being done
 _SOME_DETECTED = re.compile(r"(\d+)[x×*]auto", re.IGNORECASE)
 
 

@@ -9,26 +9,40 @@ import click
 from launchkit.cli.console import Console
 from launchkit.cli.files import DEFAULT_PLAN, check_free, read_plan, show, write
 from launchkit.cli.options import console_options
-from launchkit.errors import UsageError
-from launchkit.export.files import TARGETS, config_files
+from launchkit.export.files import DEFAULT_TARGETS, Target, config_files
 
 
 @click.command(name="config")
 @click.argument("plan_file", metavar="PLAN", type=click.Path(path_type=Path), default=DEFAULT_PLAN)
-@click.option("-t", "--target", "targets", multiple=True, type=click.Choice(TARGETS), help="only this one; repeatable")
+@click.option(
+    "-t",
+    "--target",
+    "targets",
+    multiple=True,
+    type=click.Choice(list(Target)),
+    help="only this one; repeatable [accelerate, deepspeed, axolotl]",
+)
+@click.option("--model", metavar="ID", help="the model that the files name [the plan's]")
+@click.option("--data", metavar="FILE", help="the training data that the files name")
 @click.option("-o", "--output-dir", type=click.Path(path_type=Path), default=Path(), help="write here [.]")
 @click.option("--force", is_flag=True, help="overwrite")
 @click.option("--dry-run", is_flag=True, help="print the files, write none")
 @console_options
 @click.pass_obj
 def command(
-    console: Console, plan_file: Path, targets: tuple[str, ...], output_dir: Path, force: bool, dry_run: bool
+    console: Console,
+    plan_file: Path,
+    targets: tuple[str, ...],
+    model: str | None,
+    data: str | None,
+    output_dir: Path,
+    force: bool,
+    dry_run: bool,
 ) -> None:
     """Write the configuration files of a plan: accelerate YAML, DeepSpeed JSON, Axolotl YAML."""
     plan = read_plan(plan_file)
-    if plan.chosen is None:
-        raise UsageError(f"{plan_file} is a plan in which nothing fits; see launchkit plan MODEL for what would")
-    files = config_files(plan.chosen, plan.cluster, targets=targets or TARGETS)
+    options = {"data": data} if data else {}
+    files = config_files(plan, plan.cluster, targets=targets or DEFAULT_TARGETS, model=model, **options)
     paths = {output_dir / file.name: file.text for file in files}
     if not dry_run:
         check_free(list(paths), force=force)

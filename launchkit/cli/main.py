@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import os
 import sys
@@ -10,14 +11,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import click
+from click.shell_completion import shell_complete
 
 from launchkit import __version__
 from launchkit.cli.console import Console
-from launchkit.errors import LaunchkitError
+from launchkit.errors import LaunchkitError, UsageError
 
 EXIT_FAILURE = 1
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
+COMPLETION_VARIABLE = "_LAUNCHKIT_COMPLETE"  # set by the script that the shell sources
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +61,14 @@ class LazyVerbs(click.Group):
     def list_commands(self, ctx: click.Context) -> list[str]:
         return [verb.name for verb in VERBS]
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        near = difflib.get_close_matches(args[0], self.list_commands(ctx), n=1)
+        if near and args[0] not in self.list_commands(ctx):
+            raise UsageError(f"{args[0]!r} is no verb of launchkit; did you mean launchkit {near[0]}?")
+        return super().resolve_command(ctx, args)
+
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in self.list_commands(ctx):
             return None
@@ -92,8 +103,7 @@ def main(arguments: Sequence[str]) -> int:
     """Runs one command line and returns its exit code; never raises."""
     console = Console()
     try:
-        result = launchkit.main(args=list(arguments), prog_name="launchkit", standalone_mode=False, obj=console)
-        return result if isinstance(result, int) else 0
+        return _run(arguments, console=console)
     except click.exceptions.Exit as stop:
         return stop.exit_code
     except (click.Abort, KeyboardInterrupt):
@@ -103,6 +113,16 @@ def main(arguments: Sequence[str]) -> int:
         return _close_quietly()
     except Exception as error:
         return _failed(error, console=console)
+
+
+def _run(arguments: Sequence[str], *, console: Console) -> int:
+    """What ``click.Group.main`` does, without its own way of handling interrupts, pipes and errors."""
+    instruction = os.environ.get(COMPLETION_VARIABLE)
+    if instruction:
+        return shell_complete(launchkit, {}, "launchkit", COMPLETION_VARIABLE, instruction)
+    with launchkit.make_context("launchkit", list(arguments) or ["--help"], obj=console) as context:
+        result = launchkit.invoke(context)
+    return result if isinstance(result, int) else 0
 
 
 def run() -> None:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from launchkit.api import Progress
+from launchkit.catalog.models import Progress
 from launchkit.cli.console import Console
 
 PATIENCE_SECONDS = 1.0

@@ -12,8 +12,19 @@ from launchkit.errors import UsageError
 from launchkit.request import FLAGS, Request, find_flag
 
 PREFIX = "LAUNCHKIT_"
-# Variables of ours that are no scenario flags.
-OTHER_VARIABLES = frozenset({"LAUNCHKIT_HOME", "LAUNCHKIT_GROUND_TRUTH"})
+# Variables of ours that are no scenario flags; the last line's are set by a launch, for its own processes.
+OTHER_VARIABLES = frozenset(
+    {
+        *("LAUNCHKIT_HOME", "LAUNCHKIT_GROUND_TRUTH", "LAUNCHKIT_VENV"),
+        *(
+            "LAUNCHKIT_RUN_DIR",
+            "LAUNCHKIT_GUARD_PID",
+            "LAUNCHKIT_MEASURE",
+            "LAUNCHKIT_DEVICE",
+            "LAUNCHKIT_CPU_SHARDING",
+        ),
+    }
+)
 
 
 @dataclass(frozen=True, kw_only=True)
