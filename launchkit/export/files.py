@@ -16,7 +16,7 @@ from launchkit.export.axolotl import DEFAULT_DATA, axolotl_config, axolotl_notes
 from launchkit.export.deepspeed import deepspeed_config
 from launchkit.export.layout import DEEPSPEED_FILE, num_nodes, num_processes
 from launchkit.export.trl import trl_config
-from launchkit.hardware import Cluster
+from launchkit.hardware import Backend, Cluster
 from launchkit.plan import Candidate, Plan
 from launchkit.scenario import Method, Trainer
 from launchkit.units import gib
@@ -100,6 +100,8 @@ def _targets(names: tuple[str, ...]) -> frozenset[Target]:
 
 def _accelerate_file(candidate: Candidate, cluster: Cluster) -> ConfigFile:
     run = f"accelerate launch --config_file {ACCELERATE_FILE}"
+    if cluster.gpu.backend is Backend.CPU:
+        run = f"ACCELERATE_USE_CPU=true {run}"  # the launcher passes use_cpu on to a single process only
     if num_nodes(candidate, cluster) > 1:
         run += " --machine_rank <this node, from 0> --main_process_ip <address of node 0>"
     steps = candidate.scenario.batch.gradient_accumulation_steps

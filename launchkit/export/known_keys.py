@@ -1,8 +1,8 @@
 """The keys that each tool's configuration knows, for the lint.
 
 Sources: accelerate 1.15.0 (``ClusterConfig``, the options of ``accelerate launch``), DeepSpeed 0.19.8 (the pydantic
-models of its sections, ``runtime/config.py``), Axolotl 0.19.0 (``AxolotlInputConfig`` with its aliases, the Liger and cut
-cross-entropy plugins, ``FSDPConfig``), transformers 5.23.0 (``OptimizerNames``).
+models of its sections, ``runtime/config.py``), Axolotl 0.19.0 (``AxolotlInputConfig`` with its aliases, the Liger and
+cut cross-entropy plugins, ``FSDPConfig``), transformers 5.23.0 (``OptimizerNames``).
 """
 
 from __future__ import annotations
