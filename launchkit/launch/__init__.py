@@ -1,1 +1,1 @@
-from __future__ import annotations
+"""From a plan's candidate to the command that runs it: pure values, nothing is started here."""

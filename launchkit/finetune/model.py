@@ -1,0 +1,83 @@
+"""Loading a model as its job says: directory, hub id or GGUF file, dtype, attention, 4-bit weights, adapter."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from launchkit.launch.job import FineTuneJob
+from launchkit.scenario import Method
+
+
+def load_tokenizer(job: FineTuneJob) -> Any:
+    """The tokenizer; models without a padding token pad with their end mark, which is never scored."""
+    tokenizer = AutoTokenizer.from_pretrained(job.model_path, **_gguf(job))
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(job: FineTuneJob) -> PreTrainedModel:
+    """The model with its adapter, if any. The training arguments must exist by now: they tell ``from_pretrained`` that
+    ZeRO-3 or FSDP will shard, so that not every process holds a whole copy."""
+    model = AutoModelForCausalLM.from_pretrained(
+        job.model_path,
+        dtype=getattr(torch, job.weights_dtype),
+        attn_implementation=str(job.training.attention),
+        **_gguf(job),
+        **_quantisation(job),
+    )
+    model.config.use_cache = False
+    return model
+
+
+def adapter_config(job: FineTuneJob) -> Any:
+    """PEFT's configuration of the job's adapter; None for full fine-tuning."""
+    if job.lora is None:
+        return None
+    from peft import LoraConfig  # an optional dependency
+
+    targets = job.lora.targets[0] if job.lora.targets == ("all-linear",) else list(job.lora.targets)
+    return LoraConfig(
+        r=job.lora.rank, lora_alpha=job.lora.alpha, lora_dropout=0.0, target_modules=targets, task_type="CAUSAL_LM"
+    )
+
+
+def with_adapter(model: PreTrainedModel, job: FineTuneJob) -> Any:
+    """``model`` wrapped by PEFT, its base frozen; ``model`` itself for full fine-tuning."""
+    config = adapter_config(job)
+    if config is None:
+        return model
+    from peft import get_peft_model  # an optional dependency
+
+    if job.training.checkpointing != "none":
+        model.enable_input_require_grads()  # else nothing before the first adapter asks for gradients
+    # FSDP1 flattens only tensors of one dtype, and 4-bit weights count as their storage's.
+    return get_peft_model(model, config, autocast_adapter_dtype=not _needs_one_dtype(job))
+
+
+def _needs_one_dtype(job: FineTuneJob) -> bool:
+    return job.strategy == "fsdp" or (job.strategy.is_fsdp and job.training.method is Method.QLORA)
+
+
+def _gguf(job: FineTuneJob) -> dict[str, str]:
+    return {"gguf_file": job.gguf_file} if job.gguf_file else {}
+
+
+def _quantisation(job: FineTuneJob) -> dict[str, Any]:
+    """4-bit NormalFloat weights, stored in the compute dtype's width: FSDP cannot flatten or shard integers."""
+    if job.training.method is not Method.QLORA:
+        return {}
+    from transformers import BitsAndBytesConfig  # needs bitsandbytes, an optional dependency
+
+    dtype = getattr(torch, job.weights_dtype)
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_quant_storage=dtype if job.strategy.is_fsdp else torch.uint8,
+    )
+    return {"quantization_config": config}

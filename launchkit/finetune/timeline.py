@@ -1,0 +1,59 @@
+"""Every allocation of torch's CPU allocator, in order, read from its profiler."""
+
+from __future__ import annotations
+
+import bisect
+from itertools import accumulate
+
+from torch._C._profiler import _EventType
+from torch.profiler import ProfilerActivity, profile
+
+
+class AllocationTimeline:
+    """Live bytes of torch's CPU allocator over time, from ``start`` to ``stop``.
+
+    Memory that was allocated before, or by others (files mapped into memory, numpy), is not in it. Timestamps are those
+    of ``time.time_ns()``. Nothing else may profile meanwhile: torch has one profiler.
+    """
+
+    def __init__(self) -> None:
+        self._profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+        self._times_ns: list[int] = []
+        self._live_bytes: list[int] = []
+        self.live_addresses: frozenset[int] = frozenset()
+        self.is_running = False
+
+    def start(self) -> None:
+        self._profile.start()
+        self.is_running = True
+
+    def stop(self) -> None:
+        """Ends the recording and reads it."""
+        self._profile.stop()
+        self.is_running = False
+        events = sorted(self._allocations())
+        self._times_ns = [time_ns for time_ns, _, _ in events]
+        self._live_bytes = list(accumulate(size for _, size, _ in events))
+        live: dict[int, int] = {}
+        for _, size, address in events:
+            live[address] = live.get(address, 0) + size
+        self.live_addresses = frozenset(address for address, size in live.items() if size > 0)
+
+    def peak_bytes(self, begin_ns: int, end_ns: int) -> int:
+        """The most that was live at any moment of the interval."""
+        first = bisect.bisect_left(self._times_ns, begin_ns)
+        last = bisect.bisect_right(self._times_ns, end_ns)
+        at_begin = self._live_bytes[first - 1] if first else 0
+        return max(self._live_bytes[first:last], default=at_begin)
+
+    def _allocations(self) -> list[tuple[int, int, int]]:
+        """Time, signed size and address of every allocation and free on the CPU."""
+        found = []
+        pending = list(self._profile.profiler.kineto_results.experimental_event_tree())
+        while pending:
+            event = pending.pop()
+            pending += event.children
+            tag, fields = event.typed
+            if tag == _EventType.Allocation and fields.device.type == "cpu":
+                found.append((event.start_time_ns, fields.alloc_size, fields.ptr))
+        return found

@@ -1,0 +1,159 @@
+"""The built-in fine-tune's job: everything that its workers need to know, as one JSON file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from launchkit.errors import IllegalScenarioError, PlanFileError
+from launchkit.export.layout import LORA_ALPHA_PER_RANK, autocast_format, clip_norm, lora_target_modules
+from launchkit.hardware import Backend, Cluster
+from launchkit.plan import Candidate
+from launchkit.scenario import Batch, Loss, Method, Precision, StrategyKind, Trainer, Training
+from launchkit.serialize import decode, encode
+
+DEFAULT_LEARNING_RATES: Mapping[Method, float] = {Method.FULL: 2e-5, Method.LORA: 2e-4, Method.QLORA: 2e-4}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """Where the examples are, how often they are seen, and how they fill a sequence.
+
+    ``pad_to_seq_len`` makes every batch as long as the plan assumed, so that a short trial shows the planned peak.
+    ``max_steps`` of 0 means ``num_epochs`` over the data.
+    """
+
+    path: str
+    max_steps: int = 0
+    num_epochs: float = 1.0
+    pad_to_seq_len: bool = False
+    seed: int = 42
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lora:
+    """PEFT's adapter; ``alpha`` scales its update and costs no memory."""
+
+    rank: int
+    alpha: int
+    targets: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FineTuneJob:
+    """One fine-tune as its workers read it. ``weights_dtype`` is what the model is loaded in, ``autocast`` accelerate's
+    ``mixed_precision``; both follow from precision and strategy (``weights_dtype_of``)."""
+
+    model_path: str
+    output_dir: str
+    data: Data
+    training: Training
+    batch: Batch
+    strategy: StrategyKind
+    weights_dtype: str
+    autocast: str
+    max_grad_norm: float
+    learning_rate: float
+    lora: Lora | None = None
+    gguf_file: str = ""
+    deepspeed_file: str = ""
+    on_cpu: bool = False
+    save: bool = True
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def text(self) -> str:
+        """As JSON, the content of ``job.json``."""
+        return json.dumps(encode(self), indent=2) + "\n"
+
+    @classmethod
+    def from_text(cls, text: str, *, name: str) -> FineTuneJob:
+        """Reads ``job.json`` back."""
+        try:
+            job = decode(cls, json.loads(text), path="")
+        except ValueError as error:
+            raise PlanFileError(f"{name} is not a job file ({error}); launch again to write one") from error
+        assert isinstance(job, FineTuneJob)
+        return job
+
+
+def fine_tune_job(
+    candidate: Candidate, cluster: Cluster, *, model_path: str, output_dir: str, data: Data, deepspeed_file: str
+) -> FineTuneJob:
+    """The job that trains ``candidate`` exactly as it was planned."""
+    _check_trainable(candidate)
+    training = candidate.scenario.training
+    directory, gguf_file = split_gguf(model_path)
+    return FineTuneJob(
+        model_path=directory,
+        gguf_file=gguf_file,
+        output_dir=output_dir,
+        data=data,
+        training=training,
+        batch=candidate.scenario.batch,
+        strategy=candidate.scenario.strategy.kind,
+        weights_dtype=weights_dtype_of(candidate),
+        autocast=autocast_format(candidate.scenario),
+        max_grad_norm=clip_norm(candidate),
+        learning_rate=DEFAULT_LEARNING_RATES[training.method],
+        lora=None if training.method is Method.FULL else _lora(candidate),
+        deepspeed_file=deepspeed_file,
+        on_cpu=cluster.gpu.backend is Backend.CPU,
+        notes=_notes(candidate),
+    )
+
+
+def weights_dtype_of(candidate: Candidate) -> str:
+    """The dtype that the weights are loaded in.
+
+    Mixed precision means fp32 weights under autocast and in FSDP's shards; DeepSpeed's engine holds 16-bit weights and
+    makes its own fp32 master. Next to 4-bit weights the few others stay in the compute dtype.
+    """
+    training, kind = candidate.scenario.training, candidate.scenario.strategy.kind
+    if training.precision is Precision.FP32:
+        return "float32"
+    if training.precision in (Precision.BF16_PARAMS, Precision.BF16_PURE):
+        return "bfloat16"
+    sixteen_bits = "float16" if training.precision is Precision.FP16 else "bfloat16"
+    return sixteen_bits if kind.zero_stage or training.method is Method.QLORA else "float32"
+
+
+def split_gguf(model_path: str) -> tuple[str, str]:
+    """``/models/a.gguf`` as directory and file name, as transformers wants them; anything else unchanged."""
+    if not model_path.lower().endswith(".gguf"):
+        return model_path, ""
+    directory, _, name = model_path.rpartition("/")
+    return directory or ".", name
+
+
+def _lora(candidate: Candidate) -> Lora:
+    rank = candidate.scenario.training.lora_rank
+    return Lora(rank=rank, alpha=LORA_ALPHA_PER_RANK * rank, targets=lora_target_modules(candidate))
+
+
+def _check_trainable(candidate: Candidate) -> None:
+    """What the built-in fine-tune does not do, it refuses before anything starts."""
+    training = candidate.scenario.training
+    if candidate.model.task != "causal-lm":
+        raise IllegalScenarioError(
+            f"the built-in fine-tune trains causal language models, not {candidate.model.task}; "
+            "launch a script of your own: launchkit launch train.py"
+        )
+    if training.trainer is Trainer.AXOLOTL:
+        raise IllegalScenarioError(
+            "the plan is for axolotl, which the built-in fine-tune is not; use launchkit config --target axolotl, "
+            "or plan with --trainer hf"
+        )
+    if training.loss is Loss.CCE or training.precision is Precision.FP8:
+        name = "cut cross-entropy" if training.loss is Loss.CCE else "fp8"
+        raise IllegalScenarioError(
+            f"the built-in fine-tune has no {name}; plan with --loss chunked or --precision bf16"
+        )
+
+
+def _notes(candidate: Candidate) -> tuple[str, ...]:
+    training = candidate.scenario.training
+    if training.trainer is Trainer.TRL and training.loss is Loss.PLAIN:
+        return ("TRL computes its loss in chunks; the plan assumed whole logits, so that less memory will be measured",)
+    return ()

@@ -1,0 +1,196 @@
+"""What a run left behind: per rank what was measured, beside what the plan predicted."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from launchkit.plan import Candidate
+from launchkit.scenario import StrategyKind
+from launchkit.serialize import decode, encode
+from launchkit.units import duration, gib
+
+SCHEMA_VERSION = 1
+
+
+class Metric(StrEnum):
+    """What a measured peak counts. Only a metric with a predicted counterpart is compared."""
+
+    CUDA_ALLOCATED = "cuda-allocated"  # torch.cuda.max_memory_allocated
+    CPU_ALLOCATOR = "cpu-allocator"  # every allocation of torch's CPU allocator, from its profiler
+    RSS = "rss"  # resident set of the process: interpreter and libraries included
+
+
+_METRIC_TEXT: Mapping[Metric, str] = {
+    Metric.CUDA_ALLOCATED: "allocated on the GPU",
+    Metric.CPU_ALLOCATOR: "allocated by torch",
+    Metric.RSS: "resident set",
+}
+
+# The class that a strategy's wrapper must have among its bases, by which a rank proves that the strategy is live.
+WRAPPERS: Mapping[StrategyKind, str] = {
+    StrategyKind.DDP: "DistributedDataParallel",
+    StrategyKind.FSDP: "FullyShardedDataParallel",
+    StrategyKind.FSDP2: "FSDPModule",
+    StrategyKind.HSDP: "FSDPModule",
+    StrategyKind.ZERO1: "DeepSpeedEngine",
+    StrategyKind.ZERO2: "DeepSpeedEngine",
+    StrategyKind.ZERO3: "DeepSpeedEngine",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Proof:
+    """What one rank saw of its strategy in a running step: wrapper classes, world size, sizes and dtypes held here."""
+
+    wrappers: tuple[str, ...] = ()
+    world_size: int = 1
+    backend: str = ""
+    zero_stage: int = 0
+    num_parameters: int = 0
+    num_local_parameters: int = 0
+    num_optimizer_parameters: int = 0
+    parameter_dtypes: Mapping[str, int] = field(default_factory=dict)
+    optimizer_state_dtypes: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankRecord:
+    """One rank's measurements. Peaks are 0 where the metric does not exist or the run was too short for a second step.
+
+    ``tokens_per_step`` is 0 for a script of the user's own, whose batches nobody knows.
+    """
+
+    rank: int
+    device: str
+    metric: Metric
+    first_peak_bytes: int = 0
+    steady_peak_bytes: int = 0
+    reserved_peak_bytes: int = 0
+    device_used_bytes: int = 0
+    max_rss_bytes: int = 0
+    num_steps: int = 0
+    step_seconds: tuple[float, ...] = ()
+    tokens_per_step: int = 0
+    longest_tokens: int = 0
+    proof: Proof | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def peak_bytes(self) -> int:
+        """The steady peak, or the first step's when there was no second one."""
+        return self.steady_peak_bytes or self.first_peak_bytes
+
+    @property
+    def steady_step_seconds(self) -> float:
+        """The median step after the first; 0 when unknown."""
+        later = sorted(self.step_seconds[1:] or self.step_seconds)
+        return later[len(later) // 2] if later else 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens_per_step / self.steady_step_seconds if self.steady_step_seconds else 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRecord:
+    """One run: how it was started, how it ended, what was predicted and what was measured. The content of result.json."""
+
+    run_dir: str
+    command: tuple[str, ...]
+    engine: str
+    strategy: str
+    exit_code: int
+    seconds: float
+    predicted: Mapping[str, int | float]
+    ranks: tuple[RankRecord, ...] = ()
+    strategy_is_live: bool | None = None  # None: no rank could tell
+    failure: str = ""
+    log: str = ""
+    notes: tuple[str, ...] = ()
+    dry_run: bool = False
+
+    @property
+    def document(self) -> dict[str, Any]:
+        """As JSON values, with its schema version."""
+        return {"schema_version": SCHEMA_VERSION, **encode(self)}
+
+
+def predicted_values(candidate: Candidate) -> dict[str, int | float]:
+    """The numbers of a candidate that a run can be held against. Memory is the largest rank's."""
+    estimate, step = candidate.estimate, candidate.step
+    return {
+        "allocated_peak_bytes": estimate.allocated_peak_bytes,
+        "reserved_peak_bytes": estimate.reserved_peak_bytes,
+        "device_peak_bytes": estimate.device_peak_bytes,
+        "device_peak_low_bytes": estimate.device_peak_low_bytes,
+        "device_peak_high_bytes": estimate.device_peak_high_bytes,
+        "step_seconds": step.seconds,
+        "tokens_per_second_per_gpu": step.tokens_per_second_per_gpu,
+    }
+
+
+def rank_record(document: Mapping[str, Any]) -> RankRecord:
+    """Reads the content of ``rank<k>.json``."""
+    record = decode(RankRecord, document, path="")
+    assert isinstance(record, RankRecord)
+    return record
+
+
+def strategy_is_live(kind: StrategyKind, ranks: Sequence[RankRecord], *, world_size: int) -> bool | None:
+    """Whether every rank saw the wrapper and the world that the strategy means; None when no rank left a proof."""
+    proofs = [rank.proof for rank in ranks if rank.proof is not None]
+    if not proofs:
+        return None
+    return all(_is_proven(kind, proof, world_size=world_size) for proof in proofs)
+
+
+def _is_proven(kind: StrategyKind, proof: Proof, *, world_size: int) -> bool:
+    if kind is StrategyKind.SINGLE:
+        return proof.world_size == 1
+    is_wrapped = any(WRAPPERS[kind] in wrapper for wrapper in proof.wrappers)
+    return is_wrapped and proof.world_size == world_size and proof.zero_stage == kind.zero_stage
+
+
+def comparison_text(record: RunRecord) -> str:
+    """Predicted beside measured, a few lines: memory of the largest rank, speed, whether the strategy was live."""
+    lines = [line for line in (_memory_line(record), _speed_line(record), _live_line(record)) if line]
+    return "\n".join([*lines, *(f"note: {note}" for note in record.notes)])
+
+
+def _memory_line(record: RunRecord) -> str:
+    if not record.ranks:
+        return "memory: no rank left a measurement"
+    largest = max(record.ranks, key=lambda rank: rank.peak_bytes)
+    when = "steady step" if largest.steady_peak_bytes else "first step"
+    measured = f"memory: measured {gib(largest.peak_bytes, digits=2)} {_METRIC_TEXT[largest.metric]}"
+    measured += f" (largest rank {largest.rank}, {when})"
+    predicted = record.predicted.get("allocated_peak_bytes", 0)
+    if largest.metric is Metric.RSS or not predicted or not largest.peak_bytes:
+        return measured
+    error = predicted / largest.peak_bytes - 1
+    return f"{measured} · predicted {gib(predicted, digits=2)} ({error:+.1%})"
+
+
+def _speed_line(record: RunRecord) -> str:
+    timed = [rank for rank in record.ranks if rank.steady_step_seconds]
+    if not timed:
+        return ""
+    slowest = max(timed, key=lambda rank: rank.steady_step_seconds)
+    line = f"speed: measured {duration(slowest.steady_step_seconds)} per step"
+    if slowest.tokens_per_second:
+        line += f", {slowest.tokens_per_second:,.0f} tokens/s per process"
+    predicted = record.predicted.get("step_seconds", 0.0)
+    return f"{line} · predicted {duration(predicted)}" if predicted else line
+
+
+def _live_line(record: RunRecord) -> str:
+    if record.strategy_is_live is None:
+        return ""
+    if not record.strategy_is_live:
+        return f"strategy: {record.strategy} was NOT in force on every rank; see rank<k>.json, field proof"
+    proof = next(rank.proof for rank in record.ranks if rank.proof is not None)
+    wrapper = f" ({proof.wrappers[0]})" if proof.wrappers else ""
+    return f"strategy: {record.strategy} in force on {len(record.ranks)} of {proof.world_size} processes{wrapper}"
