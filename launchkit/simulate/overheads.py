@@ -54,7 +54,7 @@ class Observation(NamedTuple):
 
 # By major.minor compute capability, else by major alone. "OOM message" is torch's own: memory in use by the process
 # less allocated less reserved-but-unallocated, of a single-GPU process. Lazy module loading (CUDA 11.7, torch 1.13)
-# keeps the context small and lets it grow with the kernels in use; the upper ends are those of processes that load many.
+# keeps the context small and lets it grow with the kernels in use: the upper ends are of processes that load many.
 CONTEXTS: Mapping[tuple[int, ...], Observation] = {
     (6,): Observation(200, 250, 450, "OOM message on a P100 (0.24 GiB); spread as for 8.6"),
     (7, 0): Observation(300, 450, 1343, "typical as pytorch#109888 (400 MB); high: Hugging Face's V100, eager loading"),
