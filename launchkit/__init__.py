@@ -14,10 +14,9 @@
 
 from __future__ import annotations
 
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING
-
-# First, so that no later import of this submodule takes the place of the function ``plan`` below.
-import launchkit.plan  # noqa: F401
 
 if TYPE_CHECKING:
     from launchkit.plan import Candidate, Plan
@@ -26,7 +25,18 @@ __version__ = "0.1.0"
 __all__ = ["__version__", "estimate", "plan"]
 
 
-def plan(model: str, *, trust_remote_code: bool = False, **flags: str | int | bool | None) -> Plan:  # type: ignore[no-redef]
+class _Package(ModuleType):
+    """This package. Importing its submodule ``launchkit.plan`` must not hide the function of the same name."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name != "plan" or not isinstance(value, ModuleType):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
+
+
+def plan(model: str, *, trust_remote_code: bool = False, **flags: str | int | bool | None) -> Plan:
     """The best way to fine-tune ``model`` (hub id, directory or ``config.json``) under what ``flags`` ask for."""
     from launchkit import api  # lazy: importing launchkit costs next to nothing
 

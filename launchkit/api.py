@@ -18,19 +18,14 @@ from launchkit.request import Request, resolve
 _SOME_DETECTED = re.compile(r"(\d+)[x×*]auto", re.IGNORECASE)
 
 
-def plan(
-    model: str, *, trust_remote_code: bool = False, progress: Progress | None = None, **flags: str | int | bool | None
-) -> Plan:
+def plan(model: str, *, trust_remote_code: bool = False, **flags: str | int | bool | None) -> Plan:
     """The best way to fine-tune ``model``; ``flags`` are the command line's (``gpus="4x4090", seq_len=4096``)."""
-    return plan_request(model, Request.from_flags(flags), trust_remote_code=trust_remote_code, progress=progress)
+    return plan_request(model, Request.from_flags(flags), trust_remote_code=trust_remote_code)
 
 
-def estimate(
-    model: str, *, trust_remote_code: bool = False, progress: Progress | None = None, **flags: str | int | bool | None
-) -> Candidate:
+def estimate(model: str, *, trust_remote_code: bool = False, **flags: str | int | bool | None) -> Candidate:
     """Memory and speed of exactly one scenario; a flag that is not given has its default."""
-    request = Request.from_flags(flags)
-    return estimate_request(model, request, trust_remote_code=trust_remote_code, progress=progress)[0]
+    return estimate_request(model, Request.from_flags(flags), trust_remote_code=trust_remote_code)[0]
 
 
 def plan_request(

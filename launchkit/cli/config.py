@@ -9,6 +9,7 @@ import click
 from launchkit.cli.console import Console
 from launchkit.cli.files import DEFAULT_PLAN, check_free, read_plan, show, write
 from launchkit.cli.options import console_options
+from launchkit.export.axolotl import DEFAULT_DATA
 from launchkit.export.files import DEFAULT_TARGETS, Target, config_files
 
 
@@ -31,6 +32,7 @@ from launchkit.export.files import DEFAULT_TARGETS, Target, config_files
 @click.pass_obj
 def command(
     console: Console,
+    /,
     plan_file: Path,
     targets: tuple[str, ...],
     model: str | None,
@@ -41,8 +43,7 @@ def command(
 ) -> None:
     """Write the configuration files of a plan: accelerate YAML, DeepSpeed JSON, Axolotl YAML."""
     plan = read_plan(plan_file)
-    options = {"data": data} if data else {}
-    files = config_files(plan, plan.cluster, targets=targets or DEFAULT_TARGETS, model=model, **options)
+    files = config_files(plan, plan.cluster, targets=targets or DEFAULT_TARGETS, model=model, data=data or DEFAULT_DATA)
     paths = {output_dir / file.name: file.text for file in files}
     if not dry_run:
         check_free(list(paths), force=force)

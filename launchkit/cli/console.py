@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import TextIO
 
 from launchkit.report.text import Canvas
-from launchkit.serialize import SCHEMA_VERSION, document_text
 
 PIPE_COLUMNS = 100
 MAXIMUM_COLUMNS = 140  # wider lines are harder to read, not easier
@@ -49,6 +48,8 @@ class Console:
     def document(self, document: Mapping[str, object]) -> None:
         """The one JSON document of a command, if it was asked for."""
         if self.json:
+            from launchkit.serialize import SCHEMA_VERSION, document_text  # lazy: --help needs none of the nouns
+
             sys.stdout.write(document_text({"schema_version": SCHEMA_VERSION, **document}))
             sys.stdout.flush()
 

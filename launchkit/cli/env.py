@@ -34,7 +34,7 @@ SECRET_WORDS = ("TOKEN", "KEY", "SECRET", "PASSWORD")
 @click.command(name="env")
 @console_options
 @click.pass_obj
-def command(console: Console) -> None:
+def command(console: Console, /) -> None:
     """Versions, hardware and settings: a block to paste into a bug report. Tokens are never printed."""
     versions = {name: _version(name) for name in PACKAGES}
     variables = relevant_variables(os.environ)

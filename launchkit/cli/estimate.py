@@ -22,7 +22,7 @@ from launchkit.serialize import candidate_document
 @scenario_options()
 @console_options
 @click.pass_obj
-def command(console: Console, model: str, check: bool, trust_remote_code: bool, **typed: Any) -> int:
+def command(console: Console, /, model: str, check: bool, trust_remote_code: bool, **typed: Any) -> int:
     """Memory and speed of exactly this scenario for MODEL (hub id, directory or config.json), without a search."""
     request = read_request(typed, console=console)
     with progress_bar(console) as progress:

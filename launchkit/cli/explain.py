@@ -13,7 +13,7 @@ from launchkit.report.explain import TERMS, find_term, render_term, render_terms
 @click.argument("words", metavar="[TERM]", nargs=-1)
 @console_options
 @click.pass_obj
-def command(console: Console, words: tuple[str, ...]) -> None:
+def command(console: Console, /, words: tuple[str, ...]) -> None:
     """Where a number comes from, what it counts and what it leaves out; without TERM, the list of terms."""
     if not words:
         console.text(render_terms(canvas=console.canvas()))

@@ -14,7 +14,7 @@ from launchkit.report.gpus import gpus_document, render_gpus
 @click.command(name="gpus")
 @console_options
 @click.pass_obj
-def command(console: Console) -> None:
+def command(console: Console, /) -> None:
     """The hardware found here, and the table of GPUs that --gpus knows."""
     detection, table = detect(), hardware_table()
     console.text(render_gpus(detection, table, width=console.canvas().width))

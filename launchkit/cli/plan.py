@@ -30,6 +30,7 @@ from launchkit.serialize import plan_document
 @click.pass_obj
 def command(
     console: Console,
+    /,
     model: str,
     check: bool,
     output: Path | None,

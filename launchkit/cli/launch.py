@@ -1,0 +1,104 @@
+"""``launchkit launch [SCRIPT]``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import click
+
+from launchkit.cli.console import Console
+from launchkit.cli.files import DEFAULT_PLAN, read_plan, show
+from launchkit.cli.options import console_options
+from launchkit.launch.command import Engine
+from launchkit.launch.record import RunRecord, comparison_text
+from launchkit.plan import Plan
+from launchkit.process.run import RunOptions, launch_run, prepare_run
+
+
+@click.command(
+    name="launch",
+    context_settings={"allow_interspersed_args": False},
+    epilog="Exits with the child's code, 128 + its signal, or 130 after Ctrl-C once every process is gone.",
+)
+@click.argument("script", required=False)
+@click.argument("script_args", metavar="[ARGS]...", nargs=-1, type=click.UNPROCESSED)
+@click.option("--plan", "plan_file", type=click.Path(path_type=Path), default=DEFAULT_PLAN, help=f"[{DEFAULT_PLAN}]")
+@click.option("--data", metavar="FILE", help="JSON lines for the built-in fine-tune [the plan's --data]")
+@click.option("--model-path", metavar="PATH", help="weights for the built-in fine-tune [the plan's model]")
+@click.option("--max-steps", type=click.IntRange(min=1), help="stop after so many optimizer steps [whole epochs]")
+@click.option("--num-epochs", type=click.FloatRange(min=0, min_open=True), default=1.0, help="times over the data [1]")
+@click.option("--run-dir", metavar="DIR", help="where the run leaves its files [runs/<time>-<strategy>]")
+@click.option("--engine", type=click.Choice(list(Engine)), help="what starts the processes [by the strategy]")
+@click.option("--node-rank", type=click.IntRange(min=0), default=0, help="which node this is [0]")
+@click.option("--master-addr", default="127.0.0.1", metavar="HOST", help="address of node 0")
+@click.option("--master-port", type=click.IntRange(1, 65535), help="port on node 0, the same on every node")
+@click.option("--hostfile", default="", metavar="FILE", help="DeepSpeed's list of hosts")
+@click.option("--dry-run", is_flag=True, help="print the command, the environment and the files; start nothing")
+@console_options
+@click.pass_obj
+def command(
+    console: Console,
+    /,
+    script: str | None,
+    script_args: tuple[str, ...],
+    plan_file: Path,
+    dry_run: bool,
+    max_steps: int | None,
+    **options: Any,
+) -> int:
+    """Run SCRIPT with its ARGS as planned, unchanged; without SCRIPT, the built-in fine-tune on --data."""
+    plan = read_plan(plan_file)
+    if script is None and options["data"] is None:
+        options["data"] = plan.request.get("data")
+    wanted = RunOptions(
+        script=script,
+        script_args=script_args,
+        max_steps=max_steps or 0,
+        dry_run=dry_run,
+        stream=live_stream(console),
+        **options,
+    )
+    return _preview(plan, wanted, console=console) if dry_run else _carry_out(plan, wanted, console=console)
+
+
+def live_stream(console: Console) -> BinaryIO | None:
+    """Where rank 0's output goes while it runs."""
+    if console.quiet:
+        return None
+    return sys.stderr.buffer if console.json else sys.stdout.buffer
+
+
+def report_run(record: RunRecord, *, console: Console) -> None:
+    """How a run ended, and what was measured beside what was predicted."""
+    if record.exit_code:
+        console.note(f"launchkit: the run failed with exit code {record.exit_code}: {record.failure}")
+        if record.log:
+            console.note(f"log: {record.log}")
+    console.text(f"{comparison_text(record)}\nrun: {record.run_dir}\n")
+
+
+def _preview(plan: Plan, options: RunOptions, *, console: Console) -> int:
+    prepared = prepare_run(plan, options=options)
+    console.text(f"{prepared.command.text}\n\n")
+    for file in prepared.command.files:
+        show(prepared.run_dir / file.name, file.text, console=console)
+    console.document(
+        {
+            "argv": list(prepared.command.argv),
+            "environment": dict(prepared.command.environment),
+            "run_dir": str(prepared.run_dir),
+            "files": [
+                {"path": str(prepared.run_dir / file.name), "text": file.text} for file in prepared.command.files
+            ],
+        }
+    )
+    return 0
+
+
+def _carry_out(plan: Plan, options: RunOptions, *, console: Console) -> int:
+    record = launch_run(plan, options=options)
+    report_run(record, console=console)
+    console.document(record.document)
+    return record.exit_code
