@@ -1,0 +1,371 @@
+"""From the logs of one step at several points to a ``StepProgram`` of the whole model.
+
+The logs must tell the same story at every point: the same allocations, frees and kernels in the same order.
+Layers that were cut away get the section of a traced layer between the same neighbours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from launchkit.errors import TraceError
+from launchkit.program import (
+    Alloc,
+    Anchor,
+    Event,
+    Free,
+    Kernel,
+    Owner,
+    Parameter,
+    ParameterGroup,
+    Persistent,
+    Phase,
+    Point,
+    Section,
+    Size,
+    Stage,
+    StepProgram,
+    TensorRef,
+)
+from launchkit.trace.build import Stack
+from launchkit.trace.fit import Fitter
+from launchkit.trace.recorder import AllocRecord, Log, Place
+
+
+@dataclass(frozen=True, kw_only=True)
+class TracedModel:
+    """What assembling needs to know of the model: its stacks, and each parameter's group.
+
+    ``owners`` maps a parameter's name to its group and its index there; ``group_of_layer`` maps a stack's path to the
+    group of each of its full-depth layers.
+    """
+
+    stacks: tuple[Stack, ...]
+    groups: Mapping[str, ParameterGroup]
+    owners: Mapping[str, tuple[str, int]]
+    parameter_names: tuple[str, ...]
+    group_of_layer: Mapping[str, tuple[str, ...]]
+    buffer_bytes: tuple[int, ...]
+    vocab_size: int
+
+
+@dataclass
+class _Tensor:
+    """A storage's life: where it was born, its slot there, its size, and what it is for."""
+
+    place: Place
+    slot: int
+    size: Size
+    op: str
+    last_dim: int
+    gradient_of: str | None
+    freed_in: Place | None = None
+
+
+@dataclass
+class _Story:
+    """The step at all points at once: tensors by number, and the events of each place in order."""
+
+    tensors: dict[int, _Tensor] = field(default_factory=dict)
+    events: dict[Place, list[tuple[bool, int]]] = field(default_factory=dict)  # (is_alloc, tensor number)
+    order: list[str] = field(default_factory=list)
+
+
+def assemble(model: TracedModel, logs: Sequence[Log], points: Sequence[Point]) -> StepProgram:
+    """The program that explains ``logs``, seen at ``points`` (the last one is held back for checking)."""
+    fitter = Fitter(points)
+    story = _read(logs, fitter)
+    kernels = _read_kernels(logs, fitter)
+    builder = _Builder(model, story, kernels, logs[0].uses, logs[0].gradients)
+    inputs = tuple(
+        Persistent(fitter.fit([log.inputs[i] for log in logs], what="an input"), Owner.INPUTS)
+        for i in range(len(logs[0].inputs))
+    )
+    buffers = tuple(Persistent(Size.constant(size), Owner.WEIGHTS) for size in model.buffer_bytes if size)
+    counts: dict[str, int] = {name: 0 for name in model.groups}
+    counts["root"] = 1
+    for groups in model.group_of_layer.values():
+        for name in groups:
+            counts[name] += 1
+    stages = builder.stages()
+    return StepProgram(
+        stages=stages,
+        sections=tuple(builder.sections),
+        groups=model.groups,
+        group_counts=counts,
+        persistent=inputs + buffers,
+        minimum_micro_batch=min(point.micro_batch for point in points),
+    )
+
+
+def _read(logs: Sequence[Log], fitter: Fitter) -> _Story:
+    stories = [_Numbered.of(log) for log in logs]
+    first = stories[0]
+    for other in stories[1:]:
+        if other.events != first.events:
+            stage = next((a[1].stage for a, b in zip(first.events, other.events, strict=False) if a != b), "its end")
+            raise TraceError(f"the step differs between batch sizes or lengths in {stage}")
+    story = _Story()
+    for is_alloc, place, number in first.events:
+        if place.stage not in story.order:
+            story.order.append(place.stage)
+        events = story.events.setdefault(place, [])
+        if is_alloc:
+            record = first.records[number]
+            story.tensors[number] = _Tensor(
+                place=place,
+                slot=sum(1 for born, _ in events if born),
+                size=fitter.fit(
+                    [s.records[number].num_bytes for s in stories], what=f"the output of {record.op} in {place.stage}"
+                ),
+                op=record.op,
+                last_dim=record.last_dim,
+                gradient_of=logs[0].gradients.get(record.storage),
+            )
+        else:
+            story.tensors[number].freed_in = place
+        events.append((is_alloc, number))
+    return story
+
+
+@dataclass
+class _Numbered:
+    """One log with its storages numbered in order of birth, so that logs can be compared.
+
+    Deaths with no birth between are put in that order too: autocast's cache, for one, lets go of its weights in the
+    order of a hash table. What was there before the step (a cache renewed in it, say) is left out.
+    """
+
+    events: list[tuple[bool, Place, int]]
+    records: list[AllocRecord]
+
+    @classmethod
+    def of(cls, log: Log) -> _Numbered:
+        events: list[tuple[bool, Place, int]] = []
+        records: list[AllocRecord] = []
+        numbers: dict[int, int] = {}
+        deaths: list[tuple[Place, int]] = []
+
+        def flush() -> None:
+            events.extend((False, place, number) for place, number in sorted(deaths, key=lambda d: d[1]))
+            deaths.clear()
+
+        for record in log.memory:
+            if isinstance(record, AllocRecord):
+                flush()
+                numbers[record.storage] = len(records)
+                events.append((True, record.place, len(records)))
+                records.append(record)
+                continue
+            if deaths and deaths[-1][0] != record.place:
+                flush()
+            if record.storage in numbers:
+                deaths.append((record.place, numbers[record.storage]))
+        flush()
+        return cls(events, records)
+
+
+def _read_kernels(logs: Sequence[Log], fitter: Fitter) -> dict[Place, tuple[Kernel, ...]]:
+    counted: dict[Place, dict[tuple[Size, Size, bool], int]] = {}
+    for records in zip(*(log.kernels for log in logs), strict=True):
+        first = records[0]
+        if any(r.op != first.op or r.place != first.place for r in records):
+            raise TraceError(f"the kernels differ between batch sizes or lengths in {first.place.stage}")
+        flops = fitter.fit([r.flops for r in records], what=f"the FLOPs of {first.op}")
+        moved = fitter.fit([r.num_bytes for r in records], what=f"the traffic of {first.op}")
+        key = (flops, moved, bool(flops.terms))
+        place = counted.setdefault(first.place, {})
+        place[key] = place.get(key, 0) + 1
+    return {
+        place: tuple(Kernel(count, flops, moved, cores) for (flops, moved, cores), count in kernels.items())
+        for place, kernels in counted.items()
+    }
+
+
+class _Builder:
+    """Turns the story into sections and stages."""
+
+    def __init__(
+        self,
+        model: TracedModel,
+        story: _Story,
+        kernels: Mapping[Place, tuple[Kernel, ...]],
+        uses: Mapping[Place, set[int]],
+        gradients: Mapping[int, str],
+    ) -> None:
+        self.model = model
+        self.story = story
+        self.kernels = kernels
+        self.uses = uses
+        self.stacks = {stack.path: stack for stack in model.stacks}
+        self.last_stage = next(name for name in reversed(story.order) if name != "end")
+        self.sections: list[Section] = []
+        self._numbers: dict[Section, int] = {}
+
+    def stages(self) -> tuple[Stage, ...]:
+        return tuple(self._stage(name) for name in self.story.order if name != "end")
+
+    def _stage(self, name: str) -> Stage:
+        direction, _, path = name.partition(".")
+        stack = self.stacks.get(path)
+        if stack is None:
+            last_forward = max((s for s in self.story.order if s.startswith("forward.")), key=self.story.order.index)
+            phase = Phase.BACKWARD if direction == "backward" else Phase.LOSS if name == last_forward else Phase.FORWARD
+            return Stage(name=name, phase=phase, layers=(self._number(self._section(name, 0, "root")),))
+        groups = self.model.group_of_layer[path]
+        traced = [self._section(name, j, groups[layer]) for j, layer in enumerate(stack.kept)]
+        layers = tuple(self._number(traced[j]) for j in stand_ins(stack))
+        self._check_stand_ins(name, stack, traced)
+        return Stage(name=name, phase=Phase(direction), layers=layers, stack=path, reverse=direction == "backward")
+
+    def _check_stand_ins(self, name: str, stack: Stack, traced: Sequence[Section]) -> None:
+        """Two traced layers between equal neighbours must have come out equal, or depth cannot be left out."""
+        if len(stack.kinds) == len(stack.kept):
+            return
+        seen: dict[tuple[str, ...], int] = {}
+        for j in range(1, len(stack.kept) - 1):
+            if not (stack.kept[j - 1] + 1 == stack.kept[j] == stack.kept[j + 1] - 1):
+                continue
+            triple = tuple(stack.kinds[stack.kept[j] + d] for d in (-1, 0, 1))
+            twin = seen.setdefault(triple, j)
+            if traced[twin] != traced[j]:
+                raise TraceError(f"layers {stack.kept[twin]} and {stack.kept[j]} of {name} are alike but differ in a step")
+
+    def _number(self, section: Section) -> int:
+        number = self._numbers.get(section)
+        if number is None:
+            number = self._numbers[section] = len(self.sections)
+            self.sections.append(section)
+        return number
+
+    def _section(self, name: str, layer: int, group: str) -> Section:
+        place = Place(name, layer)
+        events: list[Event] = []
+        for is_alloc, number in self.story.events.get(place, ()):
+            tensor = self.story.tensors[number]
+            if not tensor.size.terms:
+                continue
+            if is_alloc:
+                events.append(Alloc(tensor.slot, tensor.size, self._owner(tensor), self._gradient_index(tensor, group)))
+            elif tensor.gradient_of is None:
+                events.extend(Free(ref, tensor.size) for ref in self._refs(tensor, place))
+        if name == self.last_stage:
+            events.extend(self._leftovers(place))
+        names = self.model.parameter_names
+        used = sorted(
+            index
+            for owner, index in (self.model.owners[names[i]] for i in self.uses.get(place, ()))
+            if owner == group
+        )
+        return Section(
+            events=tuple(events), group=group, uses=tuple(used), kernels=self.kernels.get(place, ())
+        )
+
+    def _leftovers(self, place: Place) -> list[Event]:
+        """What only the garbage collector frees goes with the end of the backward pass."""
+        return [
+            Free(ref, tensor.size)
+            for is_alloc, number in self.story.events.get(Place("end", 0), ())
+            if not is_alloc
+            for tensor in (self.story.tensors[number],)
+            if tensor.gradient_of is None and tensor.size.terms and tensor.place.stage != "end"
+            for ref in self._refs(tensor, place)
+        ]
+
+    def _gradient_index(self, tensor: _Tensor, group: str) -> int:
+        if tensor.gradient_of is None:
+            return -1
+        owner, index = self.model.owners[tensor.gradient_of]
+        return index if owner == group else -1
+
+    def _owner(self, tensor: _Tensor) -> Owner:
+        if tensor.gradient_of is not None:
+            return Owner.GRADIENTS
+        backward = tensor.place.stage.startswith("backward")
+        single = tensor.place.stage.partition(".")[2] not in self.stacks
+        if single and self.model.vocab_size and tensor.last_dim == self.model.vocab_size:
+            return Owner.LOGITS
+        if backward or tensor.freed_in == tensor.place:
+            return Owner.TEMPORARIES
+        return Owner.ACTIVATIONS
+
+    def _refs(self, tensor: _Tensor, freed: Place) -> list[TensorRef]:
+        """What one death in the trace stands for: itself, or that of the same tensor in every layer like its own.
+
+        Autocast's copies of the weights of all layers, for one, die together when the forward pass leaves it.
+        """
+        born = tensor.place
+        stack = self.stacks.get(born.stage.partition(".")[2])
+        if stack is None or freed.stage.partition(".")[2] == stack.path or len(stack.kinds) == len(stack.kept):
+            return [self._ref(born, tensor.slot, freed)]
+        substitutes = stand_ins(stack)
+        stood_for = [layer for layer, j in enumerate(substitutes) if j == born.layer]
+        twin = self._twin(stack, born, tensor.slot, freed)
+        if twin is not None and twin != born.layer:
+            return []  # spoken for by the layer that stands in for this one
+        if twin is None or len(stood_for) == 1:
+            return [self._ref(born, tensor.slot, freed)]
+        return [TensorRef(born.stage, Anchor.FIRST, layer, tensor.slot) for layer in stood_for]
+
+    def _twin(self, stack: Stack, born: Place, slot: int, freed: Place) -> int | None:
+        """The first traced layer of the same surroundings, if the same slot of all of them dies in ``freed``."""
+        kept, kinds = stack.kept, stack.kinds
+
+        def surroundings(j: int) -> tuple[str, ...] | None:
+            inner = 0 < j < len(kept) - 1 and kept[j - 1] + 1 == kept[j] == kept[j + 1] - 1
+            return tuple(kinds[kept[j] + d] for d in (-1, 0, 1)) if inner else None
+
+        mine = surroundings(born.layer)
+        if mine is None:
+            return born.layer
+        alike = [j for j in range(len(kept)) if surroundings(j) == mine]
+        dying = {
+            tensor.place.layer
+            for is_alloc, number in (*self.story.events.get(freed, ()), *self.story.events.get(Place("end", 0), ()))
+            if not is_alloc
+            for tensor in (self.story.tensors[number],)
+            if tensor.place.stage == born.stage and tensor.slot == slot
+        }
+        return alike[0] if dying.issuperset(alike) else None
+
+    def _ref(self, born: Place, slot: int, freed: Place) -> TensorRef:
+        stack = self.stacks.get(born.stage.partition(".")[2])
+        if stack is None:
+            return TensorRef(born.stage, Anchor.RELATIVE if born == freed else Anchor.FIRST, 0, slot)
+        same_stack = freed.stage.partition(".")[2] == stack.path
+        if same_stack and abs(born.layer - freed.layer) <= 1:
+            return TensorRef(born.stage, Anchor.RELATIVE, born.layer - freed.layer, slot)
+        if born.layer <= 1:
+            return TensorRef(born.stage, Anchor.FIRST, born.layer, slot)
+        return TensorRef(born.stage, Anchor.LAST, len(stack.kept) - 1 - born.layer, slot)
+
+
+def stand_ins(stack: Stack) -> tuple[int, ...]:
+    """For each full-depth layer the index, among the kept ones, of the layer that stands for it."""
+    kept, kinds = stack.kept, stack.kinds
+    position = {layer: j for j, layer in enumerate(kept)}
+    if len(kinds) == len(kept):
+        return tuple(range(len(kept)))
+    if len(set(kinds)) == 1:
+        return (0, *[1] * (len(kinds) - 2), len(kept) - 1)
+    between: dict[tuple[str, ...], int] = {}
+    for j in range(1, len(kept) - 1):
+        if kept[j - 1] + 1 == kept[j] == kept[j + 1] - 1:
+            between.setdefault(tuple(kinds[kept[j] + d] for d in (-1, 0, 1)), j)
+    edges = {0, 1, len(kinds) - 2, len(kinds) - 1}
+    return tuple(
+        position[i] if i in edges else between[tuple(kinds[i + d] for d in (-1, 0, 1))] for i in range(len(kinds))
+    )
+
+
+def parameter(name: str, shape: Sequence[int], itemsize: int, *, trainable: bool, lora_rank: int) -> Parameter:
+    """A parameter's row; a dimension that is the LoRA rank is divided by it."""
+    dims = list(shape)
+    if lora_rank and ".lora_" in f".{name}":
+        axis = next((i for i, d in enumerate(dims) if d % lora_rank == 0 and d // lora_rank in (1,)), None)
+        if axis is None:
+            axis = next(i for i, d in enumerate(dims) if d % lora_rank == 0)
+        dims[axis] //= lora_rank
+        return Parameter(name=name, shape=tuple(dims), itemsize=itemsize, trainable=trainable, lora_rank_power=1)
+    return Parameter(name=name, shape=tuple(dims), itemsize=itemsize, trainable=trainable)

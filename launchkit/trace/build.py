@@ -1,0 +1,224 @@
+"""Builds a model to be traced: real classes from a configuration, no weights, few layers.
+
+The model is built whole on the meta device (fractions of a second at any size), its stacks of blocks are found
+in the module tree and cut down to a few representative layers, the method's adapters are put on, and what is left
+moves to fake tensors on the device ``cpu`` (fake ``cuda`` tensors abort the process on a CPU build of torch, and
+``meta`` fails in transformers' masking code).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+
+from launchkit.errors import ModelConfigError, TraceError
+from launchkit.scenario import Attention, Checkpointing, Compute, Loss, TraceKey
+
+# How many layers of a stack are traced when all are of one kind: the first, the last, and two between that must
+# come out equal, since a layer between two equal layers stands for all of them.
+_LAYERS_WHEN_UNIFORM = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stack:
+    """A list of blocks in the module tree: its path, each layer's kind, and which layers are kept for tracing."""
+
+    path: str
+    kinds: tuple[str, ...]
+    kept: tuple[int, ...]
+    block_class: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Built:
+    """A model ready to run on fake tensors, and what was cut away."""
+
+    model: nn.Module
+    config: PreTrainedConfig
+    stacks: tuple[Stack, ...]
+    task: str
+    prefix: str = ""  # where the transformers model sits inside what PEFT made of it
+
+    def blocks(self, stack: Stack) -> nn.ModuleList:
+        """The kept layers of ``stack``."""
+        found = self.model.get_submodule(self.prefix + stack.path)
+        assert isinstance(found, nn.ModuleList)
+        return found
+
+
+def load_config(config: Mapping[str, Any]) -> PreTrainedConfig:
+    """A transformers configuration object from the fields of ``config.json``."""
+    model_type = config.get("model_type")
+    try:
+        known = AutoConfig.for_model(model_type)
+    except ValueError:
+        raise ModelConfigError(
+            f"model_type {model_type!r} is not known to transformers {transformers.__version__}; "
+            "upgrade transformers, or plan a model of a known architecture"
+        ) from None
+    try:
+        return type(known).from_dict(copy.deepcopy(dict(config)))
+    except Exception as error:  # transformers validates with many exception types
+        raise ModelConfigError(f"transformers refuses this config.json: {_first_line(error)}; correct the field") from None
+
+
+def _first_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:300]}"
+
+
+# The head that each architecture is fine-tuned with, where that is not the class its checkpoint names.
+_FINE_TUNED_AS = {"MaskedLM": "SequenceClassification", "PreTraining": "SequenceClassification"}
+
+
+def checkpoint_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """The class that the checkpoint names, or the causal (else sequence-to-sequence) one of its model type."""
+    for name in config.architectures or ():
+        found = getattr(transformers, name, None)
+        if found is not None:
+            return found
+    mappings = (
+        transformers.MODEL_FOR_CAUSAL_LM_MAPPING,
+        transformers.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+        transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+        transformers.MODEL_FOR_MASKED_LM_MAPPING,
+        transformers.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
+    )
+    for mapping in mappings:
+        if type(config) in mapping:
+            return mapping[type(config)]
+    raise TraceError(f"transformers has no trainable class for model_type {config.model_type!r}; name one in architectures")
+
+
+def training_class(config: PreTrainedConfig) -> tuple[type[PreTrainedModel], str]:
+    """The class that is fine-tuned, and the task it trains on."""
+    named = checkpoint_class(config)
+    for suffix, head in _FINE_TUNED_AS.items():
+        if named.__name__.endswith(suffix):
+            found = getattr(transformers, named.__name__.removesuffix(suffix).removesuffix("For") + "For" + head, None)
+            if found is not None:
+                return found, "sequence-classification"
+    if config.is_encoder_decoder:
+        return named, "speech-seq2seq" if hasattr(config, "num_mel_bins") else "seq2seq-lm"
+    for suffix, task in (
+        ("ForSequenceClassification", "sequence-classification"),
+        ("ForImageClassification", "image-classification"),
+        ("ForMaskedLM", "masked-lm"),
+    ):
+        if named.__name__.endswith(suffix):
+            return named, task
+    return named, "causal-lm"
+
+
+def build_on_meta(
+    model_class: type[PreTrainedModel], config: PreTrainedConfig, *, attention: Attention, dtype: torch.dtype
+) -> PreTrainedModel:
+    """The whole model on the meta device, in ``dtype``, with the attention implementation asked for."""
+    config = copy.deepcopy(config)
+    try:
+        with torch.device("meta"), _no_initialisation():
+            model = model_class._from_config(config, attn_implementation=str(attention), dtype=dtype)
+    except (ValueError, ImportError) as error:
+        raise TraceError(f"{model_class.__name__} cannot be built with {attention} attention: {_first_line(error)}") from None
+    model.config.use_cache = False
+    return model
+
+
+def _no_initialisation() -> Any:
+    from transformers.initialization import no_init_weights
+
+    return no_init_weights()
+
+
+def find_stacks(model: nn.Module) -> dict[str, nn.ModuleList]:
+    """The lists of equal-natured blocks that the model runs through, by path: outermost ``ModuleList`` whose
+    members share a class; lists inside a block (experts, projections) are part of it."""
+    stacks: dict[str, nn.ModuleList] = {}
+    for path, module in model.named_modules():
+        if any(path.startswith(f"{outer}.") for outer in stacks):
+            continue
+        if isinstance(module, nn.ModuleList) and len(module) > 1 and len({type(m) for m in module}) == 1:
+            stacks[path] = module
+    return stacks
+
+
+def layer_kinds(config: PreTrainedConfig, stack: nn.ModuleList) -> tuple[str, ...]:
+    """What distinguishes each layer: its type in ``config.layer_types``, and the shapes of its parameters."""
+    text_config = config.get_text_config()
+    types = getattr(text_config, "layer_types", None)
+    named = types if types is not None and len(types) == len(stack) else [""] * len(stack)
+    shapes: dict[str, int] = {}
+    kinds = []
+    for name, block in zip(named, stack, strict=True):
+        shape = repr([(n, tuple(p.shape)) for n, p in block.named_parameters()])
+        kinds.append(f"{name}#{shapes.setdefault(shape, len(shapes))}")
+    return tuple(kinds)
+
+
+def choose_layers(kinds: Sequence[str]) -> tuple[int, ...]:
+    """Which layers to trace so that every (previous, own, next) triple of kinds occurs, with both ends.
+
+    The kept layers stay in order; a triple is covered by keeping a window of neighbours around its first
+    occurrence away from the ends.
+    """
+    count = len(kinds)
+    if count <= _LAYERS_WHEN_UNIFORM or len(set(kinds)) == 1:
+        return tuple(range(min(count, _LAYERS_WHEN_UNIFORM)))
+    kept = {0, 1, count - 2, count - 1}
+    seen: set[tuple[str, str, str]] = set()
+    for i in range(1, count - 1):
+        triple = (kinds[i - 1], kinds[i], kinds[i + 1])
+        if triple not in seen and 1 < i < count - 2:
+            seen.add(triple)
+            kept.update((i - 1, i, i + 1))
+    return tuple(sorted(kept))
+
+
+def cut(model: nn.Module, config: PreTrainedConfig) -> tuple[Stack, ...]:
+    """Cuts every stack of ``model`` down to the layers that are traced, in place."""
+    stacks = []
+    for path, modules in find_stacks(model).items():
+        kinds = layer_kinds(config, modules)
+        kept = choose_layers(kinds)
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, nn.ModuleList([modules[i] for i in kept]))
+        stacks.append(Stack(path=path, kinds=kinds, kept=kept, block_class=type(modules[0]).__name__))
+        _cut_layer_types(model, kinds, kept)
+    return tuple(stacks)
+
+
+def _cut_layer_types(model: nn.Module, kinds: Sequence[str], kept: Sequence[int]) -> None:
+    """Some models look a layer's type up by its index in the stack, so the list in the configuration shrinks too."""
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        types = getattr(config, "layer_types", None)
+        if types is not None and len(types) == len(kinds):
+            config.layer_types = [types[i] for i in kept]
+
+
+def to_fake(model: nn.Module, mode: FakeTensorMode) -> None:
+    """Moves every parameter and buffer from meta to fake CPU tensors, in place; tied ones stay tied."""
+    made: dict[int, torch.Tensor] = {}
+
+    def fake(tensor: torch.Tensor) -> torch.Tensor:
+        if id(tensor) not in made:
+            with mode:
+                empty = torch.empty_like(tensor, device="cpu")
+            if isinstance(tensor, nn.Parameter):
+                empty = nn.Parameter(empty, requires_grad=tensor.requires_grad)
+            made[id(tensor)] = empty
+        return made[id(tensor)]
+
+    for module in model.modules():
+        for store in (module._parameters, module._buffers):
+            for name, tensor in store.items():
+                if tensor is not None:
+                    store[name] = fake(tensor)  # type: ignore[assignment]

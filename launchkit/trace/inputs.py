@@ -1,0 +1,30 @@
+"""The batch that a step sees, by task. Sequences are full: packed, or padded nowhere, so no mask is passed."""
+
+from __future__ import annotations
+
+import torch
+
+from launchkit.errors import TraceError
+from launchkit.program import Point
+from launchkit.trace.build import Built
+
+
+def make_batch(built: Built, point: Point) -> dict[str, torch.Tensor]:
+    """Fake input tensors of ``point.micro_batch`` sequences; call it under the fake mode."""
+    batch, length = point.micro_batch, point.seq_len
+    tokens = lambda: torch.zeros(batch, length, dtype=torch.int64)  # noqa: E731
+    match built.task:
+        case "causal-lm" | "masked-lm" | "seq2seq-lm":
+            return {"input_ids": tokens(), "labels": tokens()}
+        case "sequence-classification":
+            return {"input_ids": tokens(), "labels": torch.zeros(batch, dtype=torch.int64)}
+        case "image-classification":
+            size = built.config.image_size
+            return {
+                "pixel_values": torch.zeros(batch, built.config.num_channels, size, size),
+                "labels": torch.zeros(batch, dtype=torch.int64),
+            }
+        case "speech-seq2seq":
+            frames = 2 * built.config.max_source_positions
+            return {"input_features": torch.zeros(batch, built.config.num_mel_bins, frames), "labels": tokens()}
+    raise TraceError(f"no batch is known for the task {built.task!r}")

@@ -1,0 +1,78 @@
+"""Puts the fine-tuning method on a model that is still on the meta device: adapters, frozen parts, 4-bit weights."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from launchkit.errors import TraceError
+from launchkit.scenario import Compute, Method, TraceKey
+
+# Names that PEFT targets are given by group; resolved against the real module tree.
+_ATTENTION = re.compile(
+    r"(q_proj|k_proj|v_proj|o_proj|qkv_proj|query_key_value|c_attn|q_lin|k_lin|v_lin|out_lin|query|key|value|out_proj|Wqkv|Wo|q|k|v|o|dense)$"
+)
+
+WEIGHT_DTYPE: Mapping[Compute, torch.dtype] = {
+    Compute.FP32: torch.float32,
+    Compute.AUTOCAST_BF16: torch.float32,
+    Compute.AUTOCAST_FP16: torch.float32,
+    Compute.BF16: torch.bfloat16,
+    Compute.BF16_AUTOCAST: torch.bfloat16,
+    Compute.FP16: torch.float16,
+}
+
+
+def apply_method(model: nn.Module, key: TraceKey, *, lora_rank: int) -> nn.Module:
+    """The model as it is trained: itself, or wrapped by PEFT with everything else frozen.
+
+    Dropout is left out of adapters (PEFT's ``lora_dropout=0``, the default). Adapters of a 16-bit model are fp32, as
+    PEFT's ``autocast_adapter_dtype=True`` makes them.
+    """
+    if key.method is Method.FULL:
+        return model
+    from peft import LoraConfig, get_peft_model
+
+    targets = lora_targets(model, key.lora_targets)
+    if key.method is Method.QLORA:
+        from launchkit.trace.quantised import prepare_for_kbit_training, quantise_linears
+
+        quantise_linears(model, compute_dtype=WEIGHT_DTYPE[key.compute])
+        prepare_for_kbit_training(model)
+    task = {"CausalLM": "CAUSAL_LM", "SequenceClassification": "SEQ_CLS", "ConditionalGeneration": None}
+    task_type = next((t for suffix, t in task.items() if type(model).__name__.endswith(suffix)), None)
+    config = LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, target_modules=targets, task_type=task_type)
+    return get_peft_model(model, config)
+
+
+def lora_targets(model: nn.Module, targets: str) -> str | list[str]:
+    """PEFT's ``target_modules`` for ``all-linear``, ``attention`` or a comma-separated list of module names.
+
+    Raises ``TraceError`` naming what the model does have when nothing matches.
+    """
+    if targets == "all-linear":
+        return "all-linear"
+    names = {name.rpartition(".")[2] for name, module in model.named_modules() if _is_linear(module)}
+    if targets == "attention":
+        chosen = sorted(
+            {
+                name.rpartition(".")[2]
+                for name, module in model.named_modules()
+                if _is_linear(module) and re.search(r"attn|attention", name, re.IGNORECASE) and _ATTENTION.search(name)
+            }
+        )
+    else:
+        chosen = [name.strip() for name in targets.split(",") if name.strip()]
+    missing = [name for name in chosen if name not in names]
+    if missing or not chosen:
+        raise TraceError(
+            f"--lora-targets {targets} matches no linear layer; choose among all-linear, attention, {', '.join(sorted(names))}"
+        )
+    return chosen
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"

@@ -1,0 +1,149 @@
+"""Records the storages that come and go, and the kernels that run, while a step executes on fake tensors.
+
+One dispatch mode, constant work per operator. A storage is noticed when an operator first returns a tensor
+over it and is gone when its finaliser runs, so the log is what the real allocator would be asked for, in order.
+What a kernel allocates inside itself and frees again before it returns is not seen here; the kernels where that
+matters have their scratch stated in ``trace.kernels``.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from launchkit.trace.kernels import flop_formulas, scratch_bytes
+
+
+class Place(NamedTuple):
+    """Where in the step something happens: the stage's name and the layer within its stack."""
+
+    stage: str
+    layer: int
+
+
+class AllocRecord(NamedTuple):
+    storage: int
+    num_bytes: int
+    place: Place
+    op: str
+    last_dim: int
+
+
+class FreeRecord(NamedTuple):
+    storage: int
+    place: Place
+
+
+class KernelRecord(NamedTuple):
+    place: Place
+    op: str
+    flops: int
+    num_bytes: int
+
+
+@dataclass
+class Log:
+    """Everything seen at one point. ``uses`` maps a place to the parameter storages that its operators read."""
+
+    memory: list[AllocRecord | FreeRecord] = field(default_factory=list)
+    kernels: list[KernelRecord] = field(default_factory=list)
+    uses: dict[Place, set[int]] = field(default_factory=dict)
+    gradients: dict[int, str] = field(default_factory=dict)  # storage -> parameter name
+    inputs: list[int] = field(default_factory=list)  # bytes of each input tensor
+
+
+# Operators whose outputs share their inputs' storage or touch no data; they cost nothing on a device.
+_FREE_OPS = frozenset({"aten::detach", "aten::alias", "aten::lift_fresh", "aten::view", "aten::_unsafe_view"})
+
+
+class StepRecorder(TorchDispatchMode):
+    """Use as a context around a step; ``place`` says where the step has got to and is set by the tracer's hooks."""
+
+    def __init__(self, *, known: Iterable[torch.Tensor], parameters: Iterable[torch.Tensor]) -> None:
+        super().__init__()
+        self.log = Log()
+        self.place = Place("forward.0", 0)
+        self.recording = False
+        self._numbers: dict[int, int] = {}
+        self._next = 0
+        self._flops: dict[Any, Callable[..., int]] = {**flop_registry, **flop_formulas()}
+        self._finalizers: list[weakref.finalize[..., Any]] = []
+        for tensor in known:
+            self._number_of(tensor.untyped_storage())
+        self._parameters = {self.number(p): i for i, p in enumerate(parameters)}
+
+    def number(self, tensor: torch.Tensor) -> int:
+        """The recorder's number of a tensor's storage, -1 if it never saw it."""
+        return self._numbers.get(tensor.untyped_storage()._cdata, -1)
+
+    def _number_of(self, storage: torch.UntypedStorage) -> tuple[int, bool]:
+        key = storage._cdata
+        number = self._numbers.get(key)
+        if number is not None:
+            return number, False
+        number = self._next
+        self._next += 1
+        self._numbers[key] = number
+        finalizer = weakref.finalize(storage, self._gone, key, number)
+        finalizer.atexit = False
+        return number, True
+
+    def _gone(self, key: int, number: int) -> None:
+        self._numbers.pop(key, None)
+        if self.recording:
+            self.log.memory.append(FreeRecord(number, self.place))
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if not self.recording:
+            for tensor in _tensors(out):
+                self._number_of(tensor.untyped_storage())
+            return out
+        self._record(func, args, kwargs, out)
+        return out
+
+    def _record(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        memory, place = self.log.memory, self.place
+        name = func._schema.name
+        inputs, outputs = list(_tensors((args, kwargs))), list(_tensors(out))
+        scratch = scratch_bytes(name, inputs)
+        if scratch:
+            memory.append(AllocRecord(self._next, scratch, place, name, 0))
+        fresh = False
+        scratch_number, self._next = self._next, self._next + bool(scratch)
+        for tensor in outputs:
+            storage = tensor.untyped_storage()
+            number, is_new = self._number_of(storage)
+            if is_new:
+                fresh = True
+                last_dim = tensor.shape[-1] if tensor.dim() else 0
+                memory.append(AllocRecord(number, storage.nbytes(), place, name, last_dim))
+        if scratch:
+            memory.append(FreeRecord(scratch_number, place))
+        self._note_uses(inputs)
+        if name not in _FREE_OPS and (fresh or func._schema.is_mutable):
+            formula = self._flops.get(func._overloadpacket)
+            flops = int(formula(*args, **kwargs, out_val=out)) if formula else 0
+            moved = sum(t.numel() * t.element_size() for t in (*inputs, *outputs))
+            self.log.kernels.append(KernelRecord(place, name, flops, moved))
+
+    def _note_uses(self, inputs: list[torch.Tensor]) -> None:
+        used = self.log.uses.setdefault(self.place, set())
+        for tensor in inputs:
+            index = self._parameters.get(self.number(tensor))
+            if index is not None:
+                used.add(index)
+
+
+def _tensors(tree: Any) -> Iterable[torch.Tensor]:
+    return (leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor))

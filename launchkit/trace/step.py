@@ -1,0 +1,147 @@
+"""Runs a step of a built model on fake tensors at one point and returns its log, place by place."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from launchkit.program import Point
+from launchkit.scenario import Compute
+from launchkit.trace.build import Built
+from launchkit.trace.compat import full_sequences
+from launchkit.trace.inputs import make_batch
+from launchkit.trace.recorder import Log, Place, StepRecorder
+
+_AUTOCAST = {
+    Compute.AUTOCAST_BF16: torch.bfloat16,
+    Compute.BF16_AUTOCAST: torch.bfloat16,
+    Compute.AUTOCAST_FP16: torch.float16,
+}
+
+Forward = Callable[[nn.Module, Mapping[str, torch.Tensor]], torch.Tensor]
+
+
+class Progress:
+    """Where the step has got to: set by hooks on the blocks going forward, by gradients coming back."""
+
+    def __init__(self, recorder: StepRecorder, built: Built) -> None:
+        self.recorder = recorder
+        self.built = built
+        self.handles: list[Any] = []
+        self.gap = 0
+        self.entered: set[str] = set()
+        for stack in built.stacks:
+            blocks = built.blocks(stack)
+            for layer, block in enumerate(blocks):
+                last = layer == len(blocks) - 1
+                self.handles.append(
+                    block.register_forward_pre_hook(self._entering(stack.path, layer), with_kwargs=True)
+                )
+                self.handles.append(block.register_forward_hook(self._leaving(stack.path, layer, last)))
+
+    def begin(self) -> None:
+        self.gap = 0
+        self.entered = set()
+        self.recorder.place = Place("forward.0", 0)
+
+    def begin_backward(self) -> None:
+        self.recorder.place = Place(f"backward.{self.gap}", 0)
+
+    def _entering(self, path: str, layer: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if layer == 0:
+                tensor = _first_tensor((*args, *kwargs.values()))
+                if tensor is not None and tensor.requires_grad and not tensor.is_leaf:
+                    tensor.register_hook(self._arriving(Place(f"backward.{self.gap}", 0)))
+            self.recorder.place = Place(f"forward.{path}", layer)
+
+        return hook
+
+    def _leaving(self, path: str, layer: int, last: bool) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            tensor = _first_tensor(output if isinstance(output, tuple) else (output,))
+            if tensor is not None and tensor.requires_grad:
+                tensor.register_hook(self._arriving(Place(f"backward.{path}", layer)))
+            if last:
+                self.gap += 1
+                self.recorder.place = Place(f"forward.{self.gap}", 0)
+
+        return hook
+
+    def _arriving(self, place: Place) -> Callable[[torch.Tensor], None]:
+        def hook(gradient: torch.Tensor) -> None:
+            self.recorder.place = place
+
+        return hook
+
+    def remove(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+
+def _first_tensor(values: tuple[Any, ...]) -> torch.Tensor | None:
+    return next((v for v in values if isinstance(v, torch.Tensor)), None)
+
+
+def trace_step(built: Built, mode: FakeTensorMode, *, point: Point, compute: Compute, forward: Forward) -> Log:
+    """The log of one steady step: the step runs twice and the second is recorded, so that what the first leaves
+    cached is in place. Gradients are ``None`` before it, as after ``zero_grad(set_to_none=True)``."""
+    model = built.model
+    parameters = dict(model.named_parameters())
+    with mode, full_sequences():
+        batch = make_batch(built, point)
+        recorder = StepRecorder(
+            known=[*parameters.values(), *model.buffers(), *batch.values()], parameters=parameters.values()
+        )
+        progress = Progress(recorder, built)
+        try:
+            for recording in (False, True):
+                with recorder:
+                    progress.begin()
+                    with _collected():
+                        recorder.recording = recording
+                        _one_step(model, batch, compute=compute, forward=forward, progress=progress)
+                        if recording:
+                            _note_gradients(recorder, parameters)
+                        recorder.place = Place("end", 0)
+                        model.zero_grad(set_to_none=True)
+                    recorder.recording = False
+        finally:
+            progress.remove()
+        recorder.log.inputs = [t.untyped_storage().nbytes() for t in batch.values()]
+    return recorder.log
+
+
+def _one_step(
+    model: nn.Module, batch: Mapping[str, torch.Tensor], *, compute: Compute, forward: Forward, progress: Progress
+) -> None:
+    with ExitStack() as stack:
+        if compute in _AUTOCAST:
+            stack.enter_context(torch.autocast("cpu", dtype=_AUTOCAST[compute]))
+        loss = forward(model, batch)
+    progress.begin_backward()
+    loss.backward()
+
+
+def _note_gradients(recorder: StepRecorder, parameters: Mapping[str, nn.Parameter]) -> None:
+    for name, parameter in parameters.items():
+        if parameter.grad is not None:
+            recorder.log.gradients[recorder.number(parameter.grad)] = name
+
+
+@contextmanager
+def _collected() -> Iterator[None]:
+    """No garbage before, none left after, and no collection at a moment of the interpreter's choosing between."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.collect()
+        gc.enable()

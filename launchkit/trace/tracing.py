@@ -1,0 +1,256 @@
+"""The public side of tracing: a configuration and a key in, a step program or a profile out."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import version
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import PreTrainedConfig
+
+from launchkit.errors import TraceError
+from launchkit.model import ModelProfile
+from launchkit.program import ParameterGroup, Point, StepProgram
+from launchkit.scenario import Attention, Checkpointing, DeviceKind, Method, TraceKey
+from launchkit.trace.assemble import TracedModel, assemble, parameter
+from launchkit.trace.build import (
+    Built,
+    Stack,
+    build_on_meta,
+    checkpoint_class,
+    cut,
+    find_stacks,
+    layer_kinds,
+    load_config,
+    to_fake,
+    training_class,
+)
+from launchkit.trace.forward import forward_of
+from launchkit.trace.methods import WEIGHT_DTYPE, apply_method
+from launchkit.trace.step import trace_step
+
+ProgressHook = Callable[[int, int, str], None]
+
+# Where the step is traced. The last point of each list is held back: it checks the polynomials and shapes none.
+# Lengths are multiples of 32, to which CUDA's attention kernels pad; ranks occur among the points so that a size
+# linear in the rank is told from one that is not.
+_POINTS_BATCHED = (Point(2, 64, 8), Point(3, 64, 8), Point(2, 96, 8), Point(4, 160, 8))
+_POINTS_SINGLE = (Point(1, 64, 8), Point(1, 96, 8), Point(1, 160, 8))
+_RANKED = (Point(2, 64, 16), Point(1, 64, 16))
+
+
+def trace_points(key: TraceKey) -> tuple[Point, ...]:
+    """The points that a program is fitted to, the held-back one last."""
+    points = _POINTS_SINGLE if key.single_sequence else _POINTS_BATCHED
+    if key.method is Method.FULL:
+        return tuple(point._replace(lora_rank=0) for point in points)
+    ranked = _RANKED[1 if key.single_sequence else 0]
+    return (*points[:-1], ranked, points[-1]._replace(lora_rank=24))
+
+
+def trace_model(
+    config: Mapping[str, Any], key: TraceKey, *, progress: ProgressHook | None = None
+) -> StepProgram:
+    """The step program of the model that ``config`` (the fields of a ``config.json``) describes, as ``key`` asks.
+
+    Raises ``ModelConfigError`` for a configuration transformers refuses and ``TraceError``, naming the operator or the
+    reason, for a model whose step cannot be traced.
+    """
+    points = trace_points(key)
+    with _quiet():
+        settings = load_config(config)
+        logs = []
+        builts: dict[int, tuple[Built, FakeTensorMode, TracedModel]] = {}
+        for done, point in enumerate(points):
+            if progress:
+                progress(done, len(points), f"tracing {key.method} {key.compute}, {point.micro_batch}×{point.seq_len}")
+            if point.lora_rank not in builts:
+                builts[point.lora_rank] = _build(settings, key, lora_rank=point.lora_rank)
+            built, mode, _ = builts[point.lora_rank]
+            logs.append(_trace_one(built, mode, key, point))
+        program = assemble(builts[points[0].lora_rank][2], logs, points)
+    return program
+
+
+def _trace_one(built: Built, mode: FakeTensorMode, key: TraceKey, point: Point) -> Any:
+    try:
+        return trace_step(built, mode, point=point, compute=key.compute, forward=forward_of(key))
+    except TraceError:
+        raise
+    except Exception as error:
+        text = " ".join(str(error).split())[:300]
+        raise TraceError(
+            f"the training step of {type(built.model).__name__} cannot be traced: {type(error).__name__}: {text}"
+        ) from error
+
+
+def _build(settings: PreTrainedConfig, key: TraceKey, *, lora_rank: int) -> tuple[Built, FakeTensorMode, TracedModel]:
+    model_class, task = training_class(settings)
+    whole: nn.Module = build_on_meta(
+        model_class, settings, attention=key.attention, dtype=WEIGHT_DTYPE[key.compute]
+    )
+    config = whole.config
+    whole.train()
+    stacks = cut(whole, config)
+    model = apply_method(whole, key, lora_rank=lora_rank)
+    if key.checkpointing is not Checkpointing.NONE:
+        _enable_checkpointing(model)
+    prefix = _prefix(whole, model)
+    traced = _describe(model, stacks, prefix=prefix, config=settings, lora_rank=lora_rank)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    to_fake(model, mode)
+    return Built(model=model, config=settings, stacks=stacks, task=task, prefix=prefix), mode, traced
+
+
+def _enable_checkpointing(model: nn.Module) -> None:
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+
+
+def _prefix(whole: nn.Module, model: nn.Module) -> str:
+    """The path of the transformers model inside what PEFT made of it, with a dot, or nothing."""
+    if whole is model:
+        return ""
+    return next(name for name, module in model.named_modules() if module is whole) + "."
+
+
+def _describe(
+    model: nn.Module, stacks: tuple[Stack, ...], *, prefix: str, config: PreTrainedConfig, lora_rank: int
+) -> TracedModel:
+    groups: dict[str, ParameterGroup] = {}
+    owners: dict[str, tuple[str, int]] = {}
+    group_of_layer: dict[str, tuple[str, ...]] = {}
+    named = dict(model.named_parameters())
+    rest = dict(named)
+    for stack in stacks:
+        names_of_kind: dict[str, str] = {}
+        for kind in stack.kinds:
+            shape = kind.partition("#")[2]
+            name = stack.block_class if not names_of_kind else f"{stack.block_class}.{len(names_of_kind)}"
+            if shape not in names_of_kind:
+                while name in groups or name in names_of_kind.values():
+                    name = f"{stack.path}.{name}"
+                names_of_kind[shape] = name
+        group_of_layer[stack.path] = tuple(names_of_kind[kind.partition("#")[2]] for kind in stack.kinds)
+        for j, layer in enumerate(stack.kept):
+            start = f"{prefix}{stack.path}.{j}."
+            group = group_of_layer[stack.path][layer]
+            mine = {name: p for name, p in rest.items() if name.startswith(start)}
+            rows = tuple(_row(name.removeprefix(start), p, lora_rank) for name, p in mine.items())
+            groups[group] = ParameterGroup(name=group, parameters=rows)
+            owners |= {name: (group, index) for index, name in enumerate(mine)}
+            rest = {name: p for name, p in rest.items() if name not in mine}
+    groups["root"] = ParameterGroup(
+        name="root", parameters=tuple(_row(name.removeprefix(prefix), p, lora_rank) for name, p in rest.items())
+    )
+    owners |= {name: ("root", index) for index, name in enumerate(rest)}
+    return TracedModel(
+        stacks=stacks,
+        groups=groups,
+        owners=owners,
+        parameter_names=tuple(named),
+        group_of_layer=group_of_layer,
+        buffer_bytes=_buffer_bytes(model, stacks, prefix),
+        vocab_size=getattr(config.get_text_config(), "vocab_size", 0),
+    )
+
+
+def _row(name: str, p: nn.Parameter, lora_rank: int) -> Any:
+    return parameter(name, p.shape, p.element_size(), trainable=p.requires_grad, lora_rank=lora_rank)
+
+
+def _buffer_bytes(model: nn.Module, stacks: tuple[Stack, ...], prefix: str) -> tuple[int, ...]:
+    """Bytes of each buffer of the whole model: those of a cut stack as often as it had layers."""
+    sizes: list[int] = []
+    for name, buffer in model.named_buffers():
+        stack = next((s for s in stacks if name.startswith(f"{prefix}{s.path}.")), None)
+        repeats = 1
+        if stack is not None:
+            layer = int(name.removeprefix(f"{prefix}{stack.path}.").partition(".")[0])
+            repeats = len(stack.kinds) - len(stack.kept) + 1 if layer == min(1, len(stack.kept) - 1) else 1
+        sizes.extend([buffer.numel() * buffer.element_size()] * repeats)
+    return tuple(sizes)
+
+
+def profile_model(config: Mapping[str, Any], *, name: str, source: str = "traced", fingerprint: str = "") -> ModelProfile:
+    """What planning needs to know of the model besides its programs. Builds it once on the meta device."""
+    with _quiet():
+        settings = load_config(config)
+        model_class, task = training_class(settings)
+        named_class = checkpoint_class(settings)
+        attentions = tuple(a for a in (Attention.SDPA, Attention.EAGER) if _offers(model_class, settings, a))
+        if not attentions:
+            raise TraceError(f"{model_class.__name__} offers neither sdpa nor eager attention; it cannot be planned")
+        model = build_on_meta(named_class, settings, attention=attentions[0], dtype=torch.bfloat16)
+    text = settings.get_text_config()
+    stacks = find_stacks(model)
+    blocks = {type(stack[0]).__name__ for stack in stacks.values()}
+    wrapped = tuple(sorted(set(model._no_split_modules or ()) & {type(m).__name__ for m in model.modules()}))
+    return ModelProfile(
+        name=name,
+        source=source,
+        fingerprint=fingerprint,
+        model_type=settings.model_type,
+        architecture=named_class.__name__,
+        num_parameters=sum(p.numel() for p in model.parameters()),
+        num_active_parameters=_active_parameters(model, text),
+        hidden_size=getattr(text, "hidden_size", 0),
+        num_layers=sum(len(stack) for stack in stacks.values()),
+        vocab_size=getattr(text, "vocab_size", 0),
+        max_position_embeddings=getattr(text, "max_position_embeddings", 0) or 0,
+        block_classes=wrapped or tuple(sorted(blocks)),
+        attentions=attentions,
+        task=task,
+        tied_embeddings=bool(getattr(text, "tie_word_embeddings", False)),
+        versions=traced_with(),
+    )
+
+
+def _active_parameters(model: nn.Module, text: PreTrainedConfig) -> int:
+    """Parameters that one token passes through in a mixture of experts; 0 for a dense model.
+
+    Formula: all parameters, the routed experts' times experts per token over experts.
+    """
+    per_token = getattr(text, "num_experts_per_tok", None) or getattr(text, "top_k_experts", None)
+    experts = next(
+        (v for f in ("num_local_experts", "num_experts", "n_routed_experts") if (v := getattr(text, f, None))), None
+    )
+    if not per_token or not experts:
+        return 0
+    routed = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name and "shared" not in name)
+    total = sum(p.numel() for p in model.parameters())
+    return total - routed + routed * int(per_token) // int(experts)
+
+
+def _offers(model_class: Any, settings: PreTrainedConfig, attention: Attention) -> bool:
+    small = copy.deepcopy(settings)
+    try:
+        build_on_meta(model_class, small, attention=attention, dtype=torch.bfloat16)
+    except TraceError:
+        return False
+    return True
+
+
+def traced_with() -> dict[str, str]:
+    """The versions that decide what a trace looks like."""
+    return {name: version(name) for name in ("torch", "transformers", "peft")}
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """transformers' and torch's chatter about a model that is only being looked at stays off the terminal."""
+    level = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        finally:
+            transformers.logging.set_verbosity(level)
