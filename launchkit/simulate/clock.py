@@ -158,9 +158,9 @@ def simulate_time(program: StepProgram, point: Point, *, job: Job) -> StepTime:
 
 
 def model_flops(job: Job, *, num_tokens: int, seq_len: int) -> float:
-    """FLOPs that the model's mathematics asks for, per GPU and step; what checkpointing computes again is not counted.
+    """FLOPs that the model itself asks for, per GPU and step; what checkpointing computes again is not counted.
 
-    Formula: ``(4 × active + 2 × min(trainable, active) + 12 × layers × hidden × seq_len) × tokens``: the usual ``6 × N``
+    Formula: ``(4 × active + 2 × min(trainable, active) + 12 × layers × hidden × seq_len) × tokens``: the usual ``6 N``
     where all is trained; where weights are frozen (LoRA) their gradients are never computed. The last term is attention
     without a causal discount. Source: PaLM (arXiv:2204.02311), appendix B.
     """
