@@ -201,6 +201,7 @@ class HardwareTable:
         """Up to three known names that look like ``text``, in the form that can be typed."""
         names = {key: node.name for key, node in self._nodes_by_key.items()}
         names |= {key: gpus[0].name for key, gpus in self._gpus_by_key.items()}
+        names |= {key: row.text for key, row in self._shorthands_by_key.items()}
         keys = difflib.get_close_matches(name_key(text), names, n=6, cutoff=0.6)
         return list(dict.fromkeys(names[key].replace(" ", "-") for key in keys))[:3]
 
@@ -532,7 +533,11 @@ def _count(text: str, spec: str) -> int:
 
 def _unknown(text: str, table: HardwareTable) -> UnknownGpuError:
     similar = table.similar_names(text)
-    hint = f"did you mean {' or '.join(similar)}?" if similar else "'launchkit gpus' lists them; or write 24GiB"
+    hint = (
+        f"did you mean {' or '.join(similar)}?"
+        if similar
+        else "'launchkit gpus' lists them, and a memory such as 24GiB is enough"
+    )
     return UnknownGpuError(f"no GPU or node is called {_quoted(text)}; {hint}")
 
 

@@ -49,7 +49,7 @@ def _of_indices(gpus: tuple[DetectedGpu, ...], indices: tuple[int, ...], notes: 
     whole = tuple(gpu.index for gpu in chosen if not gpu.mig_enabled)
     sliced = [gpu for gpu in chosen if gpu.mig_enabled]
     if sliced and whole:
-        notes += (f"{len(sliced)} of the GPUs are in MIG mode and left out",)
+        notes += (f"in MIG mode and left out: GPU {', '.join(str(gpu.index) for gpu in sliced)}",)
     if whole or not sliced:
         return Visible(indices=whole, notes=notes)
     pieces = [piece for gpu in sliced for piece in gpu.mig_instances]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -38,9 +39,10 @@ def gpus_document(detection: Detection, table: HardwareTable) -> dict[str, Any]:
 
 def render_gpus(detection: Detection, table: HardwareTable, *, width: int = 100) -> str:
     """The same for people, within ``width`` columns: a narrow screen loses columns from the right, never a row."""
-    lines = ["Found here", *_found_lines(detection)]
-    lines += ["", "Known devices, as --gpus takes them (4xNAME, NAME:4, nodes × GPUs 2x8xNAME)"]
-    lines += _grid([_gpu_cells(gpu) for gpu in table.gpus], heads=_GPU_HEADS, width=width)
+    lines = ["Found here", *_found_lines(detection, width=width)]
+    lines += ["", "Known devices (NAME, 4xNAME, 2x8xNAME: nodes × GPUs)"]
+    ordered = sorted(table.gpus, key=lambda gpu: list(Backend).index(gpu.backend))
+    lines += _grid([_gpu_cells(gpu) for gpu in ordered], heads=_GPU_HEADS, width=width)
     lines += ["", "Known nodes (NAME, 2xNAME)"]
     lines += _grid([_node_cells(node) for node in table.nodes], heads=_NODE_HEADS, width=width)
     return "\n".join(lines) + "\n"
@@ -70,19 +72,27 @@ _NODE_HEADS = (
 )
 
 
-def _found_lines(detection: Detection) -> list[str]:
+def _found_lines(detection: Detection, *, width: int) -> list[str]:
     host = detection.host
-    driver = f"NVIDIA driver {detection.driver_version}, CUDA up to {detection.cuda_version}"
-    lines = [f"  {driver}"] if detection.driver_version else []
-    lines += [f"  GPU {gpu.index}  {_found_gpu_text(gpu, detection)}" for gpu in detection.gpus]
+    driver = f"NVIDIA {detection.driver_version}, CUDA up to {detection.cuda_version}"
+    entries = [("driver", driver)] if detection.driver_version else []
+    entries += [(f"GPU {gpu.index}", _found_gpu_text(gpu, detection)) for gpu in detection.gpus]
     limit = f" ({gib(host.memory_limit_bytes)} for this container)" if host.memory_limit_bytes else ""
     free = gigabytes(host.disk_free_bytes)
-    lines += [f"  host   {gib(host.memory_bytes)}{limit}, {host.num_cpu_cores} cores, {free} free on disk"]
-    return lines + [f"  note   {note}" for note in detection.notes]
+    entries += [("host", f"{gib(host.memory_bytes)}{limit}, {host.num_cpu_cores} cores, {free} free on disk")]
+    entries += [("note", note) for note in detection.notes]
+    return [line for label, text in entries for line in _entry(label, text, width=width)]
+
+
+def _entry(label: str, text: str, *, width: int) -> list[str]:
+    first = f"  {label:<6} "
+    return textwrap.wrap(text, width, initial_indent=first, subsequent_indent=" " * len(first))
 
 
 def _found_gpu_text(gpu: DetectedGpu, detection: Detection) -> str:
-    parts = [gpu.name, gib(gpu.memory_bytes), f"{gib(gpu.used_bytes)} in use"]
+    parts = [gpu.name, gib(gpu.memory_bytes)]
+    if gpu.used_bytes:
+        parts.append(f"{gib(gpu.used_bytes)} in use")
     if gpu.num_nvlinks:
         parts.append(f"{gpu.num_nvlinks} NVLinks")
     if gpu.pcie_generation:
@@ -91,7 +101,7 @@ def _found_gpu_text(gpu: DetectedGpu, detection: Detection) -> str:
         parts.append(f"MIG: {', '.join(piece.name for piece in gpu.mig_instances) or 'no slice'}")
     if gpu.index not in detection.visible:
         parts.append("not visible")
-    return _GAP.join(parts)
+    return ", ".join(parts)
 
 
 def _gpu_cells(gpu: Gpu) -> tuple[str, ...]:
