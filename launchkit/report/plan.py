@@ -94,11 +94,11 @@ def _saved(saved_bytes: int) -> str:
 
 
 def _time(factor: float) -> str:
-    """``, +22 % time``; nothing where the time is unknown."""
+    """``, +22% time``; nothing where the time is unknown."""
     percent = round(100 * (factor - 1))
     if factor <= 0:
         return ""
-    return ", no slower" if percent == 0 else f", {'+' if percent > 0 else '−'}{abs(percent)} % time"
+    return ", no slower" if percent == 0 else f", {'+' if percent > 0 else '−'}{abs(percent)}% time"
 
 
 def _subject(plan: Plan) -> list[str]:
