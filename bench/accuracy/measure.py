@@ -55,9 +55,7 @@ def run_once(cell: Cell, *, timeline: bool = False, timeout_seconds: float = 120
         port = free_port()
         logs = [(folder / f"log{rank}").open("w+") for rank in range(cell.num_processes)]
         workers = [
-            subprocess.Popen(
-                command, env=environment(rank, cell.num_processes, port), stdout=log, stderr=log, cwd=ROOT
-            )
+            subprocess.Popen(command, env=environment(rank, cell.num_processes, port), stdout=log, stderr=log, cwd=ROOT)
             for rank, log in enumerate(logs)
         ]
         deadline = time.monotonic() + timeout_seconds

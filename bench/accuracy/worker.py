@@ -94,7 +94,8 @@ def shard(cell: Cell, model: nn.Module) -> nn.Module:
         if cell.is_mixed
         else MixedPrecisionPolicy()
     )
-    reshard = cell.sharding in ("full_shard", "hybrid_shard")
+    # None is the default: blocks are resharded after their forward, the root is not
+    reshard = None if cell.sharding in ("full_shard", "hybrid_shard") else False
     base = model.get_base_model() if cell.method == "lora" else model
     classes = set(base._no_split_modules or ())
     for module in model.modules():

@@ -1,0 +1,712 @@
+"""FSDP2 (``fully_shard``): every parameter sharded on its first dimension, gathered unit by unit.
+
+A *unit* is what one ``fully_shard`` call gathers and reduces together: a block, or what no block holds. One life of a
+unit, as torch 2.13 has it (``torch/distributed/fsdp/_fully_shard``, confirmed on timelines of two gloo processes):
+
+- gather: shards are cast into a flat input where the compute dtype differs, all-gathered into one buffer, and copied
+  out into a storage per parameter. In the forward pass the buffer lives until the next unit has been copied out (the
+  last one's until the root's forward ends); in the backward pass it dies at once.
+- after its forward the copies die, except those of a unit that is not resharded (the root's never are).
+- before its backward the unit is gathered again, if the prefetch has not done so: each unit's backward begins by
+  gathering the next one's, so two are there at a time.
+- after its backward the copies die, then the previous unit's reduce input; the gradients are copied into this
+  unit's reduce input and die, and the reduced shard, in the dtype of the shards, becomes the gradient.
+
+Shards are padded to equal size, so the first rank is the largest. On CPU the gloo backend copies what it is given: one
+more buffer of the collective's size, for the time of the call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from enum import IntEnum
+from typing import NamedTuple
+
+from launchkit.hardware import Cluster
+from launchkit.model import ModelProfile
+from launchkit.optimizers import LocalTensor, find
+from launchkit.program import (
+    Alloc,
+    Anchor,
+    Collective,
+    CollectiveKind,
+    Copy,
+    Event,
+    Free,
+    Group,
+    Kernel,
+    Moment,
+    Owner,
+    Parameter,
+    Persistent,
+    Phase,
+    Section,
+    Size,
+    Stage,
+    StepProgram,
+    TensorRef,
+)
+from launchkit.scenario import (
+    Compute,
+    DeviceKind,
+    Method,
+    Offload,
+    Precision,
+    Scenario,
+    Sharding,
+    Strategy,
+    StrategyKind,
+    TraceKey,
+    Trainer,
+    Training,
+)
+from launchkit.strategies.base import (
+    ROOT_GROUP,
+    OptimizerStep,
+    accumulates,
+    compact,
+    is_gradient,
+    lora_rank,
+    make_trace_key,
+    next_slot,
+    persistent_run,
+    with_optimizer,
+)
+from launchkit.units import divide_up
+
+FP32_BYTES = 4
+HALF_BYTES = 2
+ACCUMULATED = "accumulated"
+
+# Gathered weights are 16-bit already; accelerate wraps the forward pass in autocast all the same.
+_COMPUTE = {
+    Precision.FP32: Compute.FP32,
+    Precision.FP16: Compute.FP16,
+    Precision.BF16: Compute.BF16_AUTOCAST,
+    Precision.BF16_PARAMS: Compute.BF16_AUTOCAST,
+    Precision.BF16_PURE: Compute.BF16,
+    Precision.FP8: Compute.BF16_AUTOCAST,
+}
+_COMPUTE_IN_LOOP = _COMPUTE | {Precision.BF16: Compute.BF16}
+
+
+def trace_key(training: Training, strategy: Strategy, device: DeviceKind, *, single_sequence: bool = False) -> TraceKey:
+    """Blocks run on gathered weights, so on 16-bit ones under mixed precision."""
+    compute = _COMPUTE_IN_LOOP if training.trainer is Trainer.LOOP else _COMPUTE
+    return make_trace_key(training, compute[training.precision], device, single_sequence=single_sequence)
+
+
+def refusal(scenario: Scenario, profile: ModelProfile, cluster: Cluster) -> str | None:
+    """What ``fully_shard`` or accelerate's use of it cannot do, with what to type instead."""
+    training, strategy = scenario.training, scenario.strategy
+    if strategy.offload in (Offload.OPTIMIZER, Offload.NVME):
+        return (
+            f"--offload {strategy.offload} is DeepSpeed's; fsdp2 moves parameters and optimizer together, "
+            "use --offload all"
+        )
+    if strategy.fsdp.sharding is Sharding.NO_SHARD:
+        return "--fsdp-sharding no_shard is FSDP1's; use --strategy ddp, which is the same"
+    if training.optimizer.endswith("8bit") and "torch" not in training.optimizer:
+        return (
+            f"--optimizer {training.optimizer} cannot step on FSDP2's sharded tensors; use adamw_torch_fused "
+            "or adamw_torch_8bit"
+        )
+    if (
+        training.precision is Precision.BF16_PARAMS
+        and training.method is Method.FULL
+        and training.trainer is not Trainer.LOOP
+    ):
+        return (
+            "--precision bf16-params does not exist under accelerate's FSDP2, which keeps trainable weights in fp32 "
+            "when autocast is on; use --precision bf16 or bf16-pure"
+        )
+    return _group_refusal(scenario, cluster)
+
+
+def _group_refusal(scenario: Scenario, cluster: Cluster) -> str | None:
+    size = shard_group_size(scenario.strategy, cluster)
+    if cluster.num_gpus % size:
+        return f"a shard group of {size} GPUs does not divide {cluster.num_gpus}; choose a divisor"
+    return None
+
+
+def is_hybrid(strategy: Strategy) -> bool:
+    return strategy.kind is StrategyKind.HSDP or strategy.fsdp.sharding.is_hybrid
+
+
+def shard_group_size(strategy: Strategy, cluster: Cluster) -> int:
+    """Ranks that share one copy of the model: all, or under hybrid sharding one node's unless told otherwise."""
+    if not is_hybrid(strategy):
+        return cluster.num_gpus
+    return min(strategy.fsdp.shard_group_size or cluster.node.num_gpus, cluster.num_gpus)
+
+
+def rewrite(program: StepProgram, *, scenario: Scenario, cluster: Cluster) -> StepProgram:
+    """What the first rank, the largest, does in a step."""
+    layout = _Layout.of(scenario, cluster)
+    units = _units(program, layout)
+    rewritten = _Rewriter(program, layout, units).run()
+    parameters = [p for unit, count in _counted(program, units) for _ in range(count) for p in unit.parameters]
+    return _with_state(rewritten, parameters, units, layout, scenario=scenario, cluster=cluster)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Layout:
+    """How one scenario shards and in which dtypes, as numbers. Item sizes of 0 mean the parameter's own."""
+
+    num_shards: int
+    num_replicas: int
+    rank: int
+    trainable_itemsize: int
+    frozen_itemsize: int
+    gathered_itemsize: int
+    reshards: bool
+    has_root_unit: bool  # the plain loop wraps all that is outside blocks as one; accelerate carves it up
+    accumulates: bool
+    defers_reduction: bool  # accelerate's no_sync: whole gradients pile up until the last micro-batch
+    offloads: bool
+    copies_on_wire: bool  # gloo
+
+    @classmethod
+    def of(cls, scenario: Scenario, cluster: Cluster) -> _Layout:
+        training, strategy = scenario.training, scenario.strategy
+        num_shards = shard_group_size(strategy, cluster)
+        in_loop = training.trainer is Trainer.LOOP
+        mixed = training.precision.is_mixed
+        upcast = mixed or (training.precision is Precision.BF16_PARAMS and not in_loop)
+        return cls(
+            num_shards=num_shards,
+            num_replicas=cluster.num_gpus // num_shards,
+            rank=lora_rank(scenario),
+            trainable_itemsize=FP32_BYTES if upcast else 0,
+            # accelerate upcasts what is trained; frozen weights stay as loaded, in 16 bits
+            frozen_itemsize=(FP32_BYTES if in_loop else HALF_BYTES) if mixed else 0,
+            gathered_itemsize=HALF_BYTES if mixed or training.precision is Precision.BF16_PARAMS else 0,
+            reshards=strategy.fsdp.sharding.reshard_after_forward,
+            has_root_unit=in_loop,
+            accumulates=accumulates(scenario),
+            defers_reduction=accumulates(scenario) and not in_loop,
+            offloads=strategy.offload.params or strategy.fsdp.offload_params,
+            copies_on_wire=cluster.gpu.device_kind is DeviceKind.CPU,
+        )
+
+    @property
+    def group(self) -> Group:
+        return Group.SHARD if self.num_replicas > 1 else Group.WORLD
+
+
+class _Sharded(NamedTuple):
+    """One parameter of a unit. ``shape`` is the first rank's shard; gradients are computed in the gathered dtype."""
+
+    shape: tuple[int, ...]
+    trainable: bool
+    stored_itemsize: int
+    gathered_itemsize: int
+    whole_bytes: int  # gathered, with padding
+    gradient_bytes: int  # unsharded, without padding
+    in_block: bool
+
+    @property
+    def numel(self) -> int:
+        product = 1
+        for size in self.shape:
+            product *= size
+        return product
+
+    @property
+    def stored_bytes(self) -> int:
+        return self.numel * self.stored_itemsize
+
+    @property
+    def sent_bytes(self) -> int:
+        return self.numel * self.gathered_itemsize
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Unit:
+    """What is gathered and reduced together. ``indices`` are those of its parameters in their group."""
+
+    group: str
+    indices: tuple[int, ...]
+    parameters: tuple[_Sharded, ...]
+    reshards: bool
+
+    @property
+    def gathered_bytes(self) -> int:
+        return sum(p.whole_bytes for p in self.parameters)
+
+    def sent_bytes(self, *, offloads: bool) -> int:
+        """Bytes of the flat input that shards are cast (or fetched) into before they are gathered."""
+        return sum(p.sent_bytes for p in self.parameters if offloads or p.stored_itemsize != p.gathered_itemsize)
+
+    @property
+    def trainable(self) -> tuple[_Sharded, ...]:
+        return tuple(p for p in self.parameters if p.trainable)
+
+    @property
+    def reduced_bytes(self) -> int:
+        """The reduced shard in the dtype it is reduced in, the gathered one (as accelerate sets it)."""
+        return sum(p.sent_bytes for p in self.trainable)
+
+    @property
+    def gradient_bytes(self) -> int:
+        """The reduced shard in the dtype of the shards."""
+        return sum(p.stored_bytes for p in self.trainable)
+
+
+def _sharded(parameter: Parameter, layout: _Layout, *, in_block: bool) -> _Sharded:
+    """The first rank's shard of ``parameter``: ``ceil(rows / shards)`` rows. 4-bit weights shard as packed bytes."""
+    if parameter.packed_bytes:
+        shape = (divide_up(parameter.packed_bytes, layout.num_shards),)
+        whole = shape[0] * layout.num_shards
+        return _Sharded(shape, parameter.trainable, 1, 1, whole, 0, in_block)
+    dims = parameter.shape or (1,)
+    if parameter.lora_rank_power:
+        axis = dims.index(1)
+        dims = (*dims[:axis], layout.rank, *dims[axis + 1 :])
+    shape = (divide_up(dims[0], layout.num_shards), *dims[1:])
+    stored = layout.trainable_itemsize if parameter.trainable else layout.frozen_itemsize
+    gathered = layout.gathered_itemsize or parameter.itemsize
+    shard = _Sharded(shape, parameter.trainable, stored or parameter.itemsize, gathered, 0, 0, in_block)
+    return shard._replace(
+        whole_bytes=shard.sent_bytes * layout.num_shards,
+        gradient_bytes=parameter.numel(layout.rank) * gathered if parameter.trainable else 0,
+    )
+
+
+def _unit(program: StepProgram, layout: _Layout, *, group: str, indices: Sequence[int], reshards: bool) -> _Unit:
+    rows = program.groups[group].parameters
+    in_block = group != ROOT_GROUP
+    parameters = tuple(_sharded(rows[index], layout, in_block=in_block) for index in indices)
+    return _Unit(group=group, indices=tuple(indices), parameters=parameters, reshards=reshards)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Units:
+    """The units of a model: one per group of blocks; outside blocks either one for all, or one for what the first
+    stage reads (the embedding) and one for what the last does (norm and head)."""
+
+    blocks: dict[str, _Unit]
+    embedding: _Unit | None = None
+    root: _Unit | None = None  # lives from the first stage to the last
+    tail: _Unit | None = None
+
+
+def _units(program: StepProgram, layout: _Layout) -> _Units:
+    """Source: accelerate 1.15 ``fsdp2_prepare_model``, which carves up the root unless embedding and head are tied."""
+    blocks = {
+        name: _unit(program, layout, group=name, indices=range(len(group.parameters)), reshards=layout.reshards)
+        for name, group in program.groups.items()
+        if name != ROOT_GROUP
+    }
+    everything = range(len(program.groups[ROOT_GROUP].parameters))
+    forward = [stage for stage in program.stages if stage.phase in (Phase.FORWARD, Phase.LOSS)]
+    first = {i for layer in forward[0].order() for i in program.section_of(forward[0], layer).uses}
+    last = {i for layer in forward[-1].order() for i in program.section_of(forward[-1], layer).uses}
+    single = not forward[0].stack and not forward[-1].stack and len(forward) > 1
+    if layout.has_root_unit or first & last or not single:
+        root = _unit(program, layout, group=ROOT_GROUP, indices=everything, reshards=False)
+        return _Units(blocks=blocks, root=root)
+    early = [i for i in everything if i in first]
+    late = [i for i in everything if i not in first]
+    return _Units(
+        blocks=blocks,
+        embedding=_unit(program, layout, group=ROOT_GROUP, indices=early, reshards=layout.reshards),
+        tail=_unit(program, layout, group=ROOT_GROUP, indices=late, reshards=False),
+    )
+
+
+def _counted(program: StepProgram, units: _Units) -> Iterator[tuple[_Unit, int]]:
+    """Every unit with the number of times it occurs."""
+    for name, unit in units.blocks.items():
+        yield unit, program.group_counts[name]
+    for single in (units.embedding, units.root, units.tail):
+        if single is not None:
+            yield single, 1
+
+
+class _Slot(IntEnum):
+    """Slots that the rewrite uses in any section, counted from the first one that the trace leaves free."""
+
+    FLAT_INPUT = 0
+    GATHERED = 1
+    PREFETCH_FLAT_INPUT = 2
+    PREFETCHED = 3
+    WIRE = 4
+    REDUCE_INPUT = 5
+    REDUCED = 6
+    GRADIENT = 7
+    COPIES = 8  # the first of one per parameter
+
+
+class _Place(NamedTuple):
+    stage: str
+    layer: int
+
+
+class _Live(NamedTuple):
+    """A storage of the rewrite's own that is to be freed later."""
+
+    place: _Place
+    slot: int
+    num_bytes: int
+
+
+class _Visit(NamedTuple):
+    """A unit and where its forward and its backward begin and end."""
+
+    unit: _Unit
+    forward_begin: _Place
+    forward_end: _Place
+    backward_begin: _Place
+    backward_end: _Place
+
+
+@dataclass
+class _Frame:
+    """What the rewrite adds to one section: events before, after its last logits, and behind; and what the clock
+    needs."""
+
+    before: list[Event] = field(default_factory=list)
+    after_logits: list[Event] = field(default_factory=list)
+    behind: list[Event] = field(default_factory=list)
+    kernels: list[Kernel] = field(default_factory=list)
+    collectives: list[Collective] = field(default_factory=list)
+    copies: list[Copy] = field(default_factory=list)
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        return (
+            tuple(self.before),
+            tuple(self.after_logits),
+            tuple(self.behind),
+            tuple(self.kernels),
+            tuple(self.collectives),
+            tuple(self.copies),
+        )
+
+
+class _Rewriter:
+    """Walks the units in the order in which the engine meets them and notes what each adds to each section."""
+
+    def __init__(self, program: StepProgram, layout: _Layout, units: _Units) -> None:
+        self.program = program
+        self.layout = layout
+        self.units = units
+        self.frames: dict[_Place, _Frame] = {}
+        self.first_slot = max((next_slot(section.events) for section in program.sections), default=0)
+        self.forward = [stage for stage in program.stages if stage.phase in (Phase.FORWARD, Phase.LOSS)]
+        self.backward = [stage for stage in program.stages if stage.phase is Phase.BACKWARD]
+        self.copies_of: dict[int, _Place] = {}  # index of a visit -> where its parameters were copied out
+        self.reduce_input: _Live | None = None
+        self.retained: list[_Live] = []
+        self.accumulated: dict[_Place, list[Alloc]] = {}
+
+    def run(self) -> StepProgram:
+        visits = list(self._visits())
+        if self.layout.defers_reduction:
+            self._pile_up(visits)
+        self._run_forward(visits)
+        self._run_backward(visits)
+        return self._assemble()
+
+    def _visits(self) -> Iterator[_Visit]:
+        """Units in the order in which their forward ends."""
+        begin, end = _Place(self.forward[0].name, 0), _Place(self.forward[-1].name, 0)
+        back_begin, back_end = _Place(self.backward[0].name, 0), _Place(self.backward[-1].name, 0)
+        if self.units.embedding:
+            yield _Visit(self.units.embedding, begin, begin, back_end, back_end)
+        for stage in self.forward:
+            for layer in stage.order() if stage.stack else ():
+                unit = self.units.blocks[self.program.section_of(stage, layer).group]
+                there, back = _Place(stage.name, layer), _Place(f"backward.{stage.stack}", layer)
+                yield _Visit(unit, there, there, back, back)
+        if self.units.tail:
+            yield _Visit(self.units.tail, end, end, back_begin, back_begin)
+        if self.units.root:
+            yield _Visit(self.units.root, begin, end, back_begin, back_end)
+
+    def _run_forward(self, visits: Sequence[_Visit]) -> None:
+        order = sorted(range(len(visits)), key=lambda i: visits[i].forward_begin != visits[-1].forward_begin)
+        if visits[-1].unit is not self.units.root:
+            order = list(range(len(visits)))
+        previous: _Live | None = None
+        for index in order:
+            unit, begin, end = visits[index].unit, visits[index].forward_begin, visits[index].forward_end
+            frame = self._frame(begin)
+            gathered = self._gather(unit, begin, frame.before, slot=_Slot.GATHERED)
+            self._copy_out(index, unit, begin, frame.before)
+            if previous:
+                frame.before.append(self._free(previous, begin))
+            previous = gathered
+            self._clock_gather(unit, frame)
+            if unit.reshards:
+                self._reshard(index, unit, end, self._frame(end).behind)
+        if previous:
+            last = _Place(self.forward[-1].name, 0)
+            self._frame(last).behind.append(self._free(previous, last))
+
+    def _run_backward(self, visits: Sequence[_Visit]) -> None:
+        prefetched: _Live | None = None
+        for index in range(len(visits) - 1, -1, -1):
+            visit = visits[index]
+            frame = self._frame(visit.backward_begin)
+            if index not in self.copies_of and self._is_reached(visit):
+                if prefetched is None:
+                    prefetched = self._gather(visit.unit, visit.backward_begin, frame.before, slot=_Slot.GATHERED)
+                self._copy_out(index, visit.unit, visit.backward_begin, frame.before)
+                if prefetched:
+                    frame.before.append(self._free(prefetched, visit.backward_begin))
+                prefetched = None
+                self._clock_gather(visit.unit, frame)
+            ahead = visits[index - 1] if index else None
+            if ahead and ahead.unit.reshards:
+                events = frame.after_logits if visit.unit is self.units.tail else frame.before
+                prefetched = self._gather(ahead.unit, visit.backward_begin, events, slot=_Slot.PREFETCHED)
+            if visit.unit is not self.units.root:
+                self._finish(index, visit)
+        end = _Place(self.backward[-1].name, 0)
+        if self.units.root:
+            self._finish(len(visits) - 1, visits[-1])
+        for live in (prefetched, self.reduce_input, *self.retained):
+            if live:
+                self._frame(end).behind.append(self._free(live, end))
+
+    def _is_reached(self, visit: _Visit) -> bool:
+        """A frozen embedding has no backward of its own, though the prefetch gathers it."""
+        return visit.unit is not self.units.embedding or bool(visit.unit.trainable)
+
+    def _gather(self, unit: _Unit, place: _Place, events: list[Event], *, slot: _Slot) -> _Live | None:
+        """The all-gather's buffers. One rank alone gathers nothing and copies its shard out."""
+        if self.layout.num_shards == 1 or not unit.parameters:
+            return None
+        flat = self._alloc(place, slot - 1, unit.sent_bytes(offloads=self.layout.offloads), events)
+        gathered = self._alloc(place, slot, unit.gathered_bytes, events)
+        self._pass_through_wire(place, unit.gathered_bytes, events)
+        events.append(self._free(flat, place))
+        return gathered
+
+    def _copy_out(self, index: int, unit: _Unit, place: _Place, events: list[Event]) -> None:
+        for number, parameter in enumerate(unit.parameters):
+            self._alloc(place, _Slot.COPIES + number, parameter.whole_bytes, events, Owner.GATHERED_WEIGHTS)
+        self.copies_of[index] = place
+
+    def _reshard(self, index: int, unit: _Unit, place: _Place, events: list[Event]) -> None:
+        born = self.copies_of.pop(index, None)
+        if born is None:
+            return
+        for number, parameter in enumerate(unit.parameters):
+            live = _Live(born, self.first_slot + _Slot.COPIES + number, parameter.whole_bytes)
+            events.append(self._free(live, place))
+
+    def _finish(self, index: int, visit: _Visit) -> None:
+        """What follows a unit's backward: reshard, the previous reduce input, this unit's reduction."""
+        unit, place = visit.unit, visit.backward_end
+        frame = self._frame(place)
+        self._reshard(index, unit, place, frame.behind)
+        if self.reduce_input:
+            frame.behind.append(self._free(self.reduce_input, place))
+            self.reduce_input = None
+        if unit.trainable:
+            self._reduce(visit, frame)
+
+    def _reduce(self, visit: _Visit, frame: _Frame) -> None:
+        unit, place, events = visit.unit, visit.backward_end, frame.behind
+        num_shards = self.layout.num_shards
+        self.reduce_input = self._alloc(place, _Slot.REDUCE_INPUT, unit.reduced_bytes * num_shards, events)
+        events.extend(self._gradient_frees(visit))
+        changes_dtype = unit.reduced_bytes != unit.gradient_bytes
+        owner = Owner.COMMUNICATION if changes_dtype else Owner.GRADIENTS
+        reduced = self._alloc(place, _Slot.REDUCED, unit.reduced_bytes, events, owner)
+        if num_shards > 1:
+            self._pass_through_wire(place, unit.reduced_bytes * num_shards, events)
+        gradient = reduced
+        if changes_dtype:
+            gradient = self._alloc(place, _Slot.GRADIENT, unit.gradient_bytes, events, Owner.GRADIENTS)
+            # With replicas the buffer of the all-reduce is kept until the backward ends, lest it be reused in flight.
+            if self.layout.num_replicas > 1:
+                self.retained.append(reduced)
+            else:
+                events.append(self._free(reduced, place))
+        if self.layout.offloads or (self.layout.accumulates and not self.layout.defers_reduction):
+            events.append(self._free(gradient, place))
+        self._clock_reduce(unit, frame)
+
+    def _gradient_frees(self, visit: _Visit) -> Iterator[Event]:
+        """The unsharded gradients of the unit, wherever they arose, die once they are copied in."""
+        for born, event in self._gradients(visit):
+            if self.layout.defers_reduction:
+                break
+            yield Free(self._ref(_Live(born, event.slot, 0), visit.backward_end), event.size)
+        for place, allocs in self.accumulated.items():
+            if place == self._pile(visit):
+                for alloc in allocs:
+                    if alloc.parameter in visit.unit.indices:
+                        yield Free(self._ref(_Live(place, alloc.slot, 0), visit.backward_end), alloc.size)
+
+    def _gradients(self, visit: _Visit) -> Iterator[tuple[_Place, Alloc]]:
+        for stage in self.backward:
+            is_own = stage.name == visit.backward_end.stage or visit.unit.group == ROOT_GROUP
+            if not is_own or (visit.unit.group == ROOT_GROUP and stage.stack):
+                continue
+            layer = visit.backward_end.layer
+            for event in self.program.section_of(stage, layer).events:
+                if is_gradient(event) and event.parameter in visit.unit.indices:
+                    yield _Place(stage.name, layer), event
+
+    def _pile(self, visit: _Visit) -> _Place:
+        """Where the unit's accumulated gradients are said to come into being."""
+        stack = visit.forward_begin.stage.partition(".")[2] if visit.unit.group != ROOT_GROUP else ROOT_GROUP
+        return _Place(f"{ACCUMULATED}.{stack}", visit.forward_begin.layer)
+
+    def _pile_up(self, visits: Sequence[_Visit]) -> None:
+        """Whole gradients of earlier micro-batches, in the dtype of computation, there when the last one begins."""
+        for visit in visits:
+            allocs = self.accumulated.setdefault(self._pile(visit), [])
+            for index, parameter in zip(visit.unit.indices, visit.unit.parameters, strict=True):
+                if parameter.trainable:
+                    size = Size.constant(parameter.gradient_bytes)
+                    allocs.append(Alloc(self.first_slot + index, size, Owner.GRADIENTS, index))
+
+    def _pass_through_wire(self, place: _Place, num_bytes: int, events: list[Event]) -> None:
+        if self.layout.copies_on_wire:
+            events.append(self._free(self._alloc(place, _Slot.WIRE, num_bytes, events), place))
+
+    def _alloc(
+        self, place: _Place, slot: int, num_bytes: int, events: list[Event], owner: Owner = Owner.COMMUNICATION
+    ) -> _Live:
+        events.append(Alloc(self.first_slot + slot, Size.constant(num_bytes), owner))
+        return _Live(place, self.first_slot + slot, num_bytes)
+
+    def _free(self, live: _Live, place: _Place) -> Free:
+        return Free(self._ref(live, place), Size.constant(live.num_bytes))
+
+    def _ref(self, live: _Live, place: _Place) -> TensorRef:
+        """``live`` as a section at ``place`` names it: by distance along the same stack, so that layers share it."""
+        born = live.place
+        if born.stage.partition(".")[2] == place.stage.partition(".")[2]:
+            return TensorRef(born.stage, Anchor.RELATIVE, born.layer - place.layer, live.slot)
+        return TensorRef(born.stage, Anchor.FIRST, born.layer, live.slot)
+
+    def _frame(self, place: _Place) -> _Frame:
+        return self.frames.setdefault(place, _Frame())
+
+    def _clock_gather(self, unit: _Unit, frame: _Frame) -> None:
+        sent = sum(p.sent_bytes for p in unit.parameters)
+        stored = sum(p.stored_bytes for p in unit.parameters)
+        if self.layout.offloads:
+            frame.copies.append(Copy(True, Size.constant(stored), Moment.BEFORE))
+        if self.layout.num_shards > 1 and unit.parameters:
+            payload = Size.constant(unit.gathered_bytes)
+            frame.collectives.append(Collective(CollectiveKind.ALL_GATHER, payload, Moment.BEFORE, self.layout.group))
+        moved = stored + sent + 2 * unit.gathered_bytes
+        frame.kernels.append(Kernel(1, Size.constant(0), Size.constant(moved), False))
+
+    def _clock_reduce(self, unit: _Unit, frame: _Frame) -> None:
+        payload = unit.reduced_bytes * self.layout.num_shards
+        if self.layout.num_shards > 1:
+            frame.collectives.append(
+                Collective(CollectiveKind.REDUCE_SCATTER, Size.constant(payload), Moment.AFTER, self.layout.group)
+            )
+        if self.layout.num_replicas > 1:
+            reduced = Size.constant(unit.reduced_bytes)
+            frame.collectives.append(Collective(CollectiveKind.ALL_REDUCE, reduced, Moment.AFTER, Group.REPLICATE))
+        if self.layout.offloads:
+            frame.copies.append(Copy(False, Size.constant(unit.gradient_bytes), Moment.AFTER))
+        frame.kernels.append(Kernel(1, Size.constant(0), Size.constant(2 * payload), False))
+
+    def _assemble(self) -> StepProgram:
+        """The program with every frame in place; layers whose section and frame are alike share a section."""
+        sections: list[Section] = []
+        numbers: dict[tuple[object, ...], int] = {}
+        stages = [*self._pile_stages(sections)]
+        for stage in self.program.stages:
+            layers = []
+            for layer, original in enumerate(stage.layers):
+                frame = self.frames.get(_Place(stage.name, layer), _Frame())
+                key = (stage.phase is Phase.BACKWARD, original, frame.key)
+                if key not in numbers:
+                    numbers[key] = len(sections)
+                    sections.append(self._framed(stage, self.program.sections[original], frame))
+                layers.append(numbers[key])
+            stages.append(replace(stage, layers=tuple(layers)))
+        return compact(replace(self.program, stages=tuple(stages), sections=tuple(sections)))
+
+    def _framed(self, stage: Stage, section: Section, frame: _Frame) -> Section:
+        events: list[Event] = []
+        for event in section.events:
+            if is_gradient(event) and self.layout.defers_reduction:
+                added = event._replace(owner=Owner.TEMPORARIES, parameter=-1)
+                events += (added, Free(TensorRef(stage.name, Anchor.RELATIVE, 0, event.slot), event.size))
+            else:
+                events.append(event)
+        if frame.after_logits:
+            logits = [i for i, e in enumerate(events) if isinstance(e, Alloc) and e.owner is Owner.LOGITS]
+            position = logits[-1] + 1 if logits else 0
+            events[position:position] = frame.after_logits
+        return replace(
+            section,
+            events=(*frame.before, *events, *frame.behind),
+            kernels=(*section.kernels, *frame.kernels),
+            collectives=(*section.collectives, *frame.collectives),
+            copies=(*section.copies, *frame.copies),
+        )
+
+    def _pile_stages(self, sections: list[Section]) -> Iterator[Stage]:
+        names = dict.fromkeys(place.stage for place in self.accumulated)
+        for name in names:
+            layers = []
+            for place in sorted(place for place in self.accumulated if place.stage == name):
+                layers.append(len(sections))
+                sections.append(Section(events=tuple(self.accumulated[place])))
+            stack = name.partition(".")[2]
+            yield Stage(
+                name=name, phase=Phase.FORWARD, layers=tuple(layers), stack="" if stack == ROOT_GROUP else stack
+            )
+
+
+def _with_state(
+    program: StepProgram,
+    parameters: Iterable[_Sharded],
+    units: _Units,
+    layout: _Layout,
+    *,
+    scenario: Scenario,
+    cluster: Cluster,
+) -> StepProgram:
+    """``program`` with the shards, the optimizer on them and what earlier micro-batches left."""
+    shards = list(parameters)
+    trained = tuple(LocalTensor(p.shape, p.stored_itemsize, p.in_block) for p in shards if p.trainable)
+    persistent = [*program.persistent, *_unsharded_scales(program)]
+    on_host = 0
+    if layout.offloads:
+        on_host = sum(p.stored_bytes for p in shards) + _host_optimizer_bytes(trained, scenario=scenario)
+    else:
+        persistent += persistent_run((p.stored_bytes for p in shards), Owner.WEIGHTS)
+        if layout.accumulates and not layout.defers_reduction:
+            sizes = (unit.gradient_bytes for unit, count in _counted(program, units) for _ in range(count))
+            persistent += persistent_run(sizes, Owner.GRADIENTS)
+    program = replace(
+        program,
+        persistent=tuple(persistent),
+        host_persistent_bytes=program.host_persistent_bytes + on_host,
+    )
+    step = OptimizerStep(tensors=trained, on_host=layout.offloads)
+    return with_optimizer(program, step, scenario=scenario, device=cluster.gpu.device_kind)
+
+
+def _unsharded_scales(program: StepProgram) -> Iterator[Persistent]:
+    """Scales of 4-bit weights are no parameters: every rank keeps them all."""
+    for name, group in program.groups.items():
+        for parameter in group.parameters:
+            if parameter.extra_bytes:
+                size = Size.constant(parameter.extra_bytes)
+                yield Persistent(size, Owner.WEIGHTS, program.group_counts[name])
+
+
+def _host_optimizer_bytes(trained: Sequence[LocalTensor], *, scenario: Scenario) -> int:
+    """Gradients and optimizer states of one rank in host memory."""
+    optimizer = find(scenario.training.optimizer)
+    states = sum(sum(optimizer.state_bytes(tensor, device=DeviceKind.CPU)) for tensor in trained)
+    return states + sum(tensor.num_bytes for tensor in trained)
