@@ -148,7 +148,7 @@ class Kernel(NamedTuple):
     """``count`` launches alike: FLOPs and bytes moved by each. ``tensor_cores`` when it is a matrix product or
     attention in the compute dtype, else it is bound by memory traffic."""
 
-    count: int
+    count: int  # type: ignore[assignment]  # hides tuple.count, which nothing here uses
     flops: Size
     num_bytes: Size
     tensor_cores: bool
@@ -237,9 +237,7 @@ class ParameterGroup:
 
     def numel(self, lora_rank: int = 0, *, trainable: bool | None = None) -> int:
         """Elements of the group's parameters, of all or only of the trainable (or frozen) ones."""
-        return sum(
-            p.numel(lora_rank) for p in self.parameters if trainable is None or p.trainable == trainable
-        )
+        return sum(p.numel(lora_rank) for p in self.parameters if trainable is None or p.trainable == trainable)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -280,7 +278,7 @@ class Persistent(NamedTuple):
 
     size: Size
     owner: Owner
-    count: int = 1
+    count: int = 1  # type: ignore[assignment]  # hides tuple.count
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -304,8 +302,7 @@ class StepProgram:
     def num_parameters(self, lora_rank: int = 0, *, trainable: bool | None = None) -> int:
         """Logical parameters of the whole model (tied ones once)."""
         return sum(
-            group.numel(lora_rank, trainable=trainable) * self.group_counts[name]
-            for name, group in self.groups.items()
+            group.numel(lora_rank, trainable=trainable) * self.group_counts[name] for name, group in self.groups.items()
         )
 
     def stage(self, name: str) -> Stage:
