@@ -46,9 +46,9 @@ class Efficiency(NamedTuple):
 EFFICIENCIES: Mapping[str, Efficiency] = {
     "Volta": Efficiency(0.55, 0.75, "not calibrated; below Ampere as the tensor cores need larger tiles"),
     "Turing": Efficiency(0.55, 0.75, "not calibrated; as for Volta"),
-    "Ampere": Efficiency(0.80, 0.80, "bench/throughput.py"),
+    "Ampere": Efficiency(0.85, 0.80, "bench/throughput.py"),
     "Ada": Efficiency(0.80, 0.80, "bench/throughput.py"),
-    "Hopper": Efficiency(0.70, 0.80, "bench/throughput.py"),
+    "Hopper": Efficiency(0.68, 0.80, "bench/throughput.py"),
     "Blackwell": Efficiency(0.65, 0.80, "not calibrated; below Hopper as peaks grew faster than bandwidth"),
     "CDNA": Efficiency(0.70, 0.70, "not calibrated"),
 }
