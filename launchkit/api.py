@@ -10,11 +10,11 @@ from launchkit.catalog.models import Progress, find_model
 from launchkit.hardware import Cluster
 from launchkit.model import ModelProfile, ModelSource
 from launchkit.plan import Candidate, Plan
+from launchkit.planner.evaluate import Bench, point_of
 from launchkit.probe import cluster_for
 from launchkit.program import StepProgram
 from launchkit.request import Request, resolve
-from launchkit.scenario import Method, TraceKey
-from launchkit.strategies import trace_key
+from launchkit.scenario import TraceKey
 
 
 def plan(model: str, *, trust_remote_code: bool = False, **flags: str | int | bool | None) -> Plan:
@@ -64,11 +64,8 @@ def trace_request(
     cluster = find_cluster(request.gpus)
     source = find_source(model, request, trust_remote_code=trust_remote_code, progress=progress)
     scenario = resolve(request, model=source.profile, cluster=cluster).scenario
-    training = scenario.training
-    key = trace_key(
-        training, scenario.strategy, cluster.gpu.device_kind, single_sequence=scenario.batch.micro_batch == 1
-    )
-    rank = 0 if training.method is Method.FULL else training.lora_rank
+    key = Bench(source=source, cluster=cluster).key(scenario)
+    rank = point_of(scenario).lora_rank
     return Traced(profile=source.profile, key=key, program=source.program(key), lora_rank=rank)
 
 

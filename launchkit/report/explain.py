@@ -154,8 +154,8 @@ TERMS: tuple[Term, ...] = (
     ),
     Term(
         name="checkpoint",
-        text="Disk space of one saved checkpoint that a run can resume from: weights (or the adapter), optimizer "
-        "states and, under DeepSpeed, the fp32 master.",
+        text="Disk space of one saved checkpoint: the model's weights in their stored dtype, or the adapter in fp32.",
+        omits="optimizer states, which a trainer saves beside it unless told not to.",
         also=("checkpoint_bytes",),
     ),
     Term(
