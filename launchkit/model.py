@@ -32,6 +32,7 @@ class ModelProfile:
     block_classes: tuple[str, ...]
     attentions: tuple[Attention, ...]  # those the model's code offers
     checkpoint_itemsize: int = 2
+    sliding_window: int = 0  # tokens that the narrowest attention sees; 0 where all layers see everything
     num_active_parameters: int = 0  # of an MoE model: those a token passes through; 0 for dense models
     task: str = "causal-lm"  # causal-lm | sequence-classification | seq2seq-lm | …
     tied_embeddings: bool = False

@@ -276,12 +276,23 @@ class TraceKey:
     trainer: Trainer
     lora_targets: str = ""  # empty for full fine-tuning
     single_sequence: bool = False  # a micro-batch of 1 is a program of its own
+    beyond_window: bool = False  # and so is a sequence at least as long as the model's sliding window
 
     @property
     def text(self) -> str:
         """A stable name for files and messages."""
-        parts = [self.device, self.method, self.compute, self.checkpointing, self.attention, self.loss, self.trainer]
+        parts: list[str] = [
+            self.device,
+            self.method,
+            self.compute,
+            self.checkpointing,
+            self.attention,
+            self.loss,
+            self.trainer,
+        ]
         if self.lora_targets:
             parts.append(self.lora_targets)
         parts.append("b1" if self.single_sequence else "bn")
+        if self.beyond_window:
+            parts.append("windowed")
         return "/".join(str(part) for part in parts)

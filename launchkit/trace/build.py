@@ -128,6 +128,7 @@ def build_on_meta(
             model = model_class._from_config(config, attn_implementation=str(attention), dtype=dtype)
     except (ValueError, ImportError) as error:
         raise TraceError(f"{model_class.__name__} cannot be built with {attention} attention: {_first_line(error)}") from None
+    model.tie_weights()  # which transformers leaves out where it does not initialise
     model.config.use_cache = False
     return model
 

@@ -43,15 +43,16 @@ ProgressHook = Callable[[int, int, str], None]
 # linear in the rank is told from one that is not.
 _POINTS_BATCHED = (Point(2, 64, 8), Point(3, 64, 8), Point(2, 96, 8), Point(4, 160, 8))
 _POINTS_SINGLE = (Point(1, 64, 8), Point(1, 96, 8), Point(1, 160, 8))
-_RANKED = (Point(2, 64, 16), Point(1, 64, 16))
 
 
-def trace_points(key: TraceKey) -> tuple[Point, ...]:
-    """The points that a program is fitted to, the held-back one last."""
+def trace_points(key: TraceKey, *, window: int = 0) -> tuple[Point, ...]:
+    """The points that a program is fitted to, the held-back one last; all beyond ``window`` tokens."""
     points = _POINTS_SINGLE if key.single_sequence else _POINTS_BATCHED
+    if window:
+        points = tuple(point._replace(seq_len=point.seq_len + -(-window // 32) * 32) for point in points)
     if key.method is Method.FULL:
         return tuple(point._replace(lora_rank=0) for point in points)
-    ranked = _RANKED[1 if key.single_sequence else 0]
+    ranked = points[0]._replace(lora_rank=16)
     return (*points[:-1], ranked, points[-1]._replace(lora_rank=24))
 
 
@@ -63,9 +64,9 @@ def trace_model(
     Raises ``ModelConfigError`` for a configuration transformers refuses and ``TraceError``, naming the operator or the
     reason, for a model whose step cannot be traced.
     """
-    points = trace_points(key)
     with _quiet():
         settings = load_config(config)
+        points = trace_points(key, window=_sliding_window(settings.get_text_config()) if key.beyond_window else 0)
         logs = []
         builts: dict[int, tuple[Built, FakeTensorMode, TracedModel]] = {}
         for done, point in enumerate(points):
@@ -207,6 +208,7 @@ def profile_model(config: Mapping[str, Any], *, name: str, source: str = "traced
         max_position_embeddings=getattr(text, "max_position_embeddings", 0) or 0,
         block_classes=wrapped or tuple(sorted(blocks)),
         attentions=attentions,
+        sliding_window=_sliding_window(text),
         task=task,
         tied_embeddings=bool(getattr(text, "tie_word_embeddings", False)),
         versions=traced_with(),
@@ -227,6 +229,15 @@ def _active_parameters(model: nn.Module, text: PreTrainedConfig) -> int:
     routed = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name and "shared" not in name)
     total = sum(p.numel() for p in model.parameters())
     return total - routed + routed * int(per_token) // int(experts)
+
+
+def _sliding_window(text: PreTrainedConfig) -> int:
+    """Tokens that the model's narrowest attention sees, where its configuration says that any layer uses a window."""
+    window = getattr(text, "sliding_window", None) or 0
+    types = getattr(text, "layer_types", None)
+    if types is not None and "sliding_attention" not in types:
+        return 0
+    return 0 if getattr(text, "use_sliding_window", True) is False else int(window)
 
 
 def _offers(model_class: Any, settings: PreTrainedConfig, attention: Attention) -> bool:

@@ -1,0 +1,248 @@
+"""From options to a Plan: the winner, verified through the allocator, what else fits, what does not and why."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+from launchkit import __version__
+from launchkit.errors import IllegalScenarioError
+from launchkit.hardware import Cluster
+from launchkit.model import ModelProfile, ModelSource
+from launchkit.plan import Candidate, Plan, Rejected, Suggestion
+from launchkit.planner.evaluate import Bench, judge, sketch
+from launchkit.planner.search import Option, Refused, Search
+from launchkit.request import Request
+from launchkit.scenario import Attention, Checkpointing, Loss, Method, Offload, Precision, Scenario, StrategyKind
+
+# Two step times closer than this are equal as far as the clock knows; the simpler engine wins then.
+SAME_SPEED = 0.05
+SHOWN_ALTERNATIVES = 3
+SHOWN_REJECTED = 4
+
+
+def plan(source: ModelSource, *, cluster: Cluster, request: Request) -> Plan:
+    """The best way to fine-tune the model of ``source`` on ``cluster`` within ``request``.
+
+    Without a method asked for: a full fine-tune if it fits without offload, else LoRA, else QLoRA, else offload.
+    Raises ``IllegalScenarioError`` when every combination asked for is one that its engine refuses.
+    """
+    bench = Bench(source=source, cluster=cluster)
+    search = Search(bench=bench, request=request)
+    options, refused = _explore(search)
+    if not options:
+        reasons = dict.fromkeys(item.reason for item in refused)
+        raise IllegalScenarioError("; ".join(reasons) or "nothing is left to choose from; give fewer flags")
+    chosen, chosen_option = _verified(bench, options)
+    fitting = [o for o in _best_of_each(options) if o.fits and o is not chosen_option]
+    alternatives = _alternatives(bench, fitting) if chosen else ()
+    losers = [option for option in options if not option.fits]
+    return Plan(
+        request=request.given(),
+        model=source.profile,
+        cluster=cluster,
+        chosen=chosen,
+        alternatives=alternatives,
+        rejected=_rejected(bench, losers),
+        suggestions=_suggestions(search, chosen, losers),
+        assumptions=_assumptions(chosen or sketch(bench, min(options, key=_need).scenario), source.profile),
+        notes=_notes(request, cluster, source.profile, chosen),
+        num_considered=search.num_considered,
+        versions={"launchkit": __version__, **source.profile.versions},
+    )
+
+
+def _explore(search: Search) -> tuple[list[Option], list[Refused]]:
+    """Options in the order of preference. Offload is only gone into where nothing fits without it, or it was asked
+    for; a method behind one that fits is looked at so that it can be shown beside it."""
+    options: list[Option] = []
+    refused: list[Refused] = []
+
+    def collect(found: Iterable[Option | Refused]) -> None:
+        for item in found:
+            (options if isinstance(item, Option) else refused).append(item)  # type: ignore[arg-type]
+
+    for method in search.methods():
+        collect(search.options(method, offload=False))
+    if not any(option.fits for option in options) or search.request.offload not in (None, Offload.NONE):
+        for method in search.methods():
+            collect(search.options(method, offload=True))
+    return options, refused
+
+
+def _verified(bench: Bench, options: Sequence[Option]) -> tuple[Candidate | None, Option | None]:
+    """The first option in the order of preference that fits after its run through the allocator too."""
+    for option in _ranking([option for option in options if option.fits]):
+        candidate = judge(bench, option.scenario)
+        if candidate.estimate.fits:
+            return candidate, option
+    return None, None
+
+
+def _ranking(options: Sequence[Option]) -> list[Option]:
+    """Best first: no offload before offload, the fuller method before the lesser, then the faster, and of those that
+    are equally fast the simpler engine."""
+    ranked: list[Option] = []
+    groups: dict[tuple[bool, int], list[Option]] = {}
+    for option in options:
+        key = (option.scenario.strategy.offload is not Offload.NONE, list(Method).index(option.scenario.training.method))
+        groups.setdefault(key, []).append(option)
+    for key in sorted(groups):
+        rest = groups[key]
+        while rest:
+            fastest = min(option.seconds for option in rest)
+            close = [option for option in rest if option.seconds <= fastest * (1 + SAME_SPEED)]
+            best = min(close, key=lambda option: (option.simplicity, option.seconds))
+            ranked.append(best)
+            rest = [option for option in rest if option is not best]
+    return ranked
+
+
+def _best_of_each(options: Sequence[Option]) -> list[Option]:
+    """Alternatives worth showing: the best of every other method first, then the other strategies."""
+    ranked = _ranking(options)
+    first_of_method: dict[Method, Option] = {}
+    for option in ranked:
+        first_of_method.setdefault(option.scenario.training.method, option)
+    leading = list(first_of_method.values())
+    return [*leading, *(option for option in ranked if option not in leading)]
+
+
+def _alternatives(bench: Bench, options: Sequence[Option]) -> tuple[Candidate, ...]:
+    return tuple(sketch(bench, option.scenario) for option in options[:SHOWN_ALTERNATIVES])
+
+
+def _rejected(bench: Bench, options: Sequence[Option]) -> tuple[Rejected, ...]:
+    """Those that need too much, the nearest to fitting of each method first, with what weighs most in them."""
+    shown = sorted(options, key=_need)
+    by_method: dict[Method, Option] = {}
+    for option in shown:
+        by_method.setdefault(option.scenario.training.method, option)
+    leading = list(by_method.values())
+    rest = [option for option in shown if option not in leading]
+    candidates = [sketch(bench, option.scenario) for option in [*leading, *rest][:SHOWN_REJECTED]]
+    return tuple(Rejected(candidate=candidate, reason=_heaviest(candidate)) for candidate in candidates)
+
+
+def _heaviest(candidate: Candidate) -> str:
+    owner, num_bytes = max(candidate.estimate.at_peak.items(), key=lambda item: item[1])
+    return f"{owner.replace('_', ' ')} {num_bytes / 1024**3:.1f}"
+
+
+def _need(option: Option) -> int:
+    return option.live_bytes
+
+
+def _suggestions(search: Search, chosen: Candidate | None, losers: Sequence[Option]) -> tuple[Suggestion, ...]:
+    """What would save memory on the chosen one, or make the nearest one fit."""
+    if chosen is not None:
+        return tuple(_savings(search, chosen))
+    if not losers:
+        return ()
+    return tuple(_rescues(search, min(losers, key=_need)))
+
+
+def _savings(search: Search, chosen: Candidate) -> Iterable[Suggestion]:
+    scenario = chosen.scenario
+    if scenario.training.checkpointing is Checkpointing.NONE:
+        yield from _change(
+            search, chosen, "--checkpointing full", training=replace(scenario.training, checkpointing=Checkpointing.FULL)
+        )
+    if scenario.batch.micro_batch > 1:
+        half = scenario.batch.micro_batch // 2
+        steps = scenario.batch.gradient_accumulation_steps * scenario.batch.micro_batch // half
+        yield from _change(
+            search,
+            chosen,
+            f"--micro-batch {half}",
+            batch=replace(scenario.batch, micro_batch=half, gradient_accumulation_steps=steps),
+        )
+
+
+def _change(search: Search, chosen: Candidate, flags: str, **fields: object) -> Iterable[Suggestion]:
+    scenario = replace(chosen.scenario, **fields)  # type: ignore[arg-type]
+    other = sketch(search.bench, scenario)
+    search.num_considered += 1
+    saved = chosen.estimate.allocated_peak_bytes - other.estimate.allocated_peak_bytes
+    if saved > 0:
+        yield Suggestion(
+            flags=flags, saved_bytes=saved, time_factor=other.step.seconds / max(chosen.step.seconds, 1e-12)
+        )
+
+
+def _rescues(search: Search, nearest: Option) -> Iterable[Suggestion]:
+    """Shorter sequences or more GPUs for the scenario nearest to fitting, as far as halving and doubling go."""
+    bench, scenario = search.bench, nearest.scenario
+    length = scenario.batch.seq_len // 2
+    while length >= 128:
+        shorter = replace(scenario, batch=replace(scenario.batch, seq_len=length))
+        live = bench.live_peak_bytes(shorter)
+        if live <= search.room_bytes(shorter):
+            yield Suggestion(flags=f"--seq-len {length}", saved_bytes=nearest.live_bytes - live, time_factor=0.0)
+            break
+        length //= 2
+    yield from _more_gpus(search, nearest)
+
+
+def _more_gpus(search: Search, nearest: Option) -> Iterable[Suggestion]:
+    cluster = search.bench.cluster
+    strategy = nearest.scenario.strategy
+    if cluster.gpu.device_kind == "cpu" or strategy.kind in (StrategyKind.SINGLE, StrategyKind.DDP):
+        strategy = replace(strategy, kind=StrategyKind.FSDP2)
+    for factor in (2, 4, 8, 16, 32, 64):
+        wider = _widened(cluster, factor)
+        if wider is None or wider.num_gpus > 1024:
+            return
+        bench = Bench(source=search.bench.source, cluster=wider)
+        other = Search(bench=bench, request=search.request)
+        scenario = other.base(nearest.scenario.training.method, strategy)
+        live = bench.live_peak_bytes(scenario)
+        if live <= other.room_bytes(scenario):
+            flags = f"--gpus {wider.text.replace('× ', 'x').replace('×', 'x').replace(' ', '-')} --strategy {strategy.kind}"
+            yield Suggestion(flags=flags, saved_bytes=nearest.live_bytes - live, time_factor=0.0)
+            return
+
+
+def _widened(cluster: Cluster, factor: int) -> Cluster | None:
+    """``factor`` times the GPUs: in the node up to eight, in more nodes beyond."""
+    in_node = min(max(8, cluster.node.num_gpus), cluster.node.num_gpus * factor)
+    nodes = cluster.num_nodes * cluster.node.num_gpus * factor // in_node
+    if cluster.gpu.device_kind == "cpu":
+        return None
+    return replace(
+        cluster,
+        num_nodes=nodes,
+        node=replace(cluster.node, num_gpus=in_node),
+        network_bytes_per_s=cluster.network_bytes_per_s or 12.5e9,
+    )
+
+
+def _assumptions(candidate: Candidate, profile: ModelProfile) -> tuple[str, ...]:
+    training, batch = candidate.scenario.training, candidate.scenario.batch
+    attention = {
+        Attention.SDPA: "SDPA attention",
+        Attention.EAGER: "eager attention",
+        Attention.FLASH_ATTENTION_2: "flash attention 2",
+    }[training.attention]
+    loss = "plain cross-entropy" if training.loss is Loss.PLAIN else f"{training.loss} loss"
+    lines = [f"sequences of {batch.seq_len:,} tokens", attention, loss, training.optimizer, f"{training.trainer} trainer"]
+    if training.method is not Method.FULL and training.precision is Precision.BF16_PARAMS:
+        lines.append("base weights in bf16, adapters in fp32")
+    if profile.num_active_parameters:
+        lines.append("tokens spread evenly over the experts")
+    return tuple(lines)
+
+
+def _notes(
+    request: Request, cluster: Cluster, profile: ModelProfile, chosen: Candidate | None
+) -> tuple[str, ...]:
+    notes = list(profile.notes)
+    length = request.seq_len or Scenario().batch.seq_len
+    if profile.max_position_embeddings and length > profile.max_position_embeddings:
+        notes.append(f"{length:,} tokens are more than the {profile.max_position_embeddings:,} the model was made for")
+    if chosen and chosen.estimate.host_load_peak_bytes > cluster.node.host_memory_bytes > 0:
+        need, have = chosen.estimate.host_load_peak_bytes, cluster.node.host_memory_bytes
+        notes.append(f"loading takes {need / 1024**3:.0f} GiB of host memory, the node has {have / 1024**3:.0f}")
+    if chosen and not chosen.step.validated:
+        notes.append("times are the clock's and were not checked on this hardware; use them to rank")
+    return tuple(notes)
