@@ -75,9 +75,13 @@ class _Expansion:
         number = stage.layers[layer]
         for event, num_bytes in zip(self.program.sections[number].events, self._sizes(number), strict=True):
             if isinstance(event, Alloc):
-                yield from self._allocate(_Key(index, layer, event.slot), num_bytes, event.owner)
+                allocated = self._allocate(_Key(index, layer, event.slot), num_bytes, event.owner)
+                if num_bytes:
+                    yield allocated
             elif isinstance(event, Free):
-                yield from self._free(event.ref, num_bytes, stage=index, layer=layer)
+                freed = self._free(event.ref, num_bytes, stage=index, layer=layer)
+                if num_bytes:
+                    yield freed
             else:
                 yield from self._free_all(event.owner, stage=index)
 
@@ -87,7 +91,7 @@ class _Expansion:
             self.sizes[number] = [_event_bytes(event, self.point) for event in self.program.sections[number].events]
         return self.sizes[number]
 
-    def _allocate(self, key: _Key, num_bytes: int, owner: Owner) -> Iterator[MemoryEvent]:
+    def _allocate(self, key: _Key, num_bytes: int, owner: Owner) -> MemoryEvent:
         if key in self.live:
             raise ProgramError(f"{self._name(key)} is allocated while it is live; trace the model again")
         if num_bytes < 0:
@@ -95,22 +99,20 @@ class _Expansion:
         event = MemoryEvent(self.num_tensors, num_bytes, owner, key.stage)
         self.num_tensors += 1
         self.live[key] = event
-        if num_bytes:
-            yield event
+        return event
 
-    def _free(self, ref: TensorRef, num_bytes: int, *, stage: int, layer: int) -> Iterator[MemoryEvent]:
+    def _free(self, ref: TensorRef, num_bytes: int, *, stage: int, layer: int) -> MemoryEvent:
         key = self._resolve(ref, layer)
         event = self.live.pop(key, None)
-        where = f"{self.program.stages[stage].name}[{layer}]"
         if event is None:
+            where = f"{self.program.stages[stage].name}[{layer}]"
             raise ProgramError(f"{where} frees {self._name(key)}, which is not live there; trace the model again")
         if event.delta_bytes != num_bytes:
             raise ProgramError(
-                f"{where} frees {num_bytes} bytes of {self._name(key)}, which has {event.delta_bytes} at "
-                f"{_text(self.point)}; trace the model again"
+                f"{self.program.stages[stage].name}[{layer}] frees {num_bytes} bytes of {self._name(key)}, which has "
+                f"{event.delta_bytes} at {_text(self.point)}; trace the model again"
             )
-        if num_bytes:
-            yield MemoryEvent(event.tensor, -num_bytes, event.owner, stage)
+        return MemoryEvent(event.tensor, -num_bytes, event.owner, stage)
 
     def _free_all(self, owner: Owner, *, stage: int) -> Iterator[MemoryEvent]:
         for key in [key for key, event in self.live.items() if event.owner is owner]:
