@@ -294,12 +294,7 @@ def resolve_spec(spec: GpuSpec, table: HardwareTable) -> Cluster:
     node_type = table.node_called(spec.name)
     if node_type is not None:
         return _cluster_of_node_type(spec, node_type, table)
-    if (
-        spec.name.isdecimal()
-        and spec.num_gpus
-        and table.gpus_called(str(spec.num_gpus))
-        and not table.gpus_called(spec.name)
-    ):
+    if _has_count_last(spec, table):
         raise UsageError(f"{format_spec(spec)} has the count last; write {spec.name}x{spec.num_gpus}")
     gpu, notes = _find_gpu(spec.name, table)
     if gpu.backend is Backend.CPU:
@@ -416,6 +411,12 @@ def gpu_of_memory(memory_bytes: int, table: HardwareTable) -> tuple[Gpu, str]:
         source=f"memory as stated, everything else as {nearest.name}",
     )
     return gpu, f"only memory stated ({gib(memory_bytes)}): speed and compute capability taken from {nearest.name}"
+
+
+def _has_count_last(spec: GpuSpec, table: HardwareTable) -> bool:
+    """``4090x2``: a number that is no GPU, counted as often as a GPU's name says."""
+    is_bare_number = spec.name.isdecimal() and not table.gpus_called(spec.name)
+    return is_bare_number and bool(table.gpus_called(str(spec.num_gpus)))
 
 
 def _find_gpu(text: str, table: HardwareTable) -> tuple[Gpu, tuple[str, ...]]:

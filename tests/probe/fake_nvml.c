@@ -17,6 +17,7 @@
 #define NOT_SUPPORTED 3
 #define NOT_FOUND 6
 #define FUNCTION_NOT_FOUND 13
+#define ARGUMENT_VERSION_MISMATCH 25
 #define MAX_GPUS 8
 #define MAX_SLICES 7
 #define MIB (1024ULL * 1024ULL)
@@ -126,6 +127,7 @@ int nvmlDeviceGetMemoryInfo(Device *device, Memory *memory) {
 
 int nvmlDeviceGetMemoryInfo_v2(Device *device, MemoryV2 *memory) {
     if (getenv("FAKE_NVML_OLD")) return FUNCTION_NOT_FOUND;
+    if (memory->version != (sizeof *memory | 2U << 24)) return ARGUMENT_VERSION_MISMATCH;
     memory->total = device->memory_mib * MIB;
     memory->reserved = RESERVED_MIB * MIB;
     memory->used = device->used_mib * MIB;
