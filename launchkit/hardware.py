@@ -351,8 +351,9 @@ def stated_cluster(gpu: Gpu, *, num_gpus: int, num_nodes: int | None, notes: tup
 def gpu_node(gpu: Gpu, *, num_gpus: int) -> Node:
     """A node of ``num_gpus`` such GPUs, nothing known of its host.
 
-    Formula without peer-to-peer: half of PCIe, since what is sent crosses to host memory and back. Source: NVIDIA
-    nccl-tests issue 74, 20 GB/s both ways without against 40 with, PCIe 4.0 ×16.
+    Formula without peer-to-peer: half of PCIe, since what is sent crosses to host memory and back. Source:
+    p2pBandwidthLatencyTest on eight A40s over PCIe 4.0 ×16, posted to NVIDIA/nccl-tests in March 2021: 20 GB/s both ways
+    without, 40 with.
     """
     if gpu.fabric.joins_all and num_gpus > 1:
         return Node(num_gpus=num_gpus, gpu_link=gpu.fabric.link, gpu_link_bytes_per_s=gpu.nvlink_bytes_per_s)
