@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from launchkit.hardware import Cluster
+from launchkit.hardware import Backend, Cluster
 from launchkit.plan import Candidate, Estimate
 from launchkit.report.text import Canvas, Ink, MemoryScale, bar
 from launchkit.report.verdict import Verdict, verdict
@@ -53,7 +53,7 @@ def describe(scenario: Scenario, *, cluster: Cluster) -> list[str]:
     }
     return [
         method_text(training),
-        scenario.strategy.name,
+        strategy_text(scenario, cluster=cluster),
         training.precision.value,
         *(text for text, applies in extras.items() if applies),
         batch_text(scenario, cluster=cluster),
@@ -82,6 +82,12 @@ def method_text(training: Training) -> str:
     return f"{_METHODS[training.method]} r={training.lora_rank} on {targets}"
 
 
+def strategy_text(scenario: Scenario, *, cluster: Cluster) -> str:
+    """The strategy's name; one process on the CPU has no GPU to be single."""
+    is_cpu = cluster.gpu.backend is Backend.CPU
+    return "single process" if is_cpu and scenario.strategy.kind is StrategyKind.SINGLE else scenario.strategy.name
+
+
 def batch_text(scenario: Scenario, *, cluster: Cluster) -> str:
     """``micro-batch 1 × 16 accumulation × 2 GPUs = 32 sequences of 4096``."""
     batch = scenario.batch
@@ -90,7 +96,7 @@ def batch_text(scenario: Scenario, *, cluster: Cluster) -> str:
     if batch.gradient_accumulation_steps > 1:
         factors.append(f"{batch.gradient_accumulation_steps} accumulation")
     if num_ranks > 1:
-        factors.append(f"{num_ranks} {'processes' if cluster.gpu.backend.value == 'cpu' else 'GPUs'}")
+        factors.append(f"{num_ranks} {'processes' if cluster.gpu.backend is Backend.CPU else 'GPUs'}")
     if len(factors) == 1:
         return f"{factors[0]} of {batch.seq_len} tokens"
     return f"{' × '.join(factors)} = {batch.global_batch(num_ranks)} sequences of {batch.seq_len} tokens"
@@ -112,7 +118,7 @@ def peak_text(estimate: Estimate, *, cluster: Cluster) -> str:
     """``20.9 GiB of 23.5 usable per GPU (20.3–21.6)``."""
     scale = MemoryScale(largest_bytes=estimate.device_peak_bytes)
     low, high = scale.number(estimate.device_peak_low_bytes), scale.number(estimate.device_peak_high_bytes)
-    place = "process" if cluster.gpu.backend.value == "cpu" else "GPU"
+    place = "process" if cluster.gpu.backend is Backend.CPU else "GPU"
     usable = gib(estimate.device_usable_bytes)
     if scale.unit == "GiB":
         usable = usable.removesuffix(" GiB")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from launchkit.hardware import Cluster
 from launchkit.plan import Candidate, Estimate
 from launchkit.report.candidate import INDENT, headline, memory_lines, worst_moment
-from launchkit.report.text import MARGIN, Canvas, Ink, MemoryScale, bar, table
+from launchkit.report.text import MARGIN, Canvas, Ink, bar, table
 from launchkit.units import count, gib
 
 
@@ -24,12 +24,11 @@ def render_estimate(candidate: Candidate, *, cluster: Cluster, canvas: Canvas) -
 
 
 def _owner_rows(estimate: Estimate, *, canvas: Canvas) -> list[str]:
-    scale = MemoryScale(largest_bytes=estimate.device_peak_bytes)
     largest = max(estimate.at_peak.values(), default=0)
     length = 12 if canvas.is_narrow else 30
     return table(
         [
-            [name, f"{scale.number(value)} {scale.unit}", canvas.paint(bar(value, of=largest, length=length), Ink.BAR)]
+            [name, gib(value, digits=2), canvas.paint(bar(value, of=largest, length=length), Ink.BAR)]
             for name, value in estimate.at_peak.items()
             if value > 0
         ],
