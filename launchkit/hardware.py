@@ -352,7 +352,7 @@ def gpu_node(gpu: Gpu, *, num_gpus: int) -> Node:
     """A node of ``num_gpus`` such GPUs, nothing known of its host.
 
     Formula without peer-to-peer: half of PCIe, since what is sent crosses to host memory and back. Source:
-    p2pBandwidthLatencyTest on eight A40s over PCIe 4.0 ×16, posted to NVIDIA/nccl-tests in March 2021: 20 GB/s both ways
+    p2pBandwidthLatencyTest on eight A40s over PCIe 4.0 ×16, posted to NVIDIA/nccl-tests in 2021: 20 GB/s both ways
     without, 40 with.
     """
     if gpu.fabric.joins_all and num_gpus > 1:
