@@ -32,8 +32,9 @@ class MemoryReading:
     ``allocated_peak_bytes`` is what ``torch.cuda.max_memory_allocated`` reports; ``at_peak`` splits it over every
     ``Owner`` and sums to it exactly. ``reserved_peak_bytes`` is ``max_memory_reserved`` after ``num_steps`` steps;
     ``reserved_first_step_bytes`` after the first: where the two differ, the warm-up step alone is no measure.
-    ``steady_bytes`` is live at the step's end. ``exceeds_capacity`` says that the step does not run within the
-    capacity given even with the cache released; the other figures then are those without that limit.
+    ``steady_bytes`` is live at the step's end. ``num_retries`` counts how often the cache had to be released to stay
+    within the capacity given; ``exceeds_capacity`` says that even so it does not run, and then the other figures are
+    those without that limit.
     """
 
     allocated_peak_bytes: int
@@ -44,6 +45,7 @@ class MemoryReading:
     peak_phase: Phase
     steady_bytes: int
     num_steps: int
+    num_retries: int = 0
     exceeds_capacity: bool = False
     timeline: tuple[TimelinePoint, ...] = ()
 
@@ -63,6 +65,7 @@ class _Record(NamedTuple):
     reserved_peak_bytes: int
     reserved_first_step_bytes: int
     num_steps: int
+    num_retries: int
 
 
 def simulate_memory(
@@ -108,7 +111,7 @@ def _count(persistent: Iterable[MemoryEvent], step: Iterable[MemoryEvent]) -> _R
         for event in events
     ]
     peak = max(accumulate(change.delta_bytes for change in changes), default=0)
-    return _Record(changes, peak, peak, 1)
+    return _Record(changes, peak, peak, num_steps=1, num_retries=0)
 
 
 class _CudaRun:
@@ -133,12 +136,14 @@ class _CudaRun:
         _allocate(allocator, handles, self.early)
         if not self.is_repeatable:
             changes = self._read(allocator, handles)
-            return _Record(changes, allocator.peak_reserved_bytes, allocator.peak_reserved_bytes, 1)
+            reserved = allocator.peak_reserved_bytes
+            return _Record(changes, reserved, reserved, num_steps=1, num_retries=allocator.num_retries)
         self._warm_up(allocator, handles)
         reserved_first_step_bytes = allocator.peak_reserved_bytes
         _allocate(allocator, handles, [event for event in self.persistent if event.tensor not in handles])
         changes = self._read(allocator, handles)
-        return _Record(changes, allocator.peak_reserved_bytes, reserved_first_step_bytes, 2)
+        reserved = allocator.peak_reserved_bytes
+        return _Record(changes, reserved, reserved_first_step_bytes, num_steps=2, num_retries=allocator.num_retries)
 
     def _warm_up(self, allocator: CachingAllocator, handles: dict[int, int]) -> None:
         """The first step, in which the optimizer creates its states."""
@@ -195,6 +200,7 @@ def _summary(program: StepProgram, record: _Record) -> MemoryReading:
         peak_phase=Phase.FORWARD if stage == PERSISTENT_STAGE else program.stages[stage].phase,
         steady_bytes=levels[-1] if levels else 0,
         num_steps=record.num_steps,
+        num_retries=record.num_retries,
     )
 
 

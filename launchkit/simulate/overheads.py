@@ -16,10 +16,12 @@ from launchkit.program import Owner, Persistent, Size
 from launchkit.simulate.memory import MemoryReading
 from launchkit.units import MIB
 
-# Relative error of the reserved peak that is allowed for on either side: what a trace leaves out, versions of the
-# kernels, the order in which the cache filled. Replayed GPU runs were within 0.9 %, and traced models within 2 %
-# of the real allocator; the rest is margin for configurations that cannot be checked without a GPU.
-MEMORY_MODEL_ERROR = 0.03
+# Shares of the reserved peak that are allowed for above and below it. Traced models are within 2 % of the real allocator
+# in what they allocate, but the cache of a real run fills differently: published runs (A100, 1 s samples) held from 6 %
+# less to 5 % more than the model's reserved peak plus a context. The low end never goes far below what is allocated.
+MEMORY_MODEL_ERROR = 0.05
+RESERVED_BELOW = 0.07
+ALLOCATED_BELOW = 0.02
 
 
 class ByteRange(NamedTuple):
@@ -154,18 +156,20 @@ class DevicePeak:
 def device_peak(reading: MemoryReading, cluster: Cluster, *, num_communicators: int = 1) -> DevicePeak:
     """The peak on the device: reserved memory, context and communicators.
 
-    Formula: typical = reserved + context + communicators; low and high take the ends of the tables and
-    ``MEMORY_MODEL_ERROR`` of the reserved memory, so that errors of the model and of the tables add up.
+    Formula: typical = reserved + context + communicators. High adds ``MEMORY_MODEL_ERROR`` of the reserved memory and takes
+    the high ends of the tables; low takes the low ends and ``RESERVED_BELOW`` off the reserved memory, but at most
+    ``ALLOCATED_BELOW`` off the allocated: fragmentation may be less than modelled, the tensors are there.
     """
     context = cuda_context(cluster.gpu)
     communicators = communicator_buffers(cluster, num_communicators=num_communicators)
     outside = context.plus(communicators)
-    margin = round(reading.reserved_peak_bytes * MEMORY_MODEL_ERROR)
+    reserved, allocated = reading.reserved_peak_bytes, reading.allocated_peak_bytes
+    least = max(round(reserved * (1 - RESERVED_BELOW)), round(allocated * (1 - ALLOCATED_BELOW)))
     return DevicePeak(
-        low_bytes=reading.reserved_peak_bytes - margin + outside.low,
-        typical_bytes=reading.reserved_peak_bytes + outside.typical,
-        high_bytes=reading.reserved_peak_bytes + margin + outside.high,
+        low_bytes=least + outside.low,
+        typical_bytes=reserved + outside.typical,
+        high_bytes=round(reserved * (1 + MEMORY_MODEL_ERROR)) + outside.high,
         cuda_context_bytes=context.typical,
         nccl_bytes=communicators.typical,
-        fragmentation_bytes=reading.reserved_peak_bytes - reading.allocated_peak_bytes,
+        fragmentation_bytes=reserved - allocated,
     )

@@ -21,6 +21,7 @@ from launchkit.program import (
     Stage,
     StepProgram,
     TensorRef,
+    local,
 )
 from launchkit.scenario import DeviceKind
 from launchkit.simulate.allocator import AllocatorSettings
@@ -115,6 +116,25 @@ def test_capacity(capacity: int, exceeds: bool) -> None:
     """What does not fit is said, with the figures of a device on which it would."""
     reading = simulate_memory(training_program(), POINT, device_kind=DeviceKind.CUDA, capacity_bytes=capacity * MIB)
     assert (reading.exceeds_capacity, reading.reserved_peak_bytes) == (exceeds, 160 * MIB)
+
+
+def test_a_tight_capacity_is_met_by_releasing_the_cache() -> None:
+    """Between what is allocated and what would be reserved the cache is given back, and the step runs."""
+    first, second = Size.constant(40 * MIB), Size.constant(60 * MIB)
+    events = (
+        Alloc(0, first, Owner.ACTIVATIONS),
+        Free(local("forward", 0), first),
+        Alloc(1, second, Owner.ACTIVATIONS),
+        Free(local("forward", 1), second),
+    )
+    program = replace(training_program(), sections=(section(*events),), stages=training_program().stages[:1])
+    program = replace(program, persistent=program.persistent[:1])
+    free, tight = (
+        simulate_memory(program, POINT, device_kind=DeviceKind.CUDA, capacity_bytes=capacity)
+        for capacity in (None, 95 * MIB)
+    )
+    assert (free.reserved_peak_bytes, free.num_retries) == (130 * MIB, 0)
+    assert (tight.reserved_peak_bytes, tight.num_retries, tight.exceeds_capacity) == (90 * MIB, 1, False)
 
 
 @settings(max_examples=60, deadline=None)

@@ -110,12 +110,20 @@ def test_device_peak_adds_up() -> None:
     assert peak.low_bytes < peak.typical_bytes < peak.high_bytes
 
 
-@pytest.mark.parametrize(("reserved_gib", "num_gpus"), [(8, 1), (20, 1), (20, 8), (70, 8)])
+@pytest.mark.parametrize(("reserved_gib", "num_gpus"), [(10, 1), (20, 1), (30, 8), (70, 8)])
 def test_the_range_is_narrow_where_it_can_be(reserved_gib: int, num_gpus: int) -> None:
     """Within 8 % of the typical peak on a GPU that is reasonably full."""
     peak = device_peak(reading(reserved_gib * GIB, reserved_gib * GIB), cluster(num_gpus))
     assert peak.high_bytes <= 1.08 * peak.typical_bytes
     assert peak.low_bytes >= 0.92 * peak.typical_bytes
+
+
+def test_fragmentation_may_be_less_than_modelled() -> None:
+    """The low end follows the reserved peak down, but stays by what is allocated."""
+    little, much = (device_peak(reading(allocated * GIB, 40 * GIB), cluster(1)) for allocated in (39, 20))
+    low_context = CONTEXTS[9,].low_mib * MIB
+    assert little.low_bytes == round(39 * GIB * 0.98) + low_context
+    assert much.low_bytes == round(40 * GIB * 0.93) + low_context
 
 
 def test_cpu_has_no_overheads() -> None:
