@@ -100,18 +100,32 @@ def _targets(names: tuple[str, ...]) -> frozenset[Target]:
 
 def _accelerate_file(candidate: Candidate, cluster: Cluster) -> ConfigFile:
     run = f"accelerate launch --config_file {ACCELERATE_FILE}"
-    if cluster.gpu.backend is Backend.CPU:
-        run = f"ACCELERATE_USE_CPU=true {run}"  # the launcher passes use_cpu on to a single process only
     if num_nodes(candidate, cluster) > 1:
         run += " --machine_rank <this node, from 0> --main_process_ip <address of node 0>"
-    steps = candidate.scenario.batch.gradient_accumulation_steps
+    prefix, *advice = _cpu_advice(candidate, cluster)
+    batch = candidate.scenario.batch
     comments = (
-        f"Run: {run} train.py",
-        f"The script itself sets micro-batch {candidate.scenario.batch.micro_batch} and {steps} accumulation steps.",
+        f"Run: {prefix}{run} train.py",
+        f"The script itself sets micro-batch {batch.micro_batch} and "
+        f"{batch.gradient_accumulation_steps} accumulation steps.",
+        *advice,
     )
     return _yaml_file(
         ACCELERATE_FILE, accelerate_config(candidate, cluster), header=_header(candidate, cluster, *comments)
     )
+
+
+def _cpu_advice(candidate: Candidate, cluster: Cluster) -> tuple[str, ...]:
+    """What to put before the command, then comments: several processes on CPU need help that a YAML cannot give.
+
+    The launcher passes ``use_cpu`` on to a single process only. In the environment it makes DDP work, and turns
+    ZeRO into DDP without a word; ZeRO needs the process group to exist instead. Seen with accelerate 1.15.0.
+    """
+    if cluster.gpu.backend is not Backend.CPU or num_processes(candidate, cluster) == 1:
+        return ("",)
+    if candidate.scenario.strategy.kind.zero_stage:
+        return "", "It calls PartialState(cpu=True) before Accelerator(), or passes TrainingArguments use_cpu=True."
+    return ("ACCELERATE_USE_CPU=true ",)
 
 
 def _deepspeed_file(candidate: Candidate, cluster: Cluster, *, cpu_adam_builds: bool) -> ConfigFile:

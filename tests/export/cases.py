@@ -60,6 +60,7 @@ GOLDEN = [
     case("zero2-offload", strategy="zero2", offload="optimizer", checkpointing="full"),
     case("zero3-nvme-loop", strategy="zero3", offload="nvme", nvme_path="/mnt/nvme", trainer="loop"),
     case("zero3-fp16", strategy="zero3", precision="fp16", loss="chunked"),
+    case("zero2-cpu", strategy="zero2", num_gpus=2, backend="cpu", precision="fp32", trainer="loop"),
     case("ddp-cpu", strategy="ddp", num_gpus=2, backend="cpu", precision="fp32", trainer="hf"),
 ]
 

@@ -186,3 +186,13 @@ def test_a_plan_that_chose_nothing_says_what_to_do() -> None:
 def test_an_unknown_target_names_the_known_ones() -> None:
     with pytest.raises(UsageError, match="'horovod'; choose from accelerate, deepspeed, axolotl, trl"):
         config_files(candidate(), cluster(), targets=("horovod",))
+
+
+@pytest.mark.parametrize(
+    ("strategy", "num_gpus", "is_set"), [("single", 1, False), ("ddp", 2, True), ("zero2", 2, False), ("ddp", 1, False)]
+)
+def test_only_ddp_on_cpu_is_run_with_accelerates_cpu_switch(strategy: str, num_gpus: int, is_set: bool) -> None:
+    each = case("cpu", strategy=strategy, num_gpus=num_gpus, backend="cpu", precision="fp32")
+    file = config_files(each.candidate, each.cluster, targets=("accelerate",))[0]
+    assert ("ACCELERATE_USE_CPU=true" in file.text) == is_set
+    assert ("PartialState(cpu=True)" in file.text) == (strategy == "zero2")
