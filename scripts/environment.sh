@@ -50,7 +50,7 @@ install_torch() {
 once() {
     local stamp="$venv/.launchkit-$1"
     local state
-    state=$(cat pyproject.toml scripts/environment.sh | cksum)
+    state=$(cat pyproject.toml scripts/environment.sh "$0" | cksum)
     shift
     [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$state" ] && return
     "$@"
