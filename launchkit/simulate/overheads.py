@@ -16,9 +16,9 @@ from launchkit.program import Owner, Persistent, Size
 from launchkit.simulate.memory import MemoryReading
 from launchkit.units import MIB
 
-# Shares of the reserved peak that are allowed for above and below it. Traced models are within 2 % of the real allocator
-# in what they allocate, but the cache of a real run fills differently: published runs (A100, 1 s samples) held from 6 %
-# less to 5 % more than the model's reserved peak plus a context. The low end never goes far below what is allocated.
+# Shares of the reserved peak that are allowed for above and below it. Traced models are within 2 % of the real
+# allocator in what they allocate, but the cache of a real run fills differently: published runs (A100, 1 s samples)
+# held from 6 % less to 5 % more than the model's reserved peak and a context. The low end stays near what is allocated.
 MEMORY_MODEL_ERROR = 0.05
 RESERVED_BELOW = 0.07
 ALLOCATED_BELOW = 0.02
@@ -156,9 +156,9 @@ class DevicePeak:
 def device_peak(reading: MemoryReading, cluster: Cluster, *, num_communicators: int = 1) -> DevicePeak:
     """The peak on the device: reserved memory, context and communicators.
 
-    Formula: typical = reserved + context + communicators. High adds ``MEMORY_MODEL_ERROR`` of the reserved memory and takes
-    the high ends of the tables; low takes the low ends and ``RESERVED_BELOW`` off the reserved memory, but at most
-    ``ALLOCATED_BELOW`` off the allocated: fragmentation may be less than modelled, the tensors are there.
+    Formula: typical = reserved + context + communicators. High adds ``MEMORY_MODEL_ERROR`` of the reserved memory and
+    takes the high ends of the tables; low takes the low ends and ``RESERVED_BELOW`` off the reserved memory, but at
+    most ``ALLOCATED_BELOW`` off the allocated: fragmentation may be less than modelled, the tensors are there.
     """
     context = cuda_context(cluster.gpu)
     communicators = communicator_buffers(cluster, num_communicators=num_communicators)
