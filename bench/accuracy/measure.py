@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import socket
-import subprocess
-import sys
 import tempfile
 import time
+from functools import lru_cache
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
@@ -31,46 +32,63 @@ def free_port() -> int:
 
 def environment(rank: int, world_size: int, port: int) -> dict[str, str]:
     """torchrun's variables, so that no launcher stands between."""
-    variables = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    if world_size > 1:
-        variables |= {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(world_size),
-            "LOCAL_WORLD_SIZE": str(world_size),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-        }
-    return {**os.environ, **variables}
+    if world_size == 1:
+        return {}
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
 
 
-def run_once(cell: Cell, *, timeline: bool = False, timeout_seconds: float = 120.0) -> list[dict[str, Any]]:
-    """One run of the cell: a dictionary per rank, in rank order. Raises RuntimeError with the worker's last lines."""
+@lru_cache(maxsize=1)
+def process_factory() -> ForkServerContext:
+    """Forks each rank from a server that has imported the libraries and done nothing else: fresh, and soon there."""
+    os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch.distributed.fsdp", "transformers", "peft", "bench.accuracy.worker"])
+    return context
+
+
+def run_once(cell: Cell, *, timeline: bool = False, timeout_seconds: float = 600.0) -> list[dict[str, Any]]:
+    """One run of the cell: a dictionary per rank, in rank order. Raises RuntimeError with the workers' last lines."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        path = folder / "cell.json"
-        path.write_text(cell.to_json())
-        command = [sys.executable, "-m", "bench.accuracy.worker", str(path), name]
-        command += ["--timeline"] if timeline else []
         port = free_port()
-        logs = [(folder / f"log{rank}").open("w+") for rank in range(cell.num_processes)]
         workers = [
-            subprocess.Popen(command, env=environment(rank, cell.num_processes, port), stdout=log, stderr=log, cwd=ROOT)
-            for rank, log in enumerate(logs)
+            process_factory().Process(
+                target=run_rank, args=(cell, folder, environment(rank, cell.num_processes, port), timeline)
+            )
+            for rank in range(cell.num_processes)
         ]
+        for worker in workers:
+            worker.start()
         deadline = time.monotonic() + timeout_seconds
-        try:
-            for worker in workers:
-                worker.wait(max(1.0, deadline - time.monotonic()))
-        finally:
-            for worker in workers:
-                worker.kill()
+        for worker in workers:
+            worker.join(max(0.0, deadline - time.monotonic()))
+        for worker in workers:
+            worker.kill()
+            worker.join()
         results = [folder / f"rank{rank}.json" for rank in range(cell.num_processes)]
         # DeepSpeed over gloo now and then aborts while it shuts down, after its numbers were written.
         if not all(result.exists() for result in results):
-            text = "\n".join((folder / f"log{rank}").read_text()[-2000:] for rank in range(cell.num_processes))
-            raise RuntimeError(f"cell {cell.name} failed:\n{text}")
+            logs = [(folder / f"log{rank}").read_text()[-2000:] for rank in range(cell.num_processes)]
+            raise RuntimeError("\n".join((f"cell {cell.name} failed", *logs)))
         return [json.loads(result.read_text()) for result in results]
+
+
+def run_rank(cell: Cell, folder: Path, variables: dict[str, str], timeline: bool) -> None:
+    """One rank, in its own process: its output goes to a log, its result to a file."""
+    os.environ |= variables
+    log = os.open(folder / f"log{variables.get('RANK', '0')}", os.O_CREAT | os.O_WRONLY)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    from bench.accuracy import worker  # imports torch, which only the ranks need
+
+    worker.run(cell, folder, timeline=timeline)
 
 
 def measure(cell: Cell, *, repeats: int = 1, timeline: bool = False) -> dict[str, Any]:

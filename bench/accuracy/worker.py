@@ -1,7 +1,6 @@
-"""Runs one cell in this process and writes what the real allocator did.
+"""Runs one cell in this process and writes what the real allocator did; ``bench.accuracy.measure`` starts it.
 
-``python -m bench.accuracy.worker CELL.json OUT_DIR [--timeline]``, one process per rank with torchrun's environment
-variables; ``bench.accuracy.measure`` starts them. The allocator is torch's own CPU allocator, read through
+The allocator is torch's own CPU allocator, read through
 ``torch.profiler(profile_memory=True)``: each allocation event carries ``total_allocated``, which counts only what was
 allocated since the profiler started, so it starts before the model is built.
 """
@@ -12,7 +11,6 @@ import contextlib
 import gc
 import json
 import os
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -297,20 +295,15 @@ def summarise(cell: Cell, prof: Any, *, timeline: bool) -> dict[str, Any]:
     return result
 
 
-def main(arguments: list[str]) -> None:
-    cell = Cell.from_json(Path(arguments[0]).read_text())
-    folder = Path(arguments[1])
+def run(cell: Cell, folder: Path, *, timeline: bool) -> None:
+    """Runs ``cell`` and writes this rank's numbers into ``folder``."""
     torch.manual_seed(0)
     if cell.num_processes > 1 and cell.trainer == "loop":
         dist.init_process_group("gloo")
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as prof:
         runner(cell)(cell)
-    result = summarise(cell, prof, timeline="--timeline" in arguments)
+    result = summarise(cell, prof, timeline=timeline)
     (folder / f"rank{result['rank']}.json").write_text(json.dumps(result))
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

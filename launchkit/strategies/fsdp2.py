@@ -174,15 +174,16 @@ class _Layout:
         num_shards = shard_group_size(strategy, cluster)
         in_loop = training.trainer is Trainer.LOOP
         mixed = training.precision.is_mixed
-        upcast = mixed or (training.precision is Precision.BF16_PARAMS and not in_loop)
+        # accelerate gives fully_shard a bf16 policy whenever autocast is on
+        has_policy = mixed or (training.precision is Precision.BF16_PARAMS and not in_loop)
         return cls(
             num_shards=num_shards,
             num_replicas=cluster.num_gpus // num_shards,
             rank=lora_rank(scenario),
-            trainable_itemsize=FP32_BYTES if upcast else 0,
+            trainable_itemsize=FP32_BYTES if has_policy else 0,
             # accelerate upcasts what is trained; frozen weights stay as loaded, in 16 bits
             frozen_itemsize=(FP32_BYTES if in_loop else HALF_BYTES) if mixed else 0,
-            gathered_itemsize=HALF_BYTES if mixed or training.precision is Precision.BF16_PARAMS else 0,
+            gathered_itemsize=HALF_BYTES if has_policy else 0,
             reshards=strategy.fsdp.sharding.reshard_after_forward,
             has_root_unit=in_loop,
             accumulates=accumulates(scenario),
@@ -258,9 +259,8 @@ class _Unit:
 def _sharded(parameter: Parameter, layout: _Layout, *, in_block: bool) -> _Sharded:
     """The first rank's shard of ``parameter``: ``ceil(rows / shards)`` rows. 4-bit weights shard as packed bytes."""
     if parameter.packed_bytes:
-        shape = (divide_up(parameter.packed_bytes, layout.num_shards),)
-        whole = shape[0] * layout.num_shards
-        return _Sharded(shape, parameter.trainable, 1, 1, whole, 0, in_block)
+        packed = divide_up(parameter.packed_bytes, layout.num_shards)
+        return _Sharded((packed,), parameter.trainable, 1, 1, packed * layout.num_shards, 0, in_block)
     dims = parameter.shape or (1,)
     if parameter.lora_rank_power:
         axis = dims.index(1)

@@ -1,0 +1,1 @@
+"""Benchmarks: what launchkit predicts, beside what happened."""

@@ -1,0 +1,123 @@
+"""The cells of the accuracy page: every strategy, precision, method and checkpointing that this machine can run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bench.accuracy.cell import Cell
+
+LLAMA: dict[str, Any] = {
+    "model_type": "llama",
+    "hidden_size": 128,
+    "intermediate_size": 344,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 2048,
+}
+TIED: dict[str, Any] = LLAMA | {"model_type": "qwen2", "tie_word_embeddings": True}
+QWEN3: dict[str, Any] = LLAMA | {"model_type": "qwen3", "head_dim": 32, "vocab_size": 4096}
+UNEVEN: dict[str, Any] = LLAMA | {"hidden_size": 120, "intermediate_size": 331, "vocab_size": 2047}
+GPT2: dict[str, Any] = {"model_type": "gpt2", "n_embd": 128, "n_layer": 5, "n_head": 4, "vocab_size": 2048}
+GEMMA3: dict[str, Any] = {
+    "model_type": "gemma3_text",
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 7,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "sliding_window": 32,
+    "vocab_size": 2048,
+}
+# Wide and short: its peak is the optimizer's, not the activations'.
+WIDE: dict[str, Any] = LLAMA | {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 3}
+
+_FSDP: dict[str, Any] = {"strategy": "fsdp2", "num_processes": 2}
+
+SINGLE = (
+    Cell(name="single-fp32", config=LLAMA),
+    Cell(name="single-fp32-b1", config=LLAMA, micro_batch=1, seq_len=160),
+    Cell(name="single-fp32-checkpointing", config=LLAMA, checkpointing="full"),
+    Cell(name="single-fp32-accumulation", config=LLAMA, gradient_accumulation_steps=2),
+    Cell(name="single-bf16", config=LLAMA, precision="bf16"),
+    Cell(name="single-bf16-checkpointing", config=LLAMA, precision="bf16", checkpointing="full"),
+    Cell(name="single-bf16-params", config=LLAMA, precision="bf16-params"),
+    Cell(name="single-bf16-pure", config=LLAMA, precision="bf16-pure"),
+    Cell(name="single-lora-bf16", config=LLAMA, method="lora", precision="bf16"),
+    Cell(name="single-lora-bf16-pure", config=LLAMA, method="lora", precision="bf16-pure"),
+    Cell(name="single-lora-fp32-checkpointing", config=LLAMA, method="lora", checkpointing="full"),
+    Cell(name="single-tied-fp32", config=TIED),
+    Cell(name="single-wide-adamw", config=WIDE, micro_batch=2, seq_len=16, optimizer="adamw_torch"),
+    Cell(name="single-wide-sgd", config=WIDE, micro_batch=2, seq_len=16, optimizer="sgd"),
+    Cell(name="single-qwen3-fp32", config=QWEN3),
+    Cell(name="single-gpt2-fp32", config=GPT2),
+    Cell(name="single-gemma3-fp32", config=GEMMA3, attention="eager"),
+    Cell(name="single-hf-fp32", config=LLAMA, trainer="hf"),
+    Cell(name="single-hf-bf16", config=LLAMA, trainer="hf", precision="bf16"),
+)
+
+DDP = (
+    Cell(name="ddp-fp32", config=LLAMA, strategy="ddp", num_processes=2),
+    Cell(name="ddp-bf16", config=LLAMA, strategy="ddp", num_processes=2, precision="bf16"),
+    Cell(name="ddp-wide-fp32", config=WIDE, strategy="ddp", num_processes=2, seq_len=16),
+    Cell(name="ddp-lora-bf16", config=LLAMA, strategy="ddp", num_processes=2, method="lora", precision="bf16"),
+)
+
+FSDP2 = (
+    Cell(name="fsdp2-fp32", config=LLAMA, **_FSDP),
+    Cell(name="fsdp2-fp32-checkpointing", config=LLAMA, checkpointing="full", **_FSDP),
+    Cell(name="fsdp2-bf16", config=LLAMA, precision="bf16", **_FSDP),
+    Cell(name="fsdp2-bf16-checkpointing", config=LLAMA, precision="bf16", checkpointing="full", **_FSDP),
+    Cell(name="fsdp2-lora-bf16", config=LLAMA, method="lora", precision="bf16", **_FSDP),
+    Cell(
+        name="fsdp2-lora-bf16-checkpointing",
+        config=LLAMA,
+        method="lora",
+        precision="bf16",
+        checkpointing="full",
+        **_FSDP,
+    ),
+    Cell(name="fsdp2-lora-fp32", config=LLAMA, method="lora", **_FSDP),
+    Cell(name="fsdp2-tied-fp32", config=TIED, **_FSDP),
+    Cell(name="fsdp2-tied-bf16", config=TIED, precision="bf16", **_FSDP),
+    Cell(name="fsdp2-gpt2-fp32", config=GPT2, **_FSDP),
+    Cell(name="fsdp2-shard-grad-op", config=LLAMA, sharding="shard_grad_op", **_FSDP),
+    Cell(name="fsdp2-uneven-3", config=UNEVEN, strategy="fsdp2", num_processes=3),
+    Cell(
+        name="fsdp2-hybrid-2x2",
+        config=LLAMA,
+        strategy="hsdp",
+        sharding="hybrid_shard",
+        shard_group_size=2,
+        num_processes=4,
+    ),
+    Cell(name="fsdp2-accumulation", config=LLAMA, gradient_accumulation_steps=2, **_FSDP),
+    Cell(name="fsdp2-wide-bf16", config=WIDE, precision="bf16", seq_len=16, **_FSDP),
+    Cell(name="fsdp2-wide-adamw", config=WIDE, optimizer="adamw_torch", seq_len=16, **_FSDP),
+    Cell(name="fsdp2-bf16-pure", config=LLAMA, precision="bf16-pure", **_FSDP),
+)
+
+ZERO = (
+    *(
+        Cell(name=f"zero{stage}-{dtype}", config=LLAMA, strategy=f"zero{stage}", num_processes=2, precision=dtype)
+        for stage in (1, 2, 3)
+        for dtype in ("fp32", "bf16")
+    ),
+    Cell(name="zero3-lora-bf16", config=LLAMA, strategy="zero3", num_processes=2, method="lora", precision="bf16"),
+    Cell(
+        name="zero2-bf16-checkpointing",
+        config=LLAMA,
+        strategy="zero2",
+        num_processes=2,
+        precision="bf16",
+        checkpointing="full",
+    ),
+)
+
+CELLS = (*SINGLE, *DDP, *FSDP2, *ZERO)
+
+
+def find(pattern: str) -> tuple[Cell, ...]:
+    """The cells whose names contain ``pattern``."""
+    return tuple(cell for cell in CELLS if pattern in cell.name)
