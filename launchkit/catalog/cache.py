@@ -110,15 +110,11 @@ class TraceCache:
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Write ``path`` so that a reader sees the old file or the whole new one, whenever the writer dies."""
-    import tempfile  # lazy: imports random, and planning from the catalogue writes nothing
-
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".tmp")
+    temporary = path.with_name(f".{os.urandom(4).hex()}.tmp")
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
+        temporary.write_bytes(data)
         os.replace(temporary, path)
     except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
+        temporary.unlink(missing_ok=True)
         raise

@@ -1,0 +1,88 @@
+"""scripts/build-catalogue: which programs are traced, and that a model of another size than published is not shipped."""
+
+from __future__ import annotations
+
+import importlib.machinery
+import importlib.util
+import sys
+import types
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from launchkit.catalog.index import ModelRow, models_directory, read_rows
+from launchkit.model import ModelProfile
+from launchkit.scenario import Attention
+
+SCRIPT = Path(__file__).resolve().parent.parent.parent / "scripts" / "build-catalogue"
+ROW = ModelRow(id="a/b", config={"model_type": "llama"}, source="a test", num_parameters_published=1000, trace=True)
+PROFILE = ModelProfile(
+    name="a/b",
+    source="traced",
+    fingerprint="f",
+    model_type="llama",
+    architecture="LlamaForCausalLM",
+    num_parameters=1000,
+    hidden_size=1,
+    num_layers=1,
+    vocab_size=1,
+    max_position_embeddings=1,
+    block_classes=("LlamaDecoderLayer",),
+    attentions=(Attention.SDPA, Attention.EAGER),
+)
+
+
+@pytest.fixture(scope="module")
+def script() -> types.ModuleType:
+    """The script as a module; it has no suffix, so it needs a loader by name."""
+    loader = importlib.machinery.SourceFileLoader("build_catalogue", str(SCRIPT))
+    spec = importlib.util.spec_from_loader("build_catalogue", loader)
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["build_catalogue"] = module  # dataclasses look their module up
+    loader.exec_module(module)
+    return module
+
+
+def test_every_key_is_traced_once(script: types.ModuleType) -> None:
+    texts = [key.text for key in script.trace_keys(ROW, PROFILE)]
+    assert len(texts) == len(set(texts))
+    assert "cuda/full/autocast-bf16/none/sdpa/plain/hf/bn" in texts
+    assert "cuda/qlora/bf16/full/sdpa/plain/trl/all-linear/b1" in texts
+    assert "cpu/full/fp32/none/sdpa/plain/loop/bn" in texts
+
+
+def test_large_models_are_not_traced_for_cpus(script: types.ModuleType) -> None:
+    large = replace(ROW, num_parameters_published=8 * 10**9)
+    assert {key.device.value for key in script.trace_keys(large, PROFILE)} == {"cuda"}
+
+
+def test_a_model_without_sdpa_is_traced_eager(script: types.ModuleType) -> None:
+    eager = replace(PROFILE, attentions=(Attention.EAGER,))
+    assert {key.attention for key in script.trace_keys(ROW, eager)} == {Attention.EAGER}
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (ROW, ""),
+        (replace(ROW, num_parameters_published=0), ""),
+        (replace(ROW, num_parameters_published=1100, num_published_excess=100, excess="buffers"), ""),
+        (replace(ROW, num_parameters_published=1100), "1,000 parameters traced, 1,100 published"),
+        (
+            replace(ROW, num_parameters_published=1100, num_published_excess=50, excess="buffers"),
+            "1,000 parameters traced, 1,050 published without buffers",
+        ),
+    ],
+)
+def test_counts_are_compared_with_the_published_ones(script: types.ModuleType, row: ModelRow, message: str) -> None:
+    assert script.count_error(row, PROFILE) == message
+
+
+def test_rows_of_one_shape_are_traced_once(script: types.ModuleType) -> None:
+    found = script.architectures(read_rows(models_directory()))
+    assert len(found) >= 35
+    assert len({architecture.fingerprint for architecture in found}) == len(found)
+    sizes = [architecture.row.num_parameters for architecture in found]
+    assert sizes == sorted(sizes)
