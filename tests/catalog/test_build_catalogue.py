@@ -1,4 +1,4 @@
-"""scripts/build-catalogue: which programs are traced, and that a model of another size than published is not shipped."""
+"""scripts/build-catalogue: which programs are traced, and that no model of another size than published ships."""
 
 from __future__ import annotations
 
