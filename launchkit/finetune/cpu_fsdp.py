@@ -21,7 +21,9 @@ def install() -> None:
 
     def prepare_backend(self: Any, cpu: bool = False, *args: Any, **kwargs: Any) -> tuple[str, DistributedType]:
         is_distributed = int(os.environ.get("LOCAL_RANK", "-1")) >= 0
-        return ("gloo", DistributedType.MULTI_GPU) if is_distributed and not cpu else original(self, cpu, *args, **kwargs)
+        return (
+            ("gloo", DistributedType.MULTI_GPU) if is_distributed and not cpu else original(self, cpu, *args, **kwargs)
+        )
 
     PartialState._prepare_backend = prepare_backend
     skip_shared_memory_extension()

@@ -86,7 +86,7 @@ class StepMeter:
         register_optimizer_step_post_hook(remember)
 
     def follow_optimizers(self) -> None:
-        """For a script that nobody instrumented: each ``optimizer.step()`` ends a step, the first began with the process."""
+        """For a script that nobody instrumented: each ``optimizer.step()`` ends a step."""
         self.watch_optimizer()
         register_optimizer_step_post_hook(lambda *_: self.end_step())
 

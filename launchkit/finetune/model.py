@@ -67,7 +67,12 @@ def _gguf(job: FineTuneJob) -> dict[str, str]:
 
 
 def _quantisation(job: FineTuneJob) -> dict[str, Any]:
-    """4-bit NormalFloat weights, stored in the compute dtype's width: FSDP cannot flatten or shard integers."""
+    """How the weights are held. A GGUF file's are unpacked, since its blocks cannot be trained. QLoRA's are 4-bit
+    NormalFloat, under FSDP stored in the compute dtype's width: it cannot flatten or shard integers."""
+    if job.gguf_file:
+        from transformers import GgufConfig  # from transformers 5 on
+
+        return {"quantization_config": GgufConfig(dequantize=True)}
     if job.training.method is not Method.QLORA:
         return {}
     from transformers import BitsAndBytesConfig  # needs bitsandbytes, an optional dependency

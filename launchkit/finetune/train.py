@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from launchkit.finetune import cpu_fsdp
 from launchkit.finetune.batches import RightPadded, TokenRows
@@ -49,6 +49,7 @@ def train(job: FineTuneJob) -> None:
         with_positions=uses_trl(job),
     )
     trainer = _trainer(job, arguments, tokenizer, rows, collator)
+    trainer.remove_callback(PrinterCallback)
     trainer.add_callback(Reporter(meter, collator))
     trainer.train()
     meter.finish()
@@ -87,7 +88,7 @@ def _argument_values(job: FineTuneJob) -> dict[str, Any]:
         "max_grad_norm": job.max_grad_norm,
         "optim": job.training.optimizer,
         "seed": job.data.seed,
-        # Sharded on the CPU, the precision comes through ACCELERATE_MIXED_PRECISION: the argument wants a GPU or use_cpu.
+        # The arguments want a GPU or use_cpu; sharded on the CPU, ACCELERATE_MIXED_PRECISION says it instead.
         "bf16": job.autocast == "bf16" and not is_sharded_on_cpu,
         "fp16": job.autocast == "fp16" and not is_sharded_on_cpu,
         "use_cpu": job.on_cpu and not is_sharded_on_cpu,

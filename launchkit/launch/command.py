@@ -38,8 +38,8 @@ class Entry:
 
 @dataclass(frozen=True, kw_only=True)
 class Nodes:
-    """How many hosts take part and how they meet. ``master_port`` is unused by torchrun on one node, which picks its own
-    without a race; ``hostfile`` is DeepSpeed's, needed on several nodes."""
+    """How many hosts take part and how they meet. On one node torchrun picks a port of its own, without a race, and
+    ``master_port`` is unused; ``hostfile`` is DeepSpeed's, needed on several nodes."""
 
     num_nodes: int = 1
     node_rank: int = 0
@@ -100,10 +100,9 @@ def launcher_argv(engine: Engine, entry: Entry, *, python: str, nodes: Nodes, vi
 
 
 def _python_argv(python: str, nodes: Nodes, _visible_devices: str) -> list[str]:
-    if nodes.num_nodes * nodes.num_processes_per_node != 1:
-        raise UsageError(
-            f"python starts 1 process, not {nodes.num_nodes * nodes.num_processes_per_node}; choose a strategy of several"
-        )
+    num_processes = nodes.num_nodes * nodes.num_processes_per_node
+    if num_processes != 1:
+        raise UsageError(f"python starts 1 process, not {num_processes}; choose a strategy for several")
     return [python, "-u", "-m"]
 
 
@@ -137,7 +136,8 @@ def _deepspeed_devices(nodes: Nodes, visible_devices: str) -> list[str]:
         return ["--num_gpus", str(nodes.num_processes_per_node)]
     if not DEVICE_INDICES.fullmatch(visible_devices):
         raise UsageError(
-            f"deepspeed's launcher cannot read CUDA_VISIBLE_DEVICES={visible_devices}; use indices, or --engine torchrun"
+            f"deepspeed's launcher cannot read CUDA_VISIBLE_DEVICES={visible_devices}; "
+            "use indices, or --engine torchrun"
         )
     chosen = visible_devices.split(",")[: nodes.num_processes_per_node]
     return ["--include", f"localhost:{','.join(chosen)}"]

@@ -1,7 +1,8 @@
 """What the environment tells the processes of a run: the strategy, as accelerate reads it, and the devices.
 
 A script that calls ``Accelerator()`` with no arguments picks its strategy up from these variables, the ones that
-``accelerate launch`` itself would set. Names and values: accelerate 1.15, ``utils/launch.py`` and ``utils/dataclasses.py``.
+``accelerate launch`` itself would set. Source of names and values: accelerate 1.15, ``utils/launch.py`` and
+``utils/dataclasses.py``.
 """
 
 from __future__ import annotations
@@ -98,7 +99,7 @@ def device_environment(candidate: Candidate, cluster: Cluster) -> dict[str, str]
 
 
 def recorded_environment(changes: Mapping[str, str], inherited: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """What of the environment a run record keeps: the changes and whatever steers torch and its libraries, no secrets."""
+    """What a run record keeps: the changes and whatever else steers torch and its libraries, but no secrets."""
     kept = {name: value for name, value in inherited.items() if TELLING.match(name)}
     return {name: value for name, value in sorted({**kept, **changes}.items()) if not SECRET.search(name)}
 

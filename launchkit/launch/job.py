@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from launchkit.errors import IllegalScenarioError, PlanFileError
 from launchkit.export.layout import LORA_ALPHA_PER_RANK, autocast_format, clip_norm, lora_target_modules
 from launchkit.hardware import Backend, Cluster
 from launchkit.plan import Candidate
-from launchkit.scenario import Batch, Loss, Method, Precision, StrategyKind, Trainer, Training
+from launchkit.scenario import Batch, Checkpointing, Loss, Method, Precision, StrategyKind, Trainer, Training
 from launchkit.serialize import decode, encode
 
 DEFAULT_LEARNING_RATES: Mapping[Method, float] = {Method.FULL: 2e-5, Method.LORA: 2e-4, Method.QLORA: 2e-4}
@@ -60,7 +60,6 @@ class FineTuneJob:
     deepspeed_file: str = ""
     on_cpu: bool = False
     save: bool = True
-    notes: tuple[str, ...] = field(default=())
 
     @property
     def text(self) -> str:
@@ -82,9 +81,9 @@ def fine_tune_job(
     candidate: Candidate, cluster: Cluster, *, model_path: str, output_dir: str, data: Data, deepspeed_file: str
 ) -> FineTuneJob:
     """The job that trains ``candidate`` exactly as it was planned."""
-    _check_trainable(candidate)
-    training = candidate.scenario.training
     directory, gguf_file = split_gguf(model_path)
+    _check_trainable(candidate, gguf_file=gguf_file)
+    training = candidate.scenario.training
     return FineTuneJob(
         model_path=directory,
         gguf_file=gguf_file,
@@ -100,7 +99,6 @@ def fine_tune_job(
         lora=None if training.method is Method.FULL else _lora(candidate),
         deepspeed_file=deepspeed_file,
         on_cpu=cluster.gpu.backend is Backend.CPU,
-        notes=_notes(candidate),
     )
 
 
@@ -132,7 +130,7 @@ def _lora(candidate: Candidate) -> Lora:
     return Lora(rank=rank, alpha=LORA_ALPHA_PER_RANK * rank, targets=lora_target_modules(candidate))
 
 
-def _check_trainable(candidate: Candidate) -> None:
+def _check_trainable(candidate: Candidate, *, gguf_file: str) -> None:
     """What the built-in fine-tune does not do, it refuses before anything starts."""
     training = candidate.scenario.training
     if candidate.model.task != "causal-lm":
@@ -145,14 +143,19 @@ def _check_trainable(candidate: Candidate) -> None:
             "the plan is for axolotl, which the built-in fine-tune is not; use launchkit config --target axolotl, "
             "or plan with --trainer hf"
         )
-    if training.loss is Loss.CCE or training.precision is Precision.FP8:
-        name = "cut cross-entropy" if training.loss is Loss.CCE else "fp8"
-        raise IllegalScenarioError(
-            f"the built-in fine-tune has no {name}; plan with --loss chunked or --precision bf16"
-        )
+    refused = {
+        "cut cross-entropy": (training.loss is Loss.CCE, "--loss plain"),
+        "fp8": (training.precision is Precision.FP8, "--precision bf16"),
+        "selective checkpointing": (training.checkpointing is Checkpointing.SELECTIVE, "--checkpointing full"),
+        "QLoRA of a GGUF file": (bool(gguf_file) and training.method is Method.QLORA, "--method lora"),
+    }
+    for name, (applies, advice) in refused.items():
+        if applies:
+            raise IllegalScenarioError(f"the built-in fine-tune has no {name}; plan with {advice}")
 
 
-def _notes(candidate: Candidate) -> tuple[str, ...]:
+def job_notes(candidate: Candidate) -> tuple[str, ...]:
+    """Where the built-in fine-tune cannot do quite what the plan assumed."""
     training = candidate.scenario.training
     if training.trainer is Trainer.TRL and training.loss is Loss.PLAIN:
         return ("TRL computes its loss in chunks; the plan assumed whole logits, so that less memory will be measured",)

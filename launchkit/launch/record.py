@@ -96,7 +96,7 @@ class RankRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class RunRecord:
-    """One run: how it was started, how it ended, what was predicted and what was measured. The content of result.json."""
+    """One run: how it was started and ended, what was predicted and measured. The content of ``result.json``."""
 
     run_dir: str
     command: tuple[str, ...]

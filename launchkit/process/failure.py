@@ -37,7 +37,7 @@ EXPLANATIONS = (
     (re.compile(r"No space left on device"), "the disk is full; free space, or choose another --run-dir"),
     (re.compile(r"Error building extension|Ninja is required"), "a C++ extension did not build; see logs/rank0.log"),
 )
-SIGNAL_EXPLANATIONS = {
+SIGNAL_EXPLANATIONS: dict[int, str] = {
     signal.SIGKILL: "killed, probably out of host memory; fewer processes, a smaller --seq-len, or no --offload",
     signal.SIGSEGV: "a crash in native code; run again with one process to see whether it stays",
     signal.SIGABRT: "a native library gave up; its last words are in the rank's log",

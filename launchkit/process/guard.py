@@ -21,6 +21,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 
 import psutil
 
@@ -34,13 +35,18 @@ LINGER_SECONDS = 3.0  # helpers (resource trackers, loggers) leave by themselves
 
 @dataclass
 class Signals:
-    """Signals received and not yet acted upon."""
+    """Signals received, and those of them not yet acted upon."""
 
     pending: list[signal.Signals] = field(default_factory=list)
+    num_received: int = 0
 
     def install(self) -> None:
         for number in FORWARDED:
-            signal.signal(number, lambda received, _frame: self.pending.append(signal.Signals(received)))
+            signal.signal(number, self._receive)
+
+    def _receive(self, number: int, _frame: FrameType | None) -> None:
+        self.num_received += 1
+        self.pending.append(signal.Signals(number))
 
     def take(self) -> signal.Signals | None:
         return self.pending.pop(0) if self.pending else None
@@ -60,7 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
         preexec_fn=lambda: die_with_parent(signal.SIGTERM),  # this process has one thread, so that forking so is safe
     )
     _watch(launcher, signals, parent_pid=options.parent_pid, grace_seconds=options.grace_seconds)
-    num_left = _end_leftovers()
+    num_left = _end_leftovers(linger_seconds=0.0 if signals.num_received else LINGER_SECONDS)
     status = {"returncode": launcher.returncode, "num_left": num_left}
     Path(options.status_file).write_text(json.dumps(status), encoding="utf-8")
     return launcher.returncode if launcher.returncode >= 0 else 128 - launcher.returncode
@@ -93,9 +99,9 @@ def _watch(launcher: subprocess.Popen[bytes], signals: Signals, *, parent_pid: i
         time.sleep(POLL_SECONDS)
 
 
-def _end_leftovers() -> int:
+def _end_leftovers(*, linger_seconds: float) -> int:
     """Ends every remaining descendant: first by waiting, then SIGTERM, then SIGKILL. Returns how many did not leave."""
-    _, remaining = psutil.wait_procs(_descendants(), timeout=LINGER_SECONDS)
+    _, remaining = psutil.wait_procs(_descendants(), timeout=linger_seconds)
     num_left = len(remaining)
     for number in (signal.SIGTERM, signal.SIGKILL):
         # Asked for anew: an ending process can still start another one.
@@ -117,7 +123,7 @@ def _is_alive(process: psutil.Process) -> bool:
 
 
 def _group_members() -> list[psutil.Process]:
-    """Descendants in this process's group. Workers that torchrun put in sessions of their own get the signal from it."""
+    """Descendants in this process's group. torchrun's workers have sessions of their own; it signals them itself."""
     own = os.getpgrp()
     return [process for process in _descendants() if _group_of(process.pid) == own]
 

@@ -22,7 +22,7 @@ def die_with_parent(death_signal: signal.Signals = signal.SIGKILL) -> None:
 
 
 def adopt_orphans() -> None:
-    """Descendants whose parent dies become this process's children instead of init's, so that it can still find them."""
+    """Descendants whose parent dies become this process's children instead of init's: it can still find them."""
     _prctl(PR_SET_CHILD_SUBREAPER, 1)
 
 

@@ -17,7 +17,7 @@ from launchkit.hardware import Backend, Cluster
 from launchkit.launch.build import BuiltIn, Launcher, Script, build_command, child_environment, local_ranks, nodes_of
 from launchkit.launch.command import DEFAULT_MASTER_PORT, Command, Engine, Nodes
 from launchkit.launch.environment import recorded_environment
-from launchkit.launch.job import Data, split_gguf
+from launchkit.launch.job import Data, job_notes, split_gguf
 from launchkit.launch.record import RankRecord, RunRecord, predicted_values, rank_record, strategy_is_live
 from launchkit.plan import Candidate, Plan
 from launchkit.process.extensions import stale_locks
@@ -69,6 +69,7 @@ class PreparedRun:
     candidate: Candidate
     nodes: Nodes
     command: Command
+    is_built_in: bool
 
 
 def launch_run(plan: Plan, *, options: RunOptions, candidate: Candidate | None = None) -> RunRecord:
@@ -111,7 +112,8 @@ def prepare_run(plan: Plan, *, options: RunOptions, candidate: Candidate | None 
     run_dir = _fresh_directory(options.run_dir, chosen)
     command = build_command(chosen, plan.cluster, target=target, run_dir=str(run_dir), launcher=launcher)
     nodes = nodes_of(chosen, plan.cluster, launcher)
-    return PreparedRun(run_dir=run_dir, candidate=chosen, nodes=nodes, command=command)
+    is_built_in = isinstance(target, BuiltIn)
+    return PreparedRun(run_dir=run_dir, candidate=chosen, nodes=nodes, command=command, is_built_in=is_built_in)
 
 
 def _target(candidate: Candidate, plan: Plan, options: RunOptions) -> BuiltIn | Script:
@@ -244,14 +246,14 @@ def _write_inputs(prepared: PreparedRun, plan: Plan, environment: Mapping[str, s
 
 
 def _finish(prepared: PreparedRun, *, outcome: Outcome, failure: Failure | None, ranks: tuple[int, ...]) -> RunRecord:
-    measured = tuple(record for rank in ranks if (record := _read_rank(prepared.run_dir, rank)) is not None)
+    measured = tuple(found for rank in ranks if (found := _read_rank(prepared.run_dir, rank)) is not None)
     record = _record(
         prepared,
         exit_code=_exit_code(outcome, failure),
         seconds=outcome.seconds,
         measured=measured,
         failure=failure,
-        notes=_notes(outcome, failure, measured),
+        notes=_notes(prepared, outcome, failure, measured),
     )
     (prepared.run_dir / "result.json").write_text(_json(record.document), encoding="utf-8")
     return record
@@ -264,8 +266,12 @@ def _exit_code(outcome: Outcome, failure: Failure | None) -> int:
     return 0 if failure is None else failure.exit_code or outcome.exit_code or 1
 
 
-def _notes(outcome: Outcome, failure: Failure | None, measured: tuple[RankRecord, ...]) -> tuple[str, ...]:
+def _notes(
+    prepared: PreparedRun, outcome: Outcome, failure: Failure | None, measured: tuple[RankRecord, ...]
+) -> tuple[str, ...]:
     notes = [note for record in measured for note in record.notes]
+    if prepared.is_built_in:
+        notes += job_notes(prepared.candidate)
     if failure is None and outcome.returncode:
         notes.append(f"every rank finished its work; the launcher then ended with {outcome.returncode} at teardown")
     if outcome.num_left:
