@@ -96,6 +96,10 @@ FSDP2 = (
     Cell(name="fsdp2-wide-bf16", config=WIDE, precision="bf16", seq_len=16, **_FSDP),
     Cell(name="fsdp2-wide-adamw", config=WIDE, optimizer="adamw_torch", seq_len=16, **_FSDP),
     Cell(name="fsdp2-bf16-pure", config=LLAMA, precision="bf16-pure", **_FSDP),
+    Cell(name="fsdp2-hf-fp32", config=LLAMA, trainer="hf", **_FSDP),
+    Cell(name="fsdp2-hf-bf16", config=LLAMA, trainer="hf", precision="bf16", **_FSDP),
+    Cell(name="fsdp2-hf-tied-bf16", config=TIED, trainer="hf", precision="bf16", **_FSDP),
+    Cell(name="fsdp2-hf-accumulation-fp32", config=LLAMA, trainer="hf", gradient_accumulation_steps=2, **_FSDP),
 )
 
 ZERO = (

@@ -75,6 +75,12 @@ def autocast(cell: Cell) -> contextlib.AbstractContextManager[Any]:
     return torch.autocast("cpu", dtype=torch.bfloat16) if on else contextlib.nullcontext()
 
 
+def wrapped_classes(cell: Cell, model: nn.Module) -> set[str]:
+    """The classes of the model's blocks."""
+    base = model.get_base_model() if cell.method == "lora" else model
+    return set(base._no_split_modules or ()) & {type(module).__name__ for module in base.modules()}
+
+
 def shard(cell: Cell, model: nn.Module) -> nn.Module:
     """``fully_shard`` on every block, then on the root."""
     from torch.distributed.device_mesh import init_device_mesh
@@ -94,8 +100,7 @@ def shard(cell: Cell, model: nn.Module) -> nn.Module:
     )
     # None is the default: blocks are resharded after their forward, the root is not
     reshard = None if cell.sharding in ("full_shard", "hybrid_shard") else False
-    base = model.get_base_model() if cell.method == "lora" else model
-    classes = set(base._no_split_modules or ())
+    classes = wrapped_classes(cell, model)
     for module in model.modules():
         if type(module).__name__ in classes:
             fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
@@ -186,13 +191,32 @@ def run_deepspeed(cell: Cell) -> None:
                     engine.step()
 
 
+def shard_through_accelerate(cell: Cell, model: nn.Module) -> None:
+    """What ``accelerate launch`` would say in the environment, on processes that count as devices."""
+    from launchkit.finetune import cpu_fsdp
+
+    cpu_fsdp.install()
+    os.environ |= {
+        "ACCELERATE_USE_FSDP": "true",
+        "ACCELERATE_MIXED_PRECISION": "bf16" if cell.is_mixed else "no",
+        "FSDP_VERSION": "2",
+        "FSDP_RESHARD_AFTER_FORWARD": str(cell.sharding == "full_shard").lower(),
+        "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+        "FSDP_TRANSFORMER_CLS_TO_WRAP": ",".join(wrapped_classes(cell, model)),
+        "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+    }
+
+
 def run_hf(cell: Cell) -> None:
-    """``transformers.Trainer`` with its defaults, on one process or DDP."""
+    """``transformers.Trainer`` with its defaults, on one process, DDP or FSDP2."""
     import tempfile
 
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
     model = build_model(cell)
+    is_sharded = cell.strategy == "fsdp2"
+    if is_sharded:
+        shard_through_accelerate(cell, model)
     vocab_size = model.config.vocab_size
     data = batches(cell, vocab_size)
     rows = [
@@ -213,13 +237,13 @@ def run_hf(cell: Cell) -> None:
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             output_dir=folder,
-            use_cpu=True,
+            use_cpu=not is_sharded,
             max_steps=cell.num_steps,
             per_device_train_batch_size=cell.micro_batch,
             gradient_accumulation_steps=cell.gradient_accumulation_steps,
             gradient_checkpointing=cell.checkpointing == "full",
             optim=cell.optimizer,
-            bf16=cell.precision in ("bf16", "bf16-params"),
+            bf16=cell.precision in ("bf16", "bf16-params") and not is_sharded,
             max_grad_norm=cell.max_grad_norm or 1.0,
             dataloader_pin_memory=False,
             save_strategy="no",

@@ -428,9 +428,9 @@ class _Rewriter:
             yield _Visit(self.units.root, begin, end, back_begin, back_end)
 
     def _run_forward(self, visits: Sequence[_Visit]) -> None:
-        order = sorted(range(len(visits)), key=lambda i: visits[i].forward_begin != visits[-1].forward_begin)
-        if visits[-1].unit is not self.units.root:
-            order = list(range(len(visits)))
+        order = list(range(len(visits)))
+        if self.units.root:  # it begins first and ends last
+            order = [order[-1], *order[:-1]]
         previous: _Live | None = None
         for index in order:
             unit, begin, end = visits[index].unit, visits[index].forward_begin, visits[index].forward_end

@@ -32,7 +32,7 @@ from launchkit.program import (
 )
 from launchkit.scenario import Compute, DeviceKind
 from launchkit.simulate.expand import MemoryEvent, expand
-from launchkit.strategies import fsdp2
+from launchkit.strategies import fsdp2, hsdp
 from tests.builders import cluster, profile, scenario
 
 POINT = Point(2, 8, 3)
@@ -284,3 +284,14 @@ def test_what_the_engine_refuses_is_said_with_what_to_type(settings: dict[str, A
 @pytest.mark.parametrize("settings", [{}, {"offload": "all"}, {"precision": "bf16-params", "trainer": "loop"}])
 def test_what_the_engine_takes_is_not_refused(settings: dict[str, Any]) -> None:
     assert fsdp2.refusal(scenario(strategy="fsdp2", **settings), profile(), cluster(num_gpus=4)) is None
+
+
+@pytest.mark.parametrize(("num_nodes", "is_refused"), [(1, True), (2, False)])
+def test_hsdp_needs_a_second_shard_group(num_nodes: int, is_refused: bool) -> None:
+    refused = hsdp.refusal(scenario(strategy="hsdp"), profile(), cluster(num_gpus=4, num_nodes=num_nodes))
+    assert (refused is not None and "--strategy fsdp2" in refused) is is_refused
+
+
+def test_hsdp_is_fsdp2_with_hybrid_sharding() -> None:
+    settings: dict[str, Any] = {"num_gpus": 2, "num_nodes": 2, "precision": "bf16", "traced": program(itemsize=2)}
+    assert rewritten(strategy="hsdp", **settings) == rewritten(sharding="hybrid_shard", **settings)
