@@ -10,11 +10,14 @@ from launchkit.export.layout import (
     LEARNING_RATES,
     LORA_ALPHA_PER_RANK,
     OUTPUT_DIRECTORY,
+    UNSHARDED,
     autocast_format,
     check_expressible,
     clip_norm,
+    ddp_arguments,
     fsdp_layout,
     lora_target_modules,
+    must_reenter,
 )
 from launchkit.hardware import Backend, Cluster
 from launchkit.plan import Candidate
@@ -96,10 +99,7 @@ def axolotl_config(
 def axolotl_notes(candidate: Candidate) -> tuple[str, ...]:
     """What Axolotl does otherwise than the plan assumed, in the direction of less memory."""
     scenario = candidate.scenario
-    if scenario.training.precision is Precision.BF16 and scenario.strategy.kind in (
-        StrategyKind.SINGLE,
-        StrategyKind.DDP,
-    ):
+    if scenario.training.precision is Precision.BF16 and scenario.strategy.kind in UNSHARDED:
         return ("Axolotl loads the weights in bf16; the plan counted fp32 weights under autocast, so this takes less.",)
     return ()
 
@@ -134,15 +134,9 @@ def _checkpointing(candidate: Candidate) -> dict[str, object]:
         return {"gradient_checkpointing": False}
     keys: dict[str, object] = {
         "gradient_checkpointing": True,
-        "gradient_checkpointing_kwargs": {"use_reentrant": _must_reenter(candidate)},
+        "gradient_checkpointing_kwargs": {"use_reentrant": must_reenter(candidate)},
     }
     return keys | ({"selective_checkpointing": True} if checkpointing is Checkpointing.SELECTIVE else {})
-
-
-def _must_reenter(candidate: Candidate) -> bool:
-    """4-bit weights gathered by ZeRO-3 change their metadata, which non-reentrant checkpointing takes for an error."""
-    scenario = candidate.scenario
-    return scenario.training.method is Method.QLORA and scenario.strategy.kind is StrategyKind.ZERO3
 
 
 def _strategy(candidate: Candidate, cluster: Cluster, *, deepspeed_file: str) -> dict[str, object]:
@@ -151,13 +145,7 @@ def _strategy(candidate: Candidate, cluster: Cluster, *, deepspeed_file: str) ->
         return {"deepspeed": deepspeed_file}
     if strategy.kind.is_fsdp:
         return _fsdp(candidate, cluster)
-    if strategy.kind is StrategyKind.DDP:
-        return {
-            "ddp_bucket_cap_mb": strategy.ddp.bucket_cap_bytes // 1024**2,
-            "ddp_find_unused_parameters": strategy.ddp.find_unused_parameters,
-            "ddp_broadcast_buffers": strategy.ddp.broadcast_buffers,
-        }
-    return {}
+    return ddp_arguments(candidate)
 
 
 def _fsdp(candidate: Candidate, cluster: Cluster) -> dict[str, object]:
@@ -195,7 +183,7 @@ def _refusals(candidate: Candidate, cluster: Cluster) -> tuple[tuple[bool, str, 
     scenario = candidate.scenario
     training, strategy = scenario.training, scenario.strategy
     is_fsdp1, is_fsdp2 = strategy.kind is StrategyKind.FSDP, strategy.kind in (StrategyKind.FSDP2, StrategyKind.HSDP)
-    is_unsharded = strategy.kind in (StrategyKind.SINGLE, StrategyKind.DDP)
+    is_unsharded = strategy.kind in UNSHARDED
     return (
         (candidate.model.task != "causal-lm", f"is not for {candidate.model.task} here", "use --trainer hf"),
         (

@@ -18,13 +18,14 @@ from launchkit.scenario import (
     StrategyKind,
     Trainer,
 )
+from launchkit.units import MIB
 
 DEEPSPEED_FILE = "deepspeed.json"
 OUTPUT_DIRECTORY = "outputs"
 # Customary starting points; Axolotl refuses a file without one, and no memory depends on it.
 LEARNING_RATES = {Method.FULL: 2e-5, Method.LORA: 2e-4, Method.QLORA: 2e-4}
 LORA_ALPHA_PER_RANK = 2  # the customary scale; it changes no memory
-_LAYOUT_FREE = (StrategyKind.SINGLE, StrategyKind.DDP)
+UNSHARDED = (StrategyKind.SINGLE, StrategyKind.DDP)
 _BF16_STATES = (Precision.BF16_PARAMS, Precision.BF16_PURE)
 
 # What ``--lora-targets attention`` stands for, by model type. Source: the attention classes of transformers 5.23.
@@ -98,6 +99,24 @@ def lora_target_modules(candidate: Candidate) -> tuple[str, ...]:
     return tuple(name.strip() for name in targets.split(",") if name.strip())
 
 
+def must_reenter(candidate: Candidate) -> bool:
+    """4-bit weights gathered by ZeRO-3 change their metadata, which non-reentrant checkpointing takes for an error."""
+    scenario = candidate.scenario
+    return scenario.training.method is Method.QLORA and scenario.strategy.kind is StrategyKind.ZERO3
+
+
+def ddp_arguments(candidate: Candidate) -> dict[str, object]:
+    """DDP's settings as ``TrainingArguments`` and Axolotl name them; nothing under another strategy."""
+    strategy = candidate.scenario.strategy
+    if strategy.kind is not StrategyKind.DDP:
+        return {}
+    return {
+        "ddp_bucket_cap_mb": strategy.ddp.bucket_cap_bytes // MIB,
+        "ddp_find_unused_parameters": strategy.ddp.find_unused_parameters,
+        "ddp_broadcast_buffers": strategy.ddp.broadcast_buffers,
+    }
+
+
 def fsdp_layout(candidate: Candidate, cluster: Cluster) -> FsdpLayout:
     """FSDP's settings with the defaults resolved. Call ``check_expressible`` first."""
     scenario = candidate.scenario
@@ -134,7 +153,7 @@ def _is_cpu_fsdp(candidate: Candidate, cluster: Cluster) -> bool:
 
 def _has_useless_offload(candidate: Candidate, cluster: Cluster) -> bool:
     strategy = candidate.scenario.strategy
-    return strategy.kind in _LAYOUT_FREE and strategy.offload is not Offload.NONE
+    return strategy.kind in UNSHARDED and strategy.offload is not Offload.NONE
 
 
 def _has_partial_fsdp_offload(candidate: Candidate, cluster: Cluster) -> bool:

@@ -7,14 +7,17 @@ from launchkit.export.layout import (
     LEARNING_RATES,
     LORA_ALPHA_PER_RANK,
     OUTPUT_DIRECTORY,
+    UNSHARDED,
     autocast_format,
     check_expressible,
     clip_norm,
+    ddp_arguments,
     lora_target_modules,
+    must_reenter,
 )
 from launchkit.hardware import Backend, Cluster
 from launchkit.plan import Candidate
-from launchkit.scenario import Checkpointing, Loss, Method, Precision, StrategyKind
+from launchkit.scenario import Checkpointing, Loss, Method, Precision
 
 DEFAULT_DATASET = "train"  # a directory of data files, or a hub id
 _BF16_WEIGHTS = (Precision.BF16_PARAMS, Precision.BF16_PURE)
@@ -49,7 +52,7 @@ def trl_config(
         "torch_compile": training.compile,
         **_checkpointing(candidate),
         **_adapter(candidate),
-        **_ddp(candidate),
+        **ddp_arguments(candidate),
     }
 
 
@@ -57,7 +60,7 @@ def _weights_dtype(candidate: Candidate) -> str:
     """fp32 is held in the weights themselves unless an engine keeps it elsewhere (FSDP's shards, ZeRO's master) or
     the weights are frozen and quantised."""
     scenario = candidate.scenario
-    is_unsharded = scenario.strategy.kind in (StrategyKind.SINGLE, StrategyKind.DDP)
+    is_unsharded = scenario.strategy.kind in UNSHARDED
     if scenario.training.precision is Precision.FP32:
         return "float32"
     if scenario.training.precision in _BF16_WEIGHTS:
@@ -71,8 +74,8 @@ def _checkpointing(candidate: Candidate) -> dict[str, object]:
     scenario = candidate.scenario
     if scenario.training.checkpointing is Checkpointing.NONE or scenario.strategy.kind.is_fsdp:
         return {"gradient_checkpointing": False}
-    reenters = scenario.training.method is Method.QLORA and scenario.strategy.kind is StrategyKind.ZERO3
-    return {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": reenters}}
+    kwargs = {"use_reentrant": must_reenter(candidate)}
+    return {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": kwargs}
 
 
 def _adapter(candidate: Candidate) -> dict[str, object]:
@@ -86,17 +89,6 @@ def _adapter(candidate: Candidate) -> dict[str, object]:
         "lora_alpha": LORA_ALPHA_PER_RANK * training.lora_rank,
         "lora_dropout": 0.0,
         "lora_target_modules": list(lora_target_modules(candidate)),
-    }
-
-
-def _ddp(candidate: Candidate) -> dict[str, object]:
-    strategy = candidate.scenario.strategy
-    if strategy.kind is not StrategyKind.DDP:
-        return {}
-    return {
-        "ddp_bucket_cap_mb": strategy.ddp.bucket_cap_bytes // 1024**2,
-        "ddp_find_unused_parameters": strategy.ddp.find_unused_parameters,
-        "ddp_broadcast_buffers": strategy.ddp.broadcast_buffers,
     }
 
 
