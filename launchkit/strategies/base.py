@@ -160,27 +160,36 @@ def accumulate_gradients(program: StepProgram) -> StepProgram:
 
     The program of the first micro-batch holds no more than this one at any time, so it need not be told apart.
     """
-    return edit_gradients(program, added_at_once)
+    return map_sections(program, Phase.BACKWARD, gradients_die_when_ready)
 
 
-def added_at_once(stage: str, alloc: Alloc) -> tuple[Event, ...]:
-    """A gradient that is copied or added elsewhere as soon as it exists."""
-    return (
-        alloc._replace(owner=Owner.TEMPORARIES, parameter=-1),
-        Free(local(stage, alloc.slot), alloc.size),
-    )
+def gradients_die_when_ready(stage: Stage, section: Section) -> Section:
+    """``section`` with each parameter's gradient copied or added elsewhere as soon as it is complete."""
+    events: list[Event] = []
+    for event, ready in with_ready_gradients(section.events):
+        events.append(event._replace(owner=Owner.TEMPORARIES, parameter=-1) if is_gradient(event) else event)
+        events.extend(Free(local(stage.name, alloc.slot), alloc.size) for alloc in ready)
+    return replace(section, events=tuple(events))
 
 
-def edit_gradients(program: StepProgram, edit: Callable[[str, Alloc], Sequence[Event]]) -> StepProgram:
-    """``program`` with the allocation of each parameter's gradient replaced by ``edit(stage name, allocation)``."""
+def with_ready_gradients(events: Sequence[Event]) -> Iterator[tuple[Event, tuple[Alloc, ...]]]:
+    """Each event with the gradients that autograd hands over right behind it.
 
-    def edited(stage: Stage, section: Section) -> Section:
-        events: list[Event] = []
-        for event in section.events:
-            events.extend(edit(stage.name, event) if is_gradient(event) else (event,))
-        return replace(section, events=tuple(events))
-
-    return map_sections(program, Phase.BACKWARD, edited)
+    A gradient is accumulated, and hooks see it, once the operator that made it has let go of its inputs: behind the
+    frees that follow the allocation.
+    """
+    pending: list[Alloc] = []
+    freed = False
+    for event, following in zip(events, (*events[1:], None), strict=True):
+        if is_gradient(event):
+            pending.append(event)
+            freed = False
+        freed = freed or isinstance(event, Free)
+        done = following is None or (freed and not isinstance(following, Free))
+        yield event, tuple(pending) if done else ()
+        if done:
+            pending.clear()
+            freed = False
 
 
 def is_gradient(event: Event) -> TypeGuard[Alloc]:
@@ -198,6 +207,25 @@ def map_sections(program: StepProgram, phase: Phase, change: Callable[[Stage, Se
             numbers = {number: len(sections) + place for place, number in enumerate(changed)}
             sections.extend(changed.values())
             stage = replace(stage, layers=tuple(numbers[number] for number in stage.layers))
+        stages.append(stage)
+    return compact(replace(program, stages=tuple(stages), sections=tuple(sections)))
+
+
+def map_layers(program: StepProgram, phase: Phase, change: Callable[[Stage, int, Section], Section]) -> StepProgram:
+    """Like ``map_sections``, but ``change`` sees every layer, in execution order; layers that come out alike share
+    a section."""
+    sections = list(program.sections)
+    numbers: dict[Section, int] = {}
+    stages = []
+    for stage in program.stages:
+        if stage.phase is phase:
+            layers = list(stage.layers)
+            for layer in stage.order():
+                changed = change(stage, layer, program.section_of(stage, layer))
+                layers[layer] = numbers.setdefault(changed, len(sections))
+                if layers[layer] == len(sections):
+                    sections.append(changed)
+            stage = replace(stage, layers=tuple(layers))
         stages.append(stage)
     return compact(replace(program, stages=tuple(stages), sections=tuple(sections)))
 

@@ -15,10 +15,9 @@ from launchkit.program import Collective, CollectiveKind, Moment, Owner, Persist
 from launchkit.scenario import DdpSettings, Scenario, State
 from launchkit.strategies import single
 from launchkit.strategies.base import (
-    added_at_once,
     arriving_gradients,
-    edit_gradients,
     gradient_bytes,
+    gradients_die_when_ready,
     lora_rank,
     map_sections,
     whole_tensors,
@@ -94,4 +93,4 @@ def _reduced(program: StepProgram, section: Section, *, rank: int) -> Section:
 def _without_own_gradients(program: StepProgram) -> StepProgram:
     """``gradient_as_bucket_view``: a gradient is copied into its bucket and becomes a view of it."""
     persistent = tuple(p for p in program.persistent if p.owner is not Owner.GRADIENTS)
-    return replace(edit_gradients(program, added_at_once), persistent=persistent)
+    return replace(map_sections(program, Phase.BACKWARD, gradients_die_when_ready), persistent=persistent)

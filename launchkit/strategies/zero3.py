@@ -1,0 +1,334 @@
+"""DeepSpeed ZeRO-3: weights, gradients, master weights and states all partitioned, parameter by parameter.
+
+Source: DeepSpeed 0.19.8 ``deepspeed/runtime/zero/stage3.py``, confirmed on timelines of two gloo processes.
+
+- Each parameter is cut into equal parts; those of trainable ones lie in one flat buffer in the compute dtype. Beside it
+  lie their fp32 copies in sub-groups of ``sub_group_size``, the states of these, a buffer for the partition's
+  gradients, and the bucket of ``reduce_bucket_size`` elements, all from the start of the job to its end.
+- Parameters of at most ``stage3_param_persistence_threshold`` elements are gathered after each step and stay.
+- The others come and go as ``zero3_fetch`` says.
+- A gradient is copied into the bucket and dies; a full bucket is flattened and reduce-scattered.
+- The step goes over the sub-groups: gradients flattened, cast to fp32, update.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from typing import NamedTuple
+
+from launchkit.optimizers import FP32_BYTES, LocalTensor
+from launchkit.program import (
+    Alloc,
+    Collective,
+    CollectiveKind,
+    Copy,
+    Event,
+    Free,
+    FreeAll,
+    Moment,
+    Owner,
+    Parameter,
+    Persistent,
+    Phase,
+    Section,
+    Size,
+    Stage,
+    StepProgram,
+    local,
+)
+from launchkit.scenario import Checkpointing, DeviceKind, Offload, State
+from launchkit.strategies.base import (
+    OPTIMIZER_STAGE,
+    OptimizerStep,
+    map_layers,
+    next_slot,
+    persistent_run,
+    with_optimizer,
+    with_ready_gradients,
+)
+from launchkit.strategies.zero import (
+    NORM_BYTES,
+    REDUCE_STAGE,
+    Bucket,
+    EventList,
+    Job,
+    add_stage,
+    gradient_ref,
+    host_optimizer_bytes,
+)
+from launchkit.strategies.zero3_fetch import FetchSettings, ModuleUse, PlaceReading, replay
+from launchkit.units import divide_up
+
+# DeepSpeed's defaults of the aio swap buffers of an NVMe offload: ``buffer_count`` of ``buffer_size`` elements for
+# parameters (deepspeed/runtime/zero/offload_config.py), and as many optimizer buffers as one sub-group needs.
+_NVME_PARAM_BUFFERS = 5
+_NVME_PARAM_BUFFER_ELEMENTS = 100_000_000
+_NVME_OPTIMIZER_BUFFERS = 4
+
+
+class Gathered(NamedTuple):
+    """What each (stage, layer) holds gathered and fetches, in elements."""
+
+    readings: dict[int, PlaceReading]
+    places: dict[tuple[str, int], int]
+
+    def at(self, stage: str, layer: int) -> PlaceReading:
+        return self.readings.get(self.places[stage, layer], PlaceReading(0, 0))
+
+
+def rewrite(job: Job) -> StepProgram:
+    """The step of one rank under ZeRO-3."""
+    gathered = gather_schedule(job)
+    program = map_layers(job.program, Phase.FORWARD, lambda *at: _gathering(job, gathered, *at))
+    program = map_layers(program, Phase.LOSS, lambda *at: _gathering(job, gathered, *at))
+    program = _reducing(job, program, gathered)
+    program = replace(
+        program,
+        persistent=program.persistent + tuple(_storages(job)),
+        host_persistent_bytes=program.host_persistent_bytes + _host_bytes(job),
+    )
+    return with_optimizer(program, _step(job), scenario=job.scenario, device=job.device)
+
+
+def _partition(job: Job, numel: int) -> int:
+    return divide_up(numel, job.world_size)
+
+
+def _partitions(job: Job) -> Iterator[int]:
+    """Elements of this rank's part of each trainable parameter."""
+    return (_partition(job, numel) for numel in job.numels(trainable=True))
+
+
+def sub_groups(job: Job) -> tuple[int, ...]:
+    """Elements of each sub-group: parameters together until ``sub_group_size`` is reached."""
+    groups: list[int] = []
+    filled = 0
+    for numel in _partitions(job):
+        filled += numel
+        if filled >= job.settings.sub_group_size:
+            groups.append(filled)
+            filled = 0
+    return (*groups, filled) if filled else tuple(groups)
+
+
+def is_persistent(job: Job, numel: int) -> bool:
+    return numel <= job.settings.stage3_param_persistence_threshold
+
+
+def _persistent_numels(job: Job) -> Iterator[int]:
+    for trainable in (True, False):
+        yield from (numel for numel in job.numels(trainable=trainable) if is_persistent(job, numel))
+
+
+def _storages(job: Job) -> Iterator[Persistent]:
+    """What the device holds between steps."""
+    partition = sum(_partitions(job))
+    if not job.scenario.strategy.offload.params:
+        yield Persistent(Size.constant(partition * job.itemsize), Owner.WEIGHTS)
+        frozen = (_partition(job, numel) * job.itemsize for numel in job.numels(trainable=False))
+        yield from persistent_run(frozen, Owner.WEIGHTS)
+    gathered = (numel * job.itemsize for numel in _persistent_numels(job))
+    yield from persistent_run(gathered, Owner.GATHERED_WEIGHTS)
+    yield Persistent(Size.constant(job.settings.reduce_bucket_size * job.itemsize), Owner.COMMUNICATION)
+    if not job.offloads_optimizer:
+        yield Persistent(Size.constant(partition * job.itemsize), Owner.GRADIENTS)
+        yield from persistent_run((numel * FP32_BYTES for numel in sub_groups(job)), Owner.MASTER_WEIGHTS)
+
+
+def _host_bytes(job: Job) -> int:
+    """Offloaded optimizer and parameters; under NVMe only the buffers that they pass through."""
+    partition = sum(_partitions(job))
+    if job.scenario.strategy.offload is Offload.NVME:
+        parameters = _NVME_PARAM_BUFFERS * _NVME_PARAM_BUFFER_ELEMENTS * job.itemsize
+        return parameters + _NVME_OPTIMIZER_BUFFERS * max(sub_groups(job)) * FP32_BYTES + partition * job.itemsize
+    total = 0
+    if job.offloads_optimizer:
+        total += host_optimizer_bytes(job, partition) + partition * job.itemsize
+    if job.scenario.strategy.offload.params:
+        frozen = sum(_partition(job, numel) for numel in job.numels(trainable=False))
+        total += (partition + frozen) * job.itemsize
+    return total
+
+
+def gather_schedule(job: Job) -> Gathered:
+    """Replays the coordinator over the step's modules, in the order in which they run."""
+    weights: dict[tuple[str, int, int], int] = {}
+    numels: list[int] = []
+    uses = [ModuleUse(-1, ())]  # the model itself runs first, and prefetches
+    places: dict[tuple[str, int], int] = {}
+    for stage in job.program.stages:
+        for layer in stage.order():
+            place = places[stage.name, layer] = len(places)
+            for module in _modules(job, stage, layer):
+                numbers = tuple(_number(job, weights, numels, stage, layer, index) for index in module)
+                uses.append(ModuleUse(place, numbers))
+    settings = FetchSettings(
+        prefetch_elements=job.settings.stage3_prefetch_bucket_size,
+        max_live_elements=job.settings.stage3_max_live_parameters,
+        max_reuse_elements=job.settings.stage3_max_reuse_distance,
+        world_size=job.world_size,
+    )
+    recorded = job.scenario.state is not State.FIRST
+    return Gathered(replay(uses, numels, settings, recorded=recorded), places)
+
+
+def _number(
+    job: Job, weights: dict[tuple[str, int, int], int], numels: list[int], stage: Stage, layer: int, index: int
+) -> int:
+    """The number of a weight: one per parameter of each layer of a stack, one per parameter of the root."""
+    group = job.program.section_of(stage, layer).group
+    key = (stage.stack, layer, index) if stage.stack else (group, 0, index)
+    if key not in weights:
+        weights[key] = len(numels)
+        numels.append(job.program.groups[group].parameters[index].numel(job.rank))
+    return weights[key]
+
+
+def _modules(job: Job, stage: Stage, layer: int) -> list[tuple[int, ...]]:
+    """The modules with gathered weights that a layer runs, each as indices of its group's parameters.
+
+    A backward pass runs them in reverse, after a forward pass again where activations are checkpointed.
+    """
+    forward_name = stage.name.replace("backward", "forward", 1)
+    forward = next((other for other in job.program.stages if other.name == forward_name), stage)
+    section = job.program.section_of(forward, min(layer, len(forward.layers) - 1))
+    parameters = job.program.groups[section.group].parameters
+    modules: dict[str, list[int]] = {}
+    for index in section.uses:
+        if not is_persistent(job, parameters[index].numel(job.rank)):
+            modules.setdefault(_module_name(parameters[index]), []).append(index)
+    order = [tuple(indices) for indices in modules.values()]
+    if stage.phase is not Phase.BACKWARD:
+        return order
+    again = order if stage.stack and job.scenario.training.checkpointing is not Checkpointing.NONE else []
+    return again + order[::-1]
+
+
+def _module_name(parameter: Parameter) -> str:
+    return parameter.name.rpartition(".")[0]
+
+
+def _gathering(job: Job, gathered: Gathered, stage: Stage, layer: int, section: Section) -> Section:
+    """``section`` with its gathered weights around it.
+
+    Omits: where inside a layer each module's weights come and go; the most that any of its modules sees is held
+    throughout.
+    """
+    reading = gathered.at(stage.name, layer)
+    if not reading.peak:
+        return section
+    slot = next_slot(section.events)
+    size = Size.constant(reading.peak * job.itemsize)
+    events = (
+        Alloc(slot, size, Owner.GATHERED_WEIGHTS),
+        *_fetch_copies(job, reading, slot=slot + 1, stage=stage.name),
+        *section.events,
+        Free(local(stage.name, slot), size),
+    )
+    return replace(section, events=events, collectives=section.collectives + _all_gather(job, reading.fetched))
+
+
+def _fetch_copies(job: Job, reading: PlaceReading, *, slot: int, stage: str) -> tuple[Event, ...]:
+    """gloo copies what it gathers once more, one after the other; NCCL gathers in place."""
+    return ()
+
+
+def _all_gather(job: Job, fetched: int) -> tuple[Collective, ...]:
+    if not fetched or job.world_size == 1:
+        return ()
+    return (Collective(CollectiveKind.ALL_GATHER, Size.constant(fetched * job.itemsize), Moment.BEFORE),)
+
+
+def _reducing(job: Job, program: StepProgram, gathered: Gathered) -> StepProgram:
+    """The backward pass: gathered weights, gradients into the bucket, full buckets scattered."""
+    bucket = Bucket(job.settings.reduce_bucket_size, itemsize=job.itemsize)
+    copies = _scatter_copies(job)
+
+    def changed(stage: Stage, layer: int, section: Section) -> Section:
+        events = EventList(stage.name, slot=next_slot(section.events))
+        numel = 0
+        for event, ready in with_ready_gradients(section.events):
+            events.events.append(event)
+            for alloc in ready:
+                gradient = gradient_ref(job, stage, layer, section, alloc)
+                numel += gradient.numel
+                if bucket.flushes_before(gradient.numel):
+                    bucket.flush(events, copies=copies)
+                if bucket.take(gradient):
+                    events.events.append(Free(local(stage.name, alloc.slot), alloc.size))
+        reduced = replace(
+            section,
+            events=tuple(events.events),
+            collectives=section.collectives + _reduce_scatter(job, numel),
+            copies=section.copies + _gradients_to_host(job, numel),
+        )
+        return _gathering(job, gathered, stage, layer, reduced)
+
+    program = map_layers(program, Phase.BACKWARD, changed)
+    events = EventList(REDUCE_STAGE)
+    bucket.flush(events, copies=copies)
+    return add_stage(program, REDUCE_STAGE, Section(events=tuple(events.events)))
+
+
+def _scatter_copies(job: Job) -> int:
+    """The flat copy that is scattered; gloo makes another of it."""
+    return 2 if job.device is DeviceKind.CPU else 1
+
+
+def _reduce_scatter(job: Job, numel: int) -> tuple[Collective, ...]:
+    if not numel or job.world_size == 1:
+        return ()
+    return (Collective(CollectiveKind.REDUCE_SCATTER, Size.constant(numel * job.itemsize), Moment.AFTER),)
+
+
+def _gradients_to_host(job: Job, numel: int) -> tuple[Copy, ...]:
+    if not numel or not job.offloads_optimizer:
+        return ()
+    return (Copy(False, Size.constant(_partition(job, numel) * FP32_BYTES), Moment.AFTER),)
+
+
+def _step(job: Job) -> OptimizerStep:
+    """The update, sub-group by sub-group, and the gathering of what stays gathered."""
+    persistent = tuple(_persistent_numels(job))
+    gathers = _blocking_gather(job, sum(persistent))
+    if job.offloads_optimizer:
+        partition_bytes = Size.constant(sum(_partitions(job)) * job.itemsize)
+        copies = () if job.scenario.strategy.offload.params else (Copy(True, partition_bytes, Moment.BLOCKING),)
+        return OptimizerStep(tensors=(), on_host=True, collectives=gathers, copies=copies)
+    return OptimizerStep(
+        tensors=tuple(LocalTensor((numel,), FP32_BYTES) for numel in sub_groups(job)),
+        before=_fp32_gradients(job),
+        after=(FreeAll(Owner.TEMPORARIES), *_regathered(job, persistent)),
+        collectives=gathers,
+        gradient_owner=Owner.TEMPORARIES,
+    )
+
+
+def _fp32_gradients(job: Job) -> tuple[Event, ...]:
+    """Persistent weights are let go; norms are taken in fp64; the largest sub-group's gradients are flattened and cast.
+
+    Omits: sub-groups follow one another, so that fewer than all of them are cast at a time; the largest one is here.
+    """
+    events = EventList(OPTIMIZER_STAGE)
+    events.events.append(FreeAll(Owner.GATHERED_WEIGHTS))
+    events.passing(max(_partitions(job)) * NORM_BYTES, Owner.TEMPORARIES)
+    numel = max(sub_groups(job))
+    flat = events.alloc(numel * job.itemsize, Owner.TEMPORARIES)
+    if job.itemsize != FP32_BYTES:
+        events.alloc(numel * FP32_BYTES, Owner.TEMPORARIES)
+        events.events.append(flat)
+    return tuple(events.events)
+
+
+def _regathered(job: Job, numels: Iterable[int]) -> tuple[Event, ...]:
+    events = EventList(OPTIMIZER_STAGE, slot=1_000_000)
+    for numel in numels:
+        events.alloc(numel * job.itemsize, Owner.GATHERED_WEIGHTS)
+    return tuple(events.events)
+
+
+def _blocking_gather(job: Job, numel: int) -> tuple[Collective, ...]:
+    if not numel or job.world_size == 1:
+        return ()
+    return (Collective(CollectiveKind.ALL_GATHER, Size.constant(numel * job.itemsize), Moment.BLOCKING),)

@@ -1,0 +1,184 @@
+"""When ZeRO-3 gathers and releases weights: DeepSpeed's parameter coordinator, replayed over the modules of a step.
+
+Source: DeepSpeed 0.19.8 ``deepspeed/runtime/zero/partitioned_param_coordinator.py`` (``fetch_sub_module``,
+``release_sub_module``, ``__params_to_release``) and ``partition_parameters.py`` (``AllGatherCoalescedHandle``).
+
+- A module gathers its own weights, then prefetches those of the modules to come, in the order of a recorded step, until
+  ``stage3_prefetch_bucket_size`` elements are on their way or ``stage3_max_live_parameters`` are there.
+- Weights gathered together arrive in one flat buffer; when the first of them is needed all are copied out, and the
+  buffer lives until the last of them has been needed.
+- A module's weights are released behind it unless they are needed again within ``stage3_max_reuse_distance`` elements.
+- In a job's first step there is no recorded order: no prefetch, and every module releases its weights.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from launchkit.units import divide_up
+
+
+class ModuleUse(NamedTuple):
+    """A module that runs, in the forward or backward pass: which part of the step it belongs to, and its weights.
+
+    ``place`` is any name of that part; weights are numbers that mean the same weight wherever they occur.
+    """
+
+    place: int
+    weights: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FetchSettings:
+    prefetch_elements: int
+    max_live_elements: int
+    max_reuse_elements: int
+    world_size: int
+
+
+class PlaceReading(NamedTuple):
+    """A part of the step, in elements: the most that is gathered in it, and what it fetches."""
+
+    peak: int
+    fetched: int
+
+
+@dataclass
+class _Gather:
+    """Weights on their way together. ``waiting`` are those that no module has needed yet."""
+
+    weights: tuple[int, ...]
+    flat: int
+    waiting: set[int]
+    arrived: bool = False
+
+
+@dataclass
+class _State:
+    """What is gathered, what is under way, and how far the recorded order has been prefetched."""
+
+    available: set[int] = field(default_factory=set)
+    inflight: dict[int, _Gather] = field(default_factory=dict)
+    fetched_for: dict[int, int] = field(default_factory=dict)  # weight -> the last use that a fetch has covered
+    live: int = 0  # elements of released-later weights, as the coordinator counts them
+    held: int = 0  # elements in memory: copies and flat buffers
+    fetched: int = 0
+
+
+def replay(
+    uses: Sequence[ModuleUse], numels: Sequence[int], settings: FetchSettings, *, recorded: bool
+) -> dict[int, PlaceReading]:
+    """The reading of each place. ``numels[w]`` are the elements of weight ``w``; weights that stay gathered for good
+    are not to be listed among a module's."""
+    return _Replay(uses, numels, settings, recorded=recorded).run()
+
+
+class _Replay:
+    def __init__(
+        self, uses: Sequence[ModuleUse], numels: Sequence[int], settings: FetchSettings, *, recorded: bool
+    ) -> None:
+        self.uses = uses
+        self.numels = numels
+        self.settings = settings
+        self.recorded = recorded
+        self.state = _State()
+        self.queue = (
+            deque((weight, step) for step, use in enumerate(uses) for weight in use.weights) if recorded else deque()
+        )
+        self.traversed = [0]  # elements of all modules before each step
+        for use in uses:
+            self.traversed.append(self.traversed[-1] + sum(numels[weight] for weight in use.weights))
+        self.uses_of: dict[int, list[int]] = {}
+        for step, use in enumerate(uses):
+            for weight in use.weights:
+                self.uses_of.setdefault(weight, []).append(step)
+
+    def run(self) -> dict[int, PlaceReading]:
+        readings: dict[int, PlaceReading] = {}
+        for step, use in enumerate(self.uses):
+            fetched_before = self.state.fetched
+            peak = self._fetch(step, use)
+            known = readings.get(use.place, PlaceReading(0, 0))
+            readings[use.place] = PlaceReading(
+                max(known.peak, peak), known.fetched + self.state.fetched - fetched_before
+            )
+            self._release(step, use)
+        return readings
+
+    def _fetch(self, step: int, use: ModuleUse) -> int:
+        """Gathers what the module needs, waits for it, prefetches; returns the most elements held on the way."""
+        self._gather([weight for weight in use.weights if not self._is_here(weight)])
+        for weight in use.weights:
+            self._wait(weight)
+        peak = self.state.held
+        if self.recorded:
+            self._advance_queue(step, use)
+            self._gather(self._to_prefetch())
+        return max(peak, self.state.held)
+
+    def _is_here(self, weight: int) -> bool:
+        return weight in self.state.available or weight in self.state.inflight
+
+    def _gather(self, weights: list[int]) -> None:
+        """Starts one all-gather. A single weight is gathered in place, several into a flat buffer."""
+        if not weights:
+            return
+        world_size = self.settings.world_size
+        elements = sum(divide_up(self.numels[weight], world_size) * world_size for weight in weights)
+        gather = _Gather(tuple(weights), elements, set(weights), arrived=len(weights) == 1)
+        self.state.held += elements
+        self.state.fetched += elements
+        self.state.live += sum(self.numels[weight] for weight in weights)
+        for weight in weights:
+            self.state.inflight[weight] = gather
+
+    def _wait(self, weight: int) -> None:
+        gather = self.state.inflight.pop(weight, None)
+        if gather is None:
+            return
+        if not gather.arrived:
+            self.state.held += sum(self.numels[other] for other in gather.weights)
+            gather.arrived = True
+        self.state.available.add(weight)
+        gather.waiting.discard(weight)
+        if not gather.waiting and len(gather.weights) > 1:
+            self.state.held -= gather.flat
+
+    def _advance_queue(self, step: int, use: ModuleUse) -> None:
+        """Takes the module's own weights off the queue, unless an earlier prefetch did."""
+        missing = {weight for weight in use.weights if self.state.fetched_for.get(weight, -1) < step}
+        while self.queue and missing:
+            weight, at = self.queue.popleft()
+            self.state.fetched_for[weight] = at
+            missing.discard(weight)
+
+    def _to_prefetch(self) -> list[int]:
+        room = min(self.settings.max_live_elements - self.state.live, self.settings.prefetch_elements)
+        chosen: dict[int, None] = {}
+        elements = 0
+        while self.queue and elements < room:
+            weight, at = self.queue.popleft()
+            self.state.fetched_for[weight] = max(self.state.fetched_for.get(weight, -1), at)
+            if weight not in chosen and not self._is_here(weight):
+                chosen[weight] = None
+                elements += self.numels[weight]
+        return list(chosen)
+
+    def _release(self, step: int, use: ModuleUse) -> None:
+        for weight in use.weights:
+            if weight in self.state.available and not (self.recorded and self._is_kept(weight, step)):
+                self.state.available.discard(weight)
+                self.state.held -= self.numels[weight]
+                self.state.live -= self.numels[weight]
+
+    def _is_kept(self, weight: int, step: int) -> bool:
+        """Whether a prefetch has skipped over a later use, or the next use is near."""
+        if self.state.fetched_for.get(weight, -1) > step:
+            return True
+        later = next((at for at in self.uses_of[weight] if at > step), None)
+        if later is None:
+            return False
+        return self.traversed[later] - self.traversed[step + 1] < self.settings.max_reuse_elements
