@@ -270,8 +270,9 @@ def gradient_storages(program: StepProgram, *, scenario: Scenario) -> tuple[Pers
 class OptimizerStep:
     """What the optimizer's stage does, from the tensors that one rank updates.
 
-    ``before`` are events ahead of the update (with slots from 0 on), ``after`` events behind it, ahead of
-    ``zero_grad``; ``on_host`` when the update runs on the CPU, so that the device sees none of its allocations.
+    ``before`` are events ahead of the update, ``after`` events behind it, ahead of ``zero_grad``; both with slots of
+    their own. ``on_host`` when the update runs on the CPU, so that the device sees none of its allocations;
+    ``zeroes_gradients`` false where an engine keeps gradients in buffers of its own.
     """
 
     tensors: tuple[LocalTensor, ...]
@@ -280,7 +281,7 @@ class OptimizerStep:
     collectives: tuple[Collective, ...] = ()
     copies: tuple[Copy, ...] = ()
     on_host: bool = False
-    gradient_owner: Owner = Owner.GRADIENTS
+    zeroes_gradients: bool = True
     extra_kernels: tuple[Kernel, ...] = field(default=())
 
 
@@ -307,17 +308,23 @@ def with_optimizer(program: StepProgram, step: OptimizerStep, *, scenario: Scena
     optimizer = find(scenario.training.optimizer)
     before = step.before
     if clip_norm(scenario) and not step.on_host:
-        before += clip_events(len(step.tensors), slot=next_slot(before))
+        before += clip_events(len(step.tensors), slot=next_slot((*before, *step.after)))
     update: tuple[Event, ...] = ()
     states: tuple[Persistent, ...] = ()
     if not step.on_host:
         exist = states_exist_before_step(optimizer, scenario)
         update = step_events(
-            optimizer, step.tensors, device=device, first_step=not exist, stage=OPTIMIZER_STAGE, slot=next_slot(before)
+            optimizer,
+            step.tensors,
+            device=device,
+            first_step=not exist,
+            stage=OPTIMIZER_STAGE,
+            slot=next_slot((*before, *step.after)),
         )
         states = optimizer_states(optimizer, step.tensors, device=device) if exist else ()
+    zero_grad = (FreeAll(Owner.GRADIENTS),) if step.zeroes_gradients else ()
     section = Section(
-        events=(*before, *update, *step.after, FreeAll(step.gradient_owner)),
+        events=(*before, *update, *step.after, *zero_grad),
         kernels=(*update_kernels(optimizer, step, device=device), *step.extra_kernels),
         collectives=step.collectives,
         copies=step.copies,

@@ -47,7 +47,8 @@ from launchkit.strategies.base import (
     with_optimizer,
     with_ready_gradients,
 )
-from launchkit.strategies.zero import (
+from launchkit.strategies.zero3_fetch import FetchSettings, ModuleUse, PlaceReading, replay
+from launchkit.strategies.zero_job import (
     NORM_BYTES,
     REDUCE_STAGE,
     Bucket,
@@ -56,8 +57,8 @@ from launchkit.strategies.zero import (
     add_stage,
     gradient_ref,
     host_optimizer_bytes,
+    last_alloc_freed,
 )
-from launchkit.strategies.zero3_fetch import FetchSettings, ModuleUse, PlaceReading, replay
 from launchkit.units import divide_up
 
 # DeepSpeed's defaults of the aio swap buffers of an NVMe offload: ``buffer_count`` of ``buffer_size`` elements for
@@ -222,16 +223,10 @@ def _gathering(job: Job, gathered: Gathered, stage: Stage, layer: int, section: 
     size = Size.constant(reading.peak * job.itemsize)
     events = (
         Alloc(slot, size, Owner.GATHERED_WEIGHTS),
-        *_fetch_copies(job, reading, slot=slot + 1, stage=stage.name),
         *section.events,
         Free(local(stage.name, slot), size),
     )
     return replace(section, events=events, collectives=section.collectives + _all_gather(job, reading.fetched))
-
-
-def _fetch_copies(job: Job, reading: PlaceReading, *, slot: int, stage: str) -> tuple[Event, ...]:
-    """gloo copies what it gathers once more, one after the other; NCCL gathers in place."""
-    return ()
 
 
 def _all_gather(job: Job, fetched: int) -> tuple[Collective, ...]:
@@ -296,12 +291,13 @@ def _step(job: Job) -> OptimizerStep:
         partition_bytes = Size.constant(sum(_partitions(job)) * job.itemsize)
         copies = () if job.scenario.strategy.offload.params else (Copy(True, partition_bytes, Moment.BLOCKING),)
         return OptimizerStep(tensors=(), on_host=True, collectives=gathers, copies=copies)
+    before = _fp32_gradients(job)
     return OptimizerStep(
         tensors=tuple(LocalTensor((numel,), FP32_BYTES) for numel in sub_groups(job)),
-        before=_fp32_gradients(job),
-        after=(FreeAll(Owner.TEMPORARIES), *_regathered(job, persistent)),
+        before=before,
+        after=(last_alloc_freed(before), *_regathered(job, persistent, slot=next_slot(before))),
         collectives=gathers,
-        gradient_owner=Owner.TEMPORARIES,
+        zeroes_gradients=False,
     )
 
 
@@ -321,8 +317,8 @@ def _fp32_gradients(job: Job) -> tuple[Event, ...]:
     return tuple(events.events)
 
 
-def _regathered(job: Job, numels: Iterable[int]) -> tuple[Event, ...]:
-    events = EventList(OPTIMIZER_STAGE, slot=1_000_000)
+def _regathered(job: Job, numels: Iterable[int], *, slot: int) -> tuple[Event, ...]:
+    events = EventList(OPTIMIZER_STAGE, slot=slot)
     for numel in numels:
         events.alloc(numel * job.itemsize, Owner.GATHERED_WEIGHTS)
     return tuple(events.events)
