@@ -277,6 +277,7 @@ class TraceKey:
     lora_targets: str = ""  # empty for full fine-tuning
     single_sequence: bool = False  # a micro-batch of 1 is a program of its own
     beyond_window: bool = False  # and so is a sequence at least as long as the model's sliding window
+    cast_adapters: bool = False  # an engine casts adapters to 16 bits with the rest, which PEFT would keep in fp32
 
     @property
     def text(self) -> str:
@@ -295,4 +296,6 @@ class TraceKey:
         parts.append("b1" if self.single_sequence else "bn")
         if self.beyond_window:
             parts.append("windowed")
+        if self.cast_adapters:
+            parts.append("cast")
         return "/".join(str(part) for part in parts)

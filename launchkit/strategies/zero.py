@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from launchkit.hardware import Cluster
 from launchkit.model import ModelProfile
 from launchkit.program import StepProgram
@@ -25,8 +27,10 @@ _HOST_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adagrad", "lion_32bit")
 
 
 def trace_key(training: Training, strategy: Strategy, device: DeviceKind, *, single_sequence: bool = False) -> TraceKey:
-    """The whole module runs in the engine's dtype."""
-    return make_trace_key(training, COMPUTE[training.precision], device, single_sequence=single_sequence)
+    """The whole module runs in the engine's dtype, adapters included."""
+    key = make_trace_key(training, COMPUTE[training.precision], device, single_sequence=single_sequence)
+    casts = training.method is not Method.FULL and key.compute is not Compute.FP32
+    return replace(key, cast_adapters=casts)
 
 
 def refusal(scenario: Scenario, profile: ModelProfile, cluster: Cluster) -> str | None:
