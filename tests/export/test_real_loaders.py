@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from launchkit.errors import IllegalScenarioError
 from launchkit.export import config_files
@@ -36,17 +36,36 @@ def restored_environment() -> Iterator[None]:
     os.environ.update(before)
 
 
-def launch_arguments(each: Case, directory: Path) -> Any:
-    """What ``accelerate launch --config_file`` makes of the file, up to the point where it would start processes."""
+def launch_arguments(each: Case, directory: Path, **changes: Any) -> Any:
+    """What ``accelerate launch --config_file`` makes of the file, up to the point where it would start processes.
+
+    ``changes`` are written over the YAML first.
+    """
     launch = pytest.importorskip("accelerate.commands.launch")
     files = config_files(each.candidate, each.cluster, targets=("accelerate", "deepspeed"))
     for file in files:
         (directory / file.name).write_text(file.text)
-    arguments = ["--config_file", str(directory / "accelerate.yaml"), "--machine_rank", "0", "train.py"]
+    path = directory / "accelerate.yaml"
+    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | changes))
+    arguments = ["--config_file", str(path), "--machine_rank", "0", "train.py"]
     if each.cluster.num_nodes > 1:
         arguments[:0] = ["--main_process_ip", "127.0.0.1"]
-    parsed, _, _ = launch._validate_launch_command(launch.launch_command_parser().parse_args(arguments))
+    parsed, defaults, has_precision = launch._validate_launch_command(
+        launch.launch_command_parser().parse_args(arguments)
+    )
+    fields = [*defaults.deepspeed_config, *(["mixed_precision"] if has_precision else [])]
+    parsed.deepspeed_fields_from_accelerate_config = ",".join(fields)  # as launch_command collects them
     return parsed
+
+
+def deepspeed_plugin(arguments: Any, directory: Path) -> Any:
+    """The plugin that a started process makes from its environment."""
+    pytest.importorskip("deepspeed")
+    launch = pytest.importorskip("accelerate.utils.launch")
+    arguments.deepspeed_config_file = str(directory / "deepspeed.json")
+    _, environment = launch.prepare_deepspeed_cmd_env(arguments)
+    os.environ.update(environment)
+    return pytest.importorskip("accelerate.utils").DeepSpeedPlugin()
 
 
 @pytest.mark.parametrize("each", CASES, ids=named)
@@ -80,16 +99,7 @@ def test_accelerate_hands_fsdp_on_to_the_processes(each: Case, tmp_path: Path) -
 @pytest.mark.parametrize("each", ZERO_CASES, ids=named)
 def test_accelerate_reads_the_deepspeed_file_without_complaint(each: Case, tmp_path: Path) -> None:
     """The plugin raises where the YAML says anything that the JSON says too."""
-    pytest.importorskip("deepspeed")
-    launch = pytest.importorskip("accelerate.commands.launch")
-    plugins = pytest.importorskip("accelerate.utils")
-    arguments = launch_arguments(each, tmp_path)
-    section = {"deepspeed_config_file": "", "zero3_init_flag": ""}  # the names that launch_command collects
-    arguments.deepspeed_fields_from_accelerate_config = ",".join(section)
-    arguments.deepspeed_config_file = str(tmp_path / "deepspeed.json")
-    _, environment = launch.prepare_deepspeed_cmd_env(arguments)
-    os.environ.update(environment)
-    plugin = plugins.DeepSpeedPlugin()
+    plugin = deepspeed_plugin(launch_arguments(each, tmp_path), tmp_path)
     stage = each.candidate.scenario.strategy.kind.zero_stage
     assert (plugin.zero_stage, plugin.zero3_init_flag) == (stage, stage == 3)
     expected_device = {"none": "none", "optimizer": "cpu", "params": "none", "all": "cpu", "nvme": "nvme"}
@@ -138,16 +148,22 @@ def test_deepspeed_reads_every_size_that_the_plan_counts() -> None:
     assert {name.removeprefix("stage3_"): value for name, value in changed.items()}.items() <= read.items()
 
 
-def test_accelerate_refuses_what_the_exporter_leaves_out(tmp_path: Path) -> None:
-    """The keys that would be natural beside the DeepSpeed file are the ones that accelerate refuses."""
-    config_args = pytest.importorskip("accelerate.commands.config.config_args")
-    each = case("zero3", strategy="zero3")
-    config = accelerate_config(each.candidate, each.cluster)
-    assert "mixed_precision" not in config
-    path = tmp_path / "accelerate.json"
-    path.write_text(json.dumps(config | {"zero_stage": 3}))
-    with pytest.raises(ValueError, match="unknown keys"):
-        config_args.load_config_from_file(str(path))
+@pytest.mark.usefixtures("restored_environment")
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"mixed_precision": "bf16"},
+        {"deepspeed_config": {"deepspeed_config_file": "deepspeed.json", "zero_stage": 3}},
+        {"deepspeed_config": {"deepspeed_config_file": "deepspeed.json", "gradient_accumulation_steps": 4}},
+    ],
+    ids=str,
+)
+def test_accelerate_refuses_the_keys_that_are_left_out_beside_the_deepspeed_file(
+    changes: dict[str, Any], tmp_path: Path
+) -> None:
+    arguments = launch_arguments(case("zero3", strategy="zero3"), tmp_path, **changes)
+    with pytest.raises(ValueError, match="will be ignored"):
+        deepspeed_plugin(arguments, tmp_path)
 
 
 def test_fsdp_on_cpu_is_refused_because_accelerate_would_run_ddp() -> None:
