@@ -7,7 +7,7 @@ from dataclasses import replace
 from launchkit.hardware import Cluster
 from launchkit.model import ModelProfile
 from launchkit.program import StepProgram
-from launchkit.scenario import Compute, DeviceKind, Offload, Precision, Scenario, Strategy, TraceKey, Training
+from launchkit.scenario import Compute, DeviceKind, Method, Offload, Precision, Scenario, Strategy, TraceKey, Training
 from launchkit.strategies import zero3, zero_flat
 from launchkit.strategies.base import make_trace_key
 from launchkit.strategies.zero_job import Job
