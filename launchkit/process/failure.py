@@ -62,16 +62,17 @@ class Failure:
 
 
 def find_failure(log_dir: Path, *, outcome: Outcome, ranks: Sequence[int]) -> Failure | None:
-    """What ended the run of ``ranks`` (those of this node), or None when every one of them finished its work.
+    """What ended the run of ``ranks`` (those of this node); None when all finished their work, or launchkit was told to
+    stop.
 
     A launcher's exit code proves little: ``deepspeed`` returns 0 when its middle process is killed, and gloo sometimes
     aborts at teardown after the work is done. The ranks' own records decide.
     """
     exits = read_exits(log_dir, ranks)
-    if not outcome.received and len(exits) == len(ranks) and all(ended.exit_code == 0 for ended in exits):
+    if outcome.received or (len(exits) == len(ranks) and all(ended.exit_code == 0 for ended in exits)):
         return None
     failed = sorted((ended for ended in exits if ended.exit_code), key=lambda ended: ended.unix_seconds)
-    roots = [ended for ended in failed if not PEER_ERRORS.search(ended.error) and ended.exit_code != 130]
+    roots = [ended for ended in failed if not PEER_ERRORS.search(ended.error)]
     launcher_text = _tail(log_dir / LAUNCHER_LOG)
     silent = sorted(set(ranks) - {ended.rank for ended in exits})
     if roots:
@@ -129,7 +130,7 @@ def _killed_rank(launcher_text: str, *, silent: Sequence[int], outcome: Outcome)
     code = DEEPSPEED_RETURN_CODE.search(launcher_text)
     if code and silent and _signal_of(int(code.group(1))):
         return silent[0], -_signal_of(int(code.group(1)))
-    if silent and not outcome.received and _signal_of(outcome.returncode):
+    if silent and _signal_of(outcome.returncode):
         return silent[0], -_signal_of(outcome.returncode)
     return None
 
@@ -139,18 +140,14 @@ def _from_signal(rank: int, exit_code: int, *, log_dir: Path) -> Failure:
     return Failure(
         rank=rank,
         exit_code=128 + number,
-        line=f"ended by {_signal_name(number)}",
+        line=f"ended by {signal_name(number)}",
         explanation=SIGNAL_EXPLANATIONS.get(number, ""),
         log=str(log_path(log_dir, rank)),
     )
 
 
 def _without_records(log_dir: Path, launcher_text: str, *, silent: Sequence[int], outcome: Outcome) -> Failure:
-    """No rank said how it ended: it was interrupted, it vanished, or the launcher never started it."""
-    if outcome.received:
-        return Failure(
-            rank=-1, exit_code=outcome.exit_code, line=f"stopped by {_signal_name(outcome.received)}", log=str(log_dir)
-        )
+    """No rank said how it ended: it vanished, or the launcher never started it."""
     started = [rank for rank in silent if log_path(log_dir, rank).exists()]
     if started and outcome.returncode == 0:
         line = f"rank {started[0]} vanished before its work was done although the launcher returned 0"
@@ -173,7 +170,8 @@ def _signal_of(exit_code: int) -> int:
     return 0
 
 
-def _signal_name(number: int) -> str:
+def signal_name(number: int) -> str:
+    """``SIGINT`` for 2."""
     try:
         return signal.Signals(number).name
     except ValueError:

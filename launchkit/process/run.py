@@ -21,7 +21,7 @@ from launchkit.launch.job import Data, job_notes, split_gguf
 from launchkit.launch.record import RankRecord, RunRecord, predicted_values, rank_record, strategy_is_live
 from launchkit.plan import Candidate, Plan
 from launchkit.process.extensions import stale_locks
-from launchkit.process.failure import Failure, find_failure
+from launchkit.process.failure import Failure, find_failure, signal_name
 from launchkit.process.ports import free_port, is_free
 from launchkit.process.supervisor import Outcome, Supervision, supervise
 from launchkit.scenario import Method, Trainer
@@ -272,7 +272,9 @@ def _notes(
     notes = [note for record in measured for note in record.notes]
     if prepared.is_built_in:
         notes += job_notes(prepared.candidate)
-    if failure is None and outcome.returncode:
+    if outcome.received:
+        notes.append(f"stopped by {signal_name(outcome.received)}; every process of the run is gone")
+    elif failure is None and outcome.returncode:
         notes.append(f"every rank finished its work; the launcher then ended with {outcome.returncode} at teardown")
     if outcome.num_left:
         notes.append(f"{outcome.num_left} processes outlived the launcher and were ended")
