@@ -22,7 +22,7 @@ from typing import Any
 import launchkit
 from launchkit.errors import LaunchkitError
 
-MODELS = {"TinyLlama-1.1B": "TinyLlama/TinyLlama-1.1B-Chat-v1.0"}  # where a run's name is not a hub id
+MODELS = {"TinyLlama/TinyLlama-1.1B": "TinyLlama/TinyLlama-1.1B-Chat-v1.0"}  # where a name is not the catalogue's
 GPUS = {"A100-SXM4-40GB": "A100-40GB", "H100-80GB HBM3": "H100", "H100-80GB": "H100", "A800-80GB": "A100-80GB"}
 STRATEGIES = {"single": "single", "ddp": "ddp", "fsdp_full_shard": "fsdp", "zero2": "zero2", "zero3": "zero3"}
 PRECISIONS = {

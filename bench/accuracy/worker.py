@@ -3,6 +3,10 @@
 The allocator is torch's own CPU allocator, read through
 ``torch.profiler(profile_memory=True)``: each allocation event carries ``total_allocated``, which counts only what was
 allocated since the profiler started, so it starts before the model is built.
+
+The profiler sees only threads that it was propagated to. A collective's buffer whose last reference a gloo thread drops
+once its work is done is freed unseen, and the counter keeps it for good. Between steps no buffer lives, so what the
+counter holds beyond parameters, buffers and optimizer states is such a *ghost*, and is taken off what follows.
 """
 
 from __future__ import annotations
@@ -23,7 +27,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from bench.accuracy.cell import Cell
 
 MARK = "launchkit::"
-DEFAULT_BUCKETS: dict[str, Any] = {}  # DeepSpeed's own: what launchkit predicts unless told otherwise
+BYTES_PER_TOKEN = 8  # of the last batch's ids, which the generator of batches still holds
 
 OPTIMIZERS: dict[str, tuple[str, dict[str, Any]]] = {
     "adamw_torch_fused": ("AdamW", {"fused": True}),
@@ -115,8 +119,20 @@ def batches(cell: Cell, vocab_size: int) -> Iterator[dict[str, torch.Tensor]]:
         yield {"input_ids": ids, "labels": ids.clone()}
 
 
-def run_loop(cell: Cell) -> None:
-    """The plain step of ``--trainer loop``, on one process, DDP or FSDP2."""
+def resident_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of this rank's parameters, buffers, gradients and optimizer states."""
+    tensors = [*model.parameters(), *model.buffers(), *(p.grad for p in model.parameters() if p.grad is not None)]
+    tensors += [t for state in optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor)]
+    storages = {}
+    for tensor in tensors:
+        local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+        storage = local.untyped_storage()
+        storages[storage._cdata] = storage.nbytes()
+    return sum(storages.values())
+
+
+def run_loop(cell: Cell) -> int | None:
+    """The plain step of ``--trainer loop``, on one process, DDP or FSDP2; what is resident before its last step."""
     model = build_model(cell)
     vocab_size = model.config.vocab_size
     if cell.strategy in ("fsdp2", "hsdp"):
@@ -125,8 +141,10 @@ def run_loop(cell: Cell) -> None:
         model = nn.parallel.DistributedDataParallel(model)
     optimizer = build_optimizer(cell, model)
     data = batches(cell, vocab_size)
+    resident = 0
     for step in range(cell.num_steps):
         gc.collect()
+        resident = resident_bytes(model, optimizer) + BYTES_PER_TOKEN * cell.micro_batch * cell.seq_len
         with record_function(f"{MARK}step.{step}"):
             for micro in range(cell.gradient_accumulation_steps):
                 batch = next(data)
@@ -141,6 +159,7 @@ def run_loop(cell: Cell) -> None:
                     nn.utils.clip_grad_norm_(trainable(model), cell.max_grad_norm)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
+    return resident if cell.strategy in ("fsdp2", "hsdp") else None
 
 
 def gradient_sync(cell: Cell, model: nn.Module, *, last: bool) -> contextlib.AbstractContextManager[Any]:
@@ -155,7 +174,7 @@ def deepspeed_config(cell: Cell) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": cell.micro_batch,
         "gradient_accumulation_steps": cell.gradient_accumulation_steps,
         "gradient_clipping": cell.max_grad_norm,
-        "zero_optimization": {"stage": int(cell.strategy[-1])} | DEFAULT_BUCKETS,
+        "zero_optimization": {"stage": int(cell.strategy[-1])},  # bucket sizes are DeepSpeed's defaults
         "bf16": {"enabled": cell.precision != "fp32"},
         "zero_force_ds_cpu_optimizer": False,
         "zero_allow_untested_optimizer": True,
@@ -163,7 +182,7 @@ def deepspeed_config(cell: Cell) -> dict[str, Any]:
     }
 
 
-def run_deepspeed(cell: Cell) -> None:
+def run_deepspeed(cell: Cell) -> int | None:
     """Raw ``deepspeed.initialize`` with a torch optimizer; nothing is compiled."""
     import deepspeed
 
@@ -189,6 +208,7 @@ def run_deepspeed(cell: Cell) -> None:
                 del loss, batch
                 with record_function(f"{MARK}optimizer"):
                     engine.step()
+    return None
 
 
 def shard_through_accelerate(cell: Cell, model: nn.Module) -> None:
@@ -207,7 +227,7 @@ def shard_through_accelerate(cell: Cell, model: nn.Module) -> None:
     }
 
 
-def run_hf(cell: Cell) -> None:
+def run_hf(cell: Cell) -> int | None:
     """``transformers.Trainer`` with its defaults, on one process, DDP or FSDP2."""
     import tempfile
 
@@ -252,9 +272,10 @@ def run_hf(cell: Cell) -> None:
             disable_tqdm=True,
         )
         Trainer(model=model, args=arguments, train_dataset=rows, callbacks=[Marks()]).train()
+    return None
 
 
-def runner(cell: Cell) -> Callable[[Cell], None]:
+def runner(cell: Cell) -> Callable[[Cell], int | None]:
     if cell.trainer == "hf":
         return run_hf
     return run_deepspeed if cell.strategy.startswith("zero") else run_loop
@@ -277,7 +298,7 @@ def walk(cell: Cell, tree: list[Any]) -> tuple[list[tuple[Any, tuple[str, ...]]]
     return allocations, spans
 
 
-def summarise(cell: Cell, prof: Any, *, timeline: bool) -> dict[str, Any]:
+def summarise(cell: Cell, prof: Any, *, resident: int | None, timeline: bool) -> dict[str, Any]:
     """Peaks per step and per phase, bytes live between steps, and on demand each event of the last step."""
     allocations, spans = walk(cell, prof.profiler.kineto_results.experimental_event_tree())
     times = [event.start_time_ns for event, _ in allocations]
@@ -295,14 +316,17 @@ def summarise(cell: Cell, prof: Any, *, timeline: bool) -> dict[str, Any]:
         for name in ("forward", "backward", "optimizer")
         if name in spans
     }
+    live = [total for time, total in zip(times, totals, strict=True) if time < last[0]][-1]
+    ghosts = 0 if resident is None else max(0, live - resident)
     result: dict[str, Any] = {
         "rank": int(os.environ.get("RANK", "0")),
         "build_peak_bytes": max([total for time, total in zip(times, totals, strict=True) if time < steps[0][0]]),
         "step_peaks_bytes": [peak(span) for span in steps],
         "first_peak_bytes": peak(steps[0]),
-        "steady_peak_bytes": peak(last),
+        "steady_peak_bytes": peak(last) - ghosts,
         "phase_peaks_bytes": phases,
-        "live_between_steps_bytes": [total for time, total in zip(times, totals, strict=True) if time < last[0]][-1],
+        "live_between_steps_bytes": live - ghosts,
+        "ghost_bytes": ghosts,
     }
     if timeline:
         result["timeline"] = [
@@ -325,8 +349,8 @@ def run(cell: Cell, folder: Path, *, timeline: bool) -> None:
     if cell.num_processes > 1 and cell.trainer == "loop":
         dist.init_process_group("gloo")
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as prof:
-        runner(cell)(cell)
-    result = summarise(cell, prof, timeline=timeline)
+        resident = runner(cell)(cell)
+    result = summarise(cell, prof, resident=resident, timeline=timeline)
     (folder / f"rank{result['rank']}.json").write_text(json.dumps(result))
     if dist.is_initialized():
         dist.barrier()

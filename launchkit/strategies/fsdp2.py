@@ -92,9 +92,16 @@ _COMPUTE_IN_LOOP = _COMPUTE | {Precision.BF16: Compute.BF16}
 
 
 def trace_key(training: Training, strategy: Strategy, device: DeviceKind, *, single_sequence: bool = False) -> TraceKey:
-    """Blocks run on gathered weights, so on 16-bit ones under mixed precision."""
+    """Blocks run on gathered weights, so on 16-bit ones, adapters included, under mixed precision."""
     compute = _COMPUTE_IN_LOOP if training.trainer is Trainer.LOOP else _COMPUTE
-    return make_trace_key(training, compute[training.precision], device, single_sequence=single_sequence)
+    key = make_trace_key(training, compute[training.precision], device, single_sequence=single_sequence)
+    return replace(key, cast_adapters=training.method is not Method.FULL and _casts(training))
+
+
+def _casts(training: Training) -> bool:
+    """Whether ``fully_shard`` is given a 16-bit policy: accelerate does so whenever autocast is on."""
+    in_loop = training.trainer is Trainer.LOOP
+    return training.precision.is_mixed or (training.precision is Precision.BF16_PARAMS and not in_loop)
 
 
 def refusal(scenario: Scenario, profile: ModelProfile, cluster: Cluster) -> str | None:
@@ -174,16 +181,15 @@ class _Layout:
         num_shards = shard_group_size(strategy, cluster)
         in_loop = training.trainer is Trainer.LOOP
         mixed = training.precision.is_mixed
-        # accelerate gives fully_shard a bf16 policy whenever autocast is on
-        has_policy = mixed or (training.precision is Precision.BF16_PARAMS and not in_loop)
+        casts = _casts(training)
         return cls(
             num_shards=num_shards,
             num_replicas=cluster.num_gpus // num_shards,
             rank=lora_rank(scenario),
-            trainable_itemsize=FP32_BYTES if has_policy else 0,
+            trainable_itemsize=FP32_BYTES if casts else 0,
             # accelerate upcasts what is trained; frozen weights stay as loaded, in 16 bits
             frozen_itemsize=(FP32_BYTES if in_loop else HALF_BYTES) if mixed else 0,
-            gathered_itemsize=HALF_BYTES if has_policy else 0,
+            gathered_itemsize=HALF_BYTES if casts else 0,
             reshards=strategy.fsdp.sharding.reshard_after_forward,
             has_root_unit=in_loop,
             accumulates=accumulates(scenario),

@@ -30,7 +30,7 @@ def apply_method(model: nn.Module, key: TraceKey, *, lora_rank: int) -> nn.Modul
     """The model as it is trained: itself, or wrapped by PEFT with everything else frozen.
 
     Dropout is left out of adapters (PEFT's ``lora_dropout=0``, the default). Adapters of a 16-bit model are fp32, as
-    PEFT's ``autocast_adapter_dtype=True`` makes them.
+    PEFT's ``autocast_adapter_dtype=True`` makes them, unless the key says that an engine casts them.
     """
     if key.method is Method.FULL:
         return model
@@ -45,7 +45,7 @@ def apply_method(model: nn.Module, key: TraceKey, *, lora_rank: int) -> nn.Modul
     task = {"CausalLM": "CAUSAL_LM", "SequenceClassification": "SEQ_CLS", "ConditionalGeneration": None}
     task_type = next((t for suffix, t in task.items() if type(model).__name__.endswith(suffix)), None)
     config = LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, target_modules=targets, task_type=task_type)
-    return get_peft_model(model, config)
+    return get_peft_model(model, config, autocast_adapter_dtype=not key.cast_adapters)
 
 
 def lora_targets(model: nn.Module, targets: str) -> str | list[str]:
