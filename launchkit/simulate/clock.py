@@ -43,8 +43,10 @@ class Efficiency(NamedTuple):
 
 
 # By the start of ``Gpu.architecture``. Calibrated rows: traced models against published tokens/s, family by family.
-# Ampere: HF Trainer on Mistral-7B (1 GPU) and llm-foundry on 7B and 30B (8 GPUs): predicted over measured 0.98 to 1.03.
+# Ampere: HF Trainer on Mistral-7B (1 GPU) and llm-foundry on 7B and 30B (8 GPUs): predicted over measured 0.98 to 1.03;
+# smaller models spread more (1B and 3B, some of them compiled: 0.78 to 1.05).
 # Hopper: llm-foundry on 7B and 30B, 2k to 8k tokens: 0.97 to 1.06; 1.23 at 32k, whose attention kernel was slower.
+# GPT-NeoX of the same sizes stood in for llm-foundry's MPT, with FSDP's collectives put in by hand.
 # Ada: torchtune on one 4090, three runs; the boost clock is above the one that its nominal peak is for.
 EFFICIENCIES: Mapping[str, Efficiency] = {
     "Volta": Efficiency(0.55, 0.75, "not calibrated; below Ampere as the tensor cores need larger tiles"),
