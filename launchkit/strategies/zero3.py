@@ -113,6 +113,11 @@ def sub_groups(job: Job) -> tuple[int, ...]:
     return (*groups, filled) if filled else tuple(groups)
 
 
+def _has_recorded(job: Job) -> bool:
+    """Whether an earlier step has told the coordinator the order of modules; until then it keeps nothing gathered."""
+    return job.scenario.state is State.STEADY
+
+
 def is_persistent(job: Job, numel: int) -> bool:
     return numel <= job.settings.stage3_param_persistence_threshold
 
@@ -129,8 +134,9 @@ def _storages(job: Job) -> Iterator[Persistent]:
         yield Persistent(Size.constant(partition * job.itemsize), Owner.WEIGHTS)
         frozen = (_partition(job, numel) * job.itemsize for numel in job.numels(trainable=False))
         yield from persistent_run(frozen, Owner.WEIGHTS)
-    gathered = (numel * job.itemsize for numel in _persistent_numels(job))
-    yield from persistent_run(gathered, Owner.GATHERED_WEIGHTS)
+    if _has_recorded(job):
+        gathered = (numel * job.itemsize for numel in _persistent_numels(job))
+        yield from persistent_run(gathered, Owner.GATHERED_WEIGHTS)
     yield Persistent(Size.constant(job.settings.reduce_bucket_size * job.itemsize), Owner.COMMUNICATION)
     if not job.offloads_optimizer:
         yield Persistent(Size.constant(partition * job.itemsize), Owner.GRADIENTS)
@@ -170,8 +176,7 @@ def gather_schedule(job: Job) -> Gathered:
         max_reuse_elements=job.settings.stage3_max_reuse_distance,
         world_size=job.world_size,
     )
-    recorded = job.scenario.state is not State.FIRST
-    return Gathered(replay(uses, numels, settings, recorded=recorded), places)
+    return Gathered(replay(uses, numels, settings, recorded=_has_recorded(job)), places)
 
 
 def _number(
@@ -197,7 +202,7 @@ def _modules(job: Job, stage: Stage, layer: int) -> list[tuple[int, ...]]:
     parameters = job.program.groups[section.group].parameters
     modules: dict[str, list[int]] = {}
     for index in section.uses:
-        if not is_persistent(job, parameters[index].numel(job.rank)):
+        if not (_has_recorded(job) and is_persistent(job, parameters[index].numel(job.rank))):
             modules.setdefault(_module_name(parameters[index]), []).append(index)
     order = [tuple(indices) for indices in modules.values()]
     if stage.phase is not Phase.BACKWARD:
