@@ -1,0 +1,91 @@
+"""Whole runs with real processes over gloo: the strategy is in force, memory is measured, nothing is left out.
+
+These are the only tests that start training; each takes some ten seconds.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+from launchkit.launch.record import Metric, RunRecord
+from launchkit.process.run import RunOptions, launch_run
+from tests.builders import candidate, cluster, plan, profile
+
+NEEDED = ("torch", "transformers", "accelerate", "peft", "deepspeed")
+EXAMPLES = Path(__file__).parents[2] / "examples"
+MODEL_BYTES_FP32 = 4 * 4096 * 64  # at least the embedding
+
+pytestmark = [
+    pytest.mark.skipif(
+        any(importlib.util.find_spec(package) is None for package in NEEDED), reason="needs the training stack"
+    ),
+    pytest.mark.filterwarnings("ignore"),
+]
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of half a million parameters, and a tokenizer that knows a few words."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    directory = tmp_path_factory.mktemp("model")
+    words = Tokenizer(WordLevel({"</s>": 0, "<unk>": 1, "is": 2, "the": 3, "a": 4}, unk_token="<unk>"))
+    words.pre_tokenizer = Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>", unk_token="<unk>").save_pretrained(directory)
+    config = LlamaConfig(
+        vocab_size=4096, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4
+    )
+    LlamaForCausalLM(config).save_pretrained(directory)
+    return directory
+
+
+def run(strategy: str, num_processes: int, options: RunOptions, **scenario: object) -> RunRecord:
+    chosen = candidate(
+        model=profile(block_classes=("LlamaDecoderLayer",)),
+        strategy=strategy,
+        precision="fp32",
+        optimizer="adamw_torch",
+        micro_batch=2,
+        seq_len=64,
+        **scenario,
+    )
+    hardware = cluster(num_gpus=num_processes, backend="cpu")
+    return launch_run(plan(chosen=chosen, cluster=hardware), options=options)
+
+
+def test_the_built_in_fine_tune(tiny_model: Path, tmp_path: Path) -> None:
+    data = EXAMPLES / "data" / "chat.jsonl"
+    options = RunOptions(data=str(data), model_path=str(tiny_model), max_steps=3, run_dir=str(tmp_path / "run"))
+    record = run("single", 1, options, method="lora", lora_rank=4)
+    assert (record.exit_code, record.failure, record.strategy_is_live) == (0, "", True)
+    (rank,) = record.ranks
+    assert rank.metric is Metric.CPU_ALLOCATOR
+    assert rank.steady_peak_bytes >= rank.first_peak_bytes - MODEL_BYTES_FP32 > MODEL_BYTES_FP32
+    assert (rank.num_steps, rank.tokens_per_step, rank.longest_tokens) == (3, 2 * 64, 64)
+    steps = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [step["step"] for step in steps] == [1, 2, 3]
+    assert all(step["loss"] > 0 for step in steps)
+    files = {path.relative_to(tmp_path / "run").as_posix() for path in (tmp_path / "run").rglob("*")}
+    assert files >= {"plan.json", "command.txt", "environment.json", "job.json", "result.json", "logs/rank0.log"}
+    assert "model/adapter_model.safetensors" in files
+
+
+@pytest.mark.parametrize(
+    ("strategy", "wrapper"),
+    [("fsdp2", "FSDPLlamaForCausalLM (FSDPModule)"), ("zero2", "DeepSpeedEngine")],
+)
+def test_a_script_written_for_plain_accelerate(strategy: str, wrapper: str, tmp_path: Path) -> None:
+    options = RunOptions(script=str(EXAMPLES / "train.py"), script_args=("--steps", "2"), run_dir=str(tmp_path / "run"))
+    record = run(strategy, 2, options)
+    assert (record.exit_code, record.failure, record.strategy_is_live) == (0, "", True)
+    assert [rank.rank for rank in record.ranks] == [0, 1]
+    proofs = [rank.proof for rank in record.ranks if rank.proof is not None]
+    assert [proof.wrappers[0] for proof in proofs] == [wrapper] * 2
+    assert all(proof.num_optimizer_parameters <= proof.num_parameters // 2 + 4096 for proof in proofs)
