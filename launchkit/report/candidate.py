@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import PurePath
 
 from launchkit.hardware import Backend, Cluster
+from launchkit.model import ModelProfile
 from launchkit.plan import Candidate, Estimate
 from launchkit.report.text import Canvas, Ink, MemoryScale, bar
 from launchkit.report.verdict import Verdict, verdict
@@ -58,6 +60,11 @@ def describe(scenario: Scenario, *, cluster: Cluster) -> list[str]:
         *(text for text, applies in extras.items() if applies),
         batch_text(scenario, cluster=cluster),
     ]
+
+
+def model_name(model: ModelProfile) -> str:
+    """A hub id as it is; of a path, the last part."""
+    return PurePath(model.name).name if PurePath(model.name).is_absolute() else model.name
 
 
 def short_name(scenario: Scenario) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from launchkit.hardware import Cluster
 from launchkit.plan import Candidate, Estimate
-from launchkit.report.candidate import INDENT, headline, memory_lines, worst_moment
+from launchkit.report.candidate import INDENT, headline, memory_lines, model_name, worst_moment
 from launchkit.report.text import MARGIN, Canvas, Ink, bar, table
 from launchkit.units import count, gib
 
@@ -18,7 +18,7 @@ def render_estimate(candidate: Candidate, *, cluster: Cluster, canvas: Canvas) -
     lines += [f"{' ' * MARGIN}{row}" for row in _owner_rows(estimate, canvas=canvas)]
     lines += canvas.section("allocator", _allocator(estimate), separator=" · ")
     lines += canvas.section("model", _subject(candidate, cluster=cluster), separator=" · ")
-    for note in candidate.notes:
+    for note in (*cluster.notes, *candidate.notes):
         lines += canvas.section("note", [note])
     return "\n".join(lines) + "\n"
 
@@ -47,8 +47,7 @@ def _allocator(estimate: Estimate) -> list[str]:
 def _subject(candidate: Candidate, *, cluster: Cluster) -> list[str]:
     trained = count(candidate.num_trainable)
     return [
-        candidate.model.name,
+        model_name(candidate.model),
         f"{count(candidate.num_parameters)} parameters, {trained} trained",
         cluster.text,
-        *cluster.notes,
     ]

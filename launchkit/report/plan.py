@@ -3,7 +3,16 @@
 from __future__ import annotations
 
 from launchkit.plan import Candidate, Plan, Rejected, Suggestion
-from launchkit.report.candidate import INDENT, bars, headline, memory_lines, peak_text, short_name, worst_moment
+from launchkit.report.candidate import (
+    INDENT,
+    bars,
+    headline,
+    memory_lines,
+    model_name,
+    peak_text,
+    short_name,
+    worst_moment,
+)
 from launchkit.report.text import MARGIN, Canvas, Ink, MemoryScale, beside, columns, shorten, table
 from launchkit.report.verdict import closest
 from launchkit.units import count, duration, gib
@@ -22,7 +31,7 @@ def render_plan(plan: Plan, *, canvas: Canvas, plan_file: str = "") -> str:
     )
     lines += canvas.section("model", _subject(plan), separator=" · ")
     lines += canvas.section("assumes", list(plan.assumptions), separator=", ")
-    for note in plan.notes:
+    for note in (*plan.cluster.notes, *plan.notes):
         lines += canvas.section("note", [note])
     lines += canvas.section("next", _next(plan, plan_file=plan_file))
     return "\n".join(lines) + "\n"
@@ -102,7 +111,7 @@ def _time(factor: float) -> str:
 
 
 def _subject(plan: Plan) -> list[str]:
-    return [plan.model.name, f"{count(plan.model.num_parameters)} parameters", plan.cluster.text, *plan.cluster.notes]
+    return [model_name(plan.model), f"{count(plan.model.num_parameters)} parameters", plan.cluster.text]
 
 
 def _next(plan: Plan, *, plan_file: str) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,11 +14,10 @@ from pathlib import Path
 import pytest
 
 from launchkit import __version__
-from launchkit.cli import main as main_module
 from launchkit.cli.main import VERBS, main
 from launchkit.errors import HubError, LaunchkitError, UnknownGpuError
 
-Raiser = Callable[[Exception], None]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -157,10 +157,26 @@ def test_a_reader_that_goes_away_is_no_error() -> None:
         capture_output=True,
         text=True,
         timeout=60,
-        cwd=Path(main_module.__file__).parents[2],
+        cwd=ROOT,
         check=False,
     )
     assert result.stderr == "rc=0\n"
+
+
+def test_ctrl_c_is_one_line_and_130() -> None:
+    wait = (
+        "import sys, time; from launchkit.cli import explain, main;"
+        "explain.find_term = lambda name: (print('ready', flush=True), time.sleep(30));"
+        "sys.exit(main.main(['explain', 'logits']))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", wait], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=20)
+    assert (process.returncode, error) == (130, "launchkit: interrupted\n")
 
 
 def test_a_poor_encoding_gets_poorer_marks() -> None:

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from launchkit.plan import Estimate, Plan
-from launchkit.report.candidate import OWNERS, bars
+from launchkit.report.candidate import OWNERS, bars, model_name
 from launchkit.report.estimate import render_estimate
 from launchkit.report.plan import render_plan
 from launchkit.report.text import Canvas, columns
@@ -116,3 +116,18 @@ def test_nothing_fits_names_the_closest_and_what_would_fit() -> None:
 
 def test_plan_that_was_not_kept_says_how_to_keep_it() -> None:
     assert "--output FILE" in render_plan(plans.plan(), canvas=Canvas())
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [("Qwen/Qwen3-8B", "Qwen/Qwen3-8B"), ("./model", "./model"), ("/data/models/mine.gguf", "mine.gguf")],
+)
+def test_models_go_by_a_short_name(name: str, shown: str) -> None:
+    assert model_name(replace(plans.MODEL, name=name)) == shown
+
+
+def test_what_was_assumed_of_the_cluster_is_a_note() -> None:
+    cluster = replace(plans.CLUSTER, notes=("host memory unknown: 128 GiB assumed",))
+    line = " note         host memory unknown: 128 GiB assumed\n"
+    assert line in render_plan(plans.plan(cluster=cluster), canvas=Canvas())
+    assert line in render_estimate(plans.candidate(), cluster=cluster, canvas=Canvas())
