@@ -20,7 +20,7 @@ def console_options(function: Function) -> Function:
     """``--json -q -v --debug``: set on the console, never passed to the verb."""
     options = (
         ("--debug", "debug", "show the traceback of an error"),
-        ("-v/--verbose", "verbose", "say more"),
+        ("-v/--verbose", "verbose", "say more (plan: all that was considered)"),
         ("-q/--quiet", "quiet", "say nothing but errors and the JSON document"),
         ("--json", "json", "one JSON document on stdout; text for people goes to stderr"),
     )

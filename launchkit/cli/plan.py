@@ -44,7 +44,7 @@ def command(
     with progress_bar(console) as progress:
         plan = api.plan_request(model, request, trust_remote_code=trust_remote_code, progress=progress)
     plan_file = "" if dry_run or (check and output is None) else _keep(plan, output, force=force, console=console)
-    console.text(render_plan(plan, canvas=console.canvas(), plan_file=plan_file))
+    console.text(render_plan(plan, canvas=console.canvas(), plan_file=plan_file, in_full=console.verbose))
     console.document(plan_document(plan))
     return plan_verdict(plan).value if check else 0
 

@@ -7,7 +7,7 @@ from pathlib import PurePath
 
 from launchkit.hardware import Backend, Cluster
 from launchkit.model import ModelProfile
-from launchkit.plan import Candidate, Estimate
+from launchkit.plan import Candidate, Estimate, StepTime
 from launchkit.report.text import Canvas, Ink, MemoryScale, bar
 from launchkit.report.verdict import Verdict, verdict
 from launchkit.scenario import Checkpointing, Method, Precision, Scenario, StrategyKind, Training
@@ -138,8 +138,12 @@ def speed_text(candidate: Candidate) -> str:
     step = candidate.step
     if step.seconds <= 0:
         return ""
-    doubt = "" if step.validated else "~"
-    return f"{doubt}{duration(step.seconds)} per step, {doubt}{step.tokens_per_second_per_gpu:,.0f} tokens/s each"
+    return f"{step_text(step)}, {_doubt(step)}{step.tokens_per_second_per_gpu:,.0f} tokens/s each"
+
+
+def step_text(step: StepTime) -> str:
+    """``~9.3 s per step``."""
+    return f"{_doubt(step)}{duration(step.seconds)} per step"
 
 
 def bars(estimate: Estimate, *, canvas: Canvas) -> list[str]:
@@ -167,3 +171,7 @@ def worst_moment(estimate: Estimate) -> str:
 
 
 _METHODS = {Method.FULL: "full", Method.LORA: "LoRA", Method.QLORA: "QLoRA"}
+
+
+def _doubt(step: StepTime) -> str:
+    return "" if step.validated else "~"

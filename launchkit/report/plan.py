@@ -11,21 +11,25 @@ from launchkit.report.candidate import (
     model_name,
     peak_text,
     short_name,
+    step_text,
     worst_moment,
 )
 from launchkit.report.text import MARGIN, Canvas, Ink, MemoryScale, beside, columns, shorten, table
 from launchkit.report.verdict import closest
-from launchkit.units import count, duration, gib
+from launchkit.units import count, gib
 
 SHOWN_ALTERNATIVES = 3
 SHOWN_REJECTED = 4
 SIDE_BY_SIDE_COLUMNS = 120
 
 
-def render_plan(plan: Plan, *, canvas: Canvas, plan_file: str = "") -> str:
-    """The screen of ``launchkit plan``; ``plan_file`` is where the plan was written, if it was."""
+def render_plan(plan: Plan, *, canvas: Canvas, plan_file: str = "", in_full: bool = False) -> str:
+    """The screen of ``launchkit plan``; ``plan_file`` is where the plan was written, if it was.
+
+    ``in_full`` shows all that also fits and all that was rejected, not only the first few.
+    """
     head = _nothing_fits(plan, canvas=canvas) if plan.chosen is None else _chosen(plan, plan.chosen, canvas=canvas)
-    lines = [*head, *_others(plan, canvas=canvas)]
+    lines = [*head, *_others(plan, canvas=canvas, in_full=in_full)]
     lines += canvas.section(
         "to fit more" if plan.chosen else "would fit", _suggestions(plan.suggestions), separator="  ·  "
     )
@@ -60,11 +64,11 @@ def _nothing_fits(plan: Plan, *, canvas: Canvas) -> list[str]:
     return [*lines, *bars(nearest.estimate, canvas=canvas), INDENT + worst_moment(nearest.estimate)]
 
 
-def _others(plan: Plan, *, canvas: Canvas) -> list[str]:
-    fitting = _labelled(
-        "also fits", _alternative_rows(plan.alternatives[:SHOWN_ALTERNATIVES], canvas=canvas), canvas=canvas
-    )
-    losing = _labelled("rejected", _rejected_rows(plan.rejected[:SHOWN_REJECTED], canvas=canvas), canvas=canvas)
+def _others(plan: Plan, *, canvas: Canvas, in_full: bool) -> list[str]:
+    alternatives = plan.alternatives if in_full else plan.alternatives[:SHOWN_ALTERNATIVES]
+    rejected = plan.rejected if in_full else plan.rejected[:SHOWN_REJECTED]
+    fitting = _labelled("also fits", _alternative_rows(alternatives, canvas=canvas), canvas=canvas)
+    losing = _labelled("rejected", _rejected_rows(rejected, canvas=canvas), canvas=canvas)
     if fitting and losing and canvas.width >= SIDE_BY_SIDE_COLUMNS:
         together = beside(fitting, losing)
         if max(columns(line) for line in together) <= canvas.width:
@@ -74,8 +78,7 @@ def _others(plan: Plan, *, canvas: Canvas) -> list[str]:
 
 def _alternative_rows(candidates: tuple[Candidate, ...], *, canvas: Canvas) -> list[str]:
     rows = [
-        [short_name(item.scenario), gib(item.estimate.device_peak_bytes), f"~{duration(item.step.seconds)} per step"]
-        for item in candidates
+        [short_name(item.scenario), gib(item.estimate.device_peak_bytes), step_text(item.step)] for item in candidates
     ]
     return table([row[:2] for row in rows] if canvas.is_narrow else rows, right=(1,))
 

@@ -131,3 +131,10 @@ def test_what_was_assumed_of_the_cluster_is_a_note() -> None:
     line = " note         host memory unknown: 128 GiB assumed\n"
     assert line in render_plan(plans.plan(cluster=cluster), canvas=Canvas())
     assert line in render_estimate(plans.candidate(), cluster=cluster, canvas=Canvas())
+
+
+def test_all_that_was_considered_is_shown_on_demand() -> None:
+    many = plans.plan(alternatives=plans.plan().alternatives * 4, rejected=plans.rejected() * 4)
+    short, full = render_plan(many, canvas=Canvas()), render_plan(many, canvas=Canvas(), in_full=True)
+    assert (short.count("QLoRA · DDP"), full.count("QLoRA · DDP")) == (2, 4)
+    assert (short.count("full · ZeRO-3"), full.count("full · ZeRO-3")) == (2, 4)
