@@ -129,7 +129,8 @@ def build_on_meta(
     except (ValueError, ImportError) as error:
         raise TraceError(f"{model_class.__name__} cannot be built with {attention} attention: {_first_line(error)}") from None
     model.tie_weights()  # which transformers leaves out where it does not initialise
-    model.config.use_cache = False
+    for part in (model.config, model.config.get_text_config()):
+        part.use_cache = False
     return model
 
 

@@ -30,10 +30,53 @@ def _cpu_flash_backward_flops(
     return int(sdpa_backward_flop_count(grad_out.shape, query.shape, key.shape, value.shape))
 
 
+def _grouped_mm(mat_a: Any, mat_b: Any, offs: Any = None, bias: Any = None, out_dtype: Any = None) -> torch.Tensor:
+    """``aten::_grouped_mm`` for dtypes that its meta function refuses and its kernels take (fp32, fp16).
+
+    Rows of ``mat_a`` go to the matrix of their group: (tokens, k) × (groups, k, n) → (tokens, n). Its backward for the
+    weights groups the inner dimension: (m, tokens) × (tokens, n) → (groups, m, n).
+    """
+    groups = offs.shape[0] if offs is not None else mat_a.shape[0]
+    both_flat = mat_a.dim() == 2 and mat_b.dim() == 2
+    shape = (groups, mat_a.shape[0], mat_b.shape[1]) if both_flat else (*mat_a.shape[:-1], mat_b.shape[-1])
+    return mat_a.new_empty(shape, dtype=out_dtype or mat_a.dtype)
+
+
+# Operators whose own fake implementation is narrower than the real kernel.
+SUBSTITUTES: dict[Any, Callable[..., Any]] = {aten._grouped_mm.default: _grouped_mm}
+
+
 def scratch_bytes(name: str, inputs: list[torch.Tensor]) -> int:
     """Bytes that the kernel ``name`` holds only while it runs; 0 for all but a few."""
     rule = _SCRATCH.get(name)
     return rule(inputs) if rule else 0
 
 
-_SCRATCH: dict[str, Callable[[list[torch.Tensor]], int]] = {}
+def _flash_backward_scratch(inputs: list[torch.Tensor]) -> int:
+    """fp32 accumulator of the queries' gradient and a row sum; under grouped queries the keys' and values' gradients
+    per query head before they are summed.
+
+    Source: flash-attention's ``mha_bwd`` (``dq_accum``, ``softmax_d``, ``dk_expanded``). Omits: rounding of the length
+    up to 128.
+    """
+    _, query, key = inputs[:3]
+    batch, heads, length, head = query.shape
+    accumulators = batch * heads * length * (head + 1) * 4
+    expanded = 2 * batch * heads * key.shape[2] * head * query.element_size() if key.shape[1] != heads else 0
+    return accumulators + expanded
+
+
+def _efficient_backward_scratch(inputs: list[torch.Tensor]) -> int:
+    """A row sum, and for 16-bit tensors an fp32 accumulator of the queries' gradient.
+
+    Source: ``aten/src/ATen/native/transformers/cuda/attention_backward.cu``, ``delta`` and the kernel's workspace.
+    """
+    query = inputs[1]
+    batch, heads, length, head = query.shape
+    return batch * heads * length * 4 * (1 + (head if query.element_size() == 2 else 0))
+
+
+_SCRATCH: dict[str, Callable[[list[torch.Tensor]], int]] = {
+    "aten::_scaled_dot_product_flash_attention_backward": _flash_backward_scratch,
+    "aten::_scaled_dot_product_efficient_attention_backward": _efficient_backward_scratch,
+}

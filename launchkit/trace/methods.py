@@ -10,6 +10,7 @@ from torch import nn
 
 from launchkit.errors import TraceError
 from launchkit.scenario import Compute, Method, TraceKey
+from launchkit.trace.quantised import prepare_for_kbit_training, quantise_linears
 
 # Names that PEFT targets are given by group; resolved against the real module tree.
 _ATTENTION = re.compile(
@@ -38,8 +39,6 @@ def apply_method(model: nn.Module, key: TraceKey, *, lora_rank: int) -> nn.Modul
 
     targets = lora_targets(model, key.lora_targets)
     if key.method is Method.QLORA:
-        from launchkit.trace.quantised import prepare_for_kbit_training, quantise_linears
-
         quantise_linears(model, compute_dtype=WEIGHT_DTYPE[key.compute])
         prepare_for_kbit_training(model)
     task = {"CausalLM": "CAUSAL_LM", "SequenceClassification": "SEQ_CLS", "ConditionalGeneration": None}

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from launchkit.trace.kernels import flop_formulas, scratch_bytes
+from launchkit.trace.kernels import SUBSTITUTES, flop_formulas, scratch_bytes
 
 
 class Place(NamedTuple):
@@ -104,7 +104,7 @@ class StepRecorder(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        out = func(*args, **kwargs)
+        out = SUBSTITUTES.get(func, func)(*args, **kwargs)
         if not self.recording:
             for tensor in _tensors(out):
                 self._number_of(tensor.untyped_storage())

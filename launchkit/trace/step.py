@@ -89,9 +89,12 @@ def _first_tensor(values: tuple[Any, ...]) -> torch.Tensor | None:
     return next((v for v in values if isinstance(v, torch.Tensor)), None)
 
 
-def trace_step(built: Built, mode: FakeTensorMode, *, point: Point, compute: Compute, forward: Forward) -> Log:
-    """The log of one steady step: the step runs twice and the second is recorded, so that what the first leaves
-    cached is in place. Gradients are ``None`` before it, as after ``zero_grad(set_to_none=True)``."""
+def trace_step(
+    built: Built, mode: FakeTensorMode, *, point: Point, compute: Compute, forward: Forward, warm: bool
+) -> Log:
+    """The log of one steady step. Unless the model is ``warm`` the step runs twice and the second is recorded, so
+    that what the first leaves cached is in place. Gradients are ``None`` before it, as after
+    ``zero_grad(set_to_none=True)``."""
     model = built.model
     parameters = dict(model.named_parameters())
     with mode, full_sequences():
@@ -101,7 +104,7 @@ def trace_step(built: Built, mode: FakeTensorMode, *, point: Point, compute: Com
         )
         progress = Progress(recorder, built)
         try:
-            for recording in (False, True):
+            for recording in (True,) if warm else (False, True):
                 with recorder:
                     progress.begin()
                     with _collected():

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from typing import Any
 
@@ -17,7 +18,7 @@ from transformers import PreTrainedConfig
 
 from launchkit.errors import TraceError
 from launchkit.model import ModelProfile
-from launchkit.program import ParameterGroup, Point, StepProgram
+from launchkit.program import Parameter, ParameterGroup, Point, StepProgram
 from launchkit.scenario import Attention, Checkpointing, DeviceKind, Method, TraceKey
 from launchkit.trace.assemble import TracedModel, assemble, parameter
 from launchkit.trace.build import (
@@ -32,8 +33,11 @@ from launchkit.trace.build import (
     to_fake,
     training_class,
 )
+from launchkit.trace.cuda import faithful_to_cuda
 from launchkit.trace.forward import forward_of
 from launchkit.trace.methods import WEIGHT_DTYPE, apply_method
+from launchkit.trace.quantised import packed_bytes, scale_bytes
+from launchkit.trace.recorder import Log
 from launchkit.trace.step import trace_step
 
 ProgressHook = Callable[[int, int, str], None]
@@ -64,25 +68,29 @@ def trace_model(
     Raises ``ModelConfigError`` for a configuration transformers refuses and ``TraceError``, naming the operator or the
     reason, for a model whose step cannot be traced.
     """
-    with _quiet():
+    with ExitStack() as stack:
+        stack.enter_context(_quiet())
         settings = load_config(config)
         points = trace_points(key, window=_sliding_window(settings.get_text_config()) if key.beyond_window else 0)
+        if key.device is DeviceKind.CUDA:
+            stack.enter_context(faithful_to_cuda())
         logs = []
         builts: dict[int, tuple[Built, FakeTensorMode, TracedModel]] = {}
         for done, point in enumerate(points):
             if progress:
                 progress(done, len(points), f"tracing {key.method} {key.compute}, {point.micro_batch}×{point.seq_len}")
-            if point.lora_rank not in builts:
+            warm = point.lora_rank in builts
+            if not warm:
                 builts[point.lora_rank] = _build(settings, key, lora_rank=point.lora_rank)
             built, mode, _ = builts[point.lora_rank]
-            logs.append(_trace_one(built, mode, key, point))
+            logs.append(_trace_one(built, mode, key, point, warm=warm))
         program = assemble(builts[points[0].lora_rank][2], logs, points)
     return program
 
 
-def _trace_one(built: Built, mode: FakeTensorMode, key: TraceKey, point: Point) -> Any:
+def _trace_one(built: Built, mode: FakeTensorMode, key: TraceKey, point: Point, *, warm: bool) -> Log:
     try:
-        return trace_step(built, mode, point=point, compute=key.compute, forward=forward_of(key))
+        return trace_step(built, mode, point=point, compute=key.compute, forward=forward_of(key), warm=warm)
     except TraceError:
         raise
     except Exception as error:
@@ -163,7 +171,18 @@ def _describe(
     )
 
 
-def _row(name: str, p: nn.Parameter, lora_rank: int) -> Any:
+def _row(name: str, p: nn.Parameter, lora_rank: int) -> Parameter:
+    logical = getattr(p, "logical_shape", None)
+    if logical is not None:
+        numel = logical[0] * logical[1]
+        return Parameter(
+            name=name,
+            shape=logical,
+            itemsize=p.element_size(),
+            trainable=False,
+            packed_bytes=packed_bytes(numel),
+            extra_bytes=scale_bytes(numel),
+        )
     return parameter(name, p.shape, p.element_size(), trainable=p.requires_grad, lora_rank=lora_rank)
 
 
@@ -203,7 +222,7 @@ def profile_model(config: Mapping[str, Any], *, name: str, source: str = "traced
         num_parameters=sum(p.numel() for p in model.parameters()),
         num_active_parameters=_active_parameters(model, text),
         hidden_size=getattr(text, "hidden_size", 0),
-        num_layers=sum(len(stack) for stack in stacks.values()),
+        num_layers=getattr(text, "num_hidden_layers", 0) or sum(len(stack) for stack in stacks.values()),
         vocab_size=getattr(text, "vocab_size", 0),
         max_position_embeddings=getattr(text, "max_position_embeddings", 0) or 0,
         block_classes=wrapped or tuple(sorted(blocks)),
@@ -259,6 +278,7 @@ def _quiet() -> Iterator[None]:
     """transformers' and torch's chatter about a model that is only being looked at stays off the terminal."""
     level = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
+    logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
