@@ -180,7 +180,8 @@ def with_ready_gradients(events: Sequence[Event]) -> Iterator[tuple[Event, tuple
     """
     pending: list[Alloc] = []
     freed = False
-    for event, following in zip(events, (*events[1:], None), strict=True):
+    for place, event in enumerate(events):
+        following = events[place + 1] if place + 1 < len(events) else None
         if is_gradient(event):
             pending.append(event)
             freed = False

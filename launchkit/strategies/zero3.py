@@ -267,8 +267,16 @@ def _reducing(job: Job, program: StepProgram, gathered: Gathered) -> StepProgram
 
     program = map_layers(program, Phase.BACKWARD, changed)
     events = EventList(REDUCE_STAGE)
+    # The last hook flushes the bucket while the weights of the last module are still there.
+    held = events.alloc(_last_gathered(job, gathered) * job.itemsize, Owner.GATHERED_WEIGHTS)
     bucket.flush(events, copies=copies)
+    events.events.append(held)
     return add_stage(program, REDUCE_STAGE, Section(events=tuple(events.events)))
+
+
+def _last_gathered(job: Job, gathered: Gathered) -> int:
+    stage = next(stage for stage in reversed(job.program.stages) if stage.phase is Phase.BACKWARD)
+    return gathered.at(stage.name, list(stage.order())[-1]).peak
 
 
 def _scatter_copies(job: Job) -> int:

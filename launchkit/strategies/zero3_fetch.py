@@ -60,10 +60,10 @@ class _Gather:
 class _State:
     """What is gathered, what is under way, and how far the recorded order has been prefetched."""
 
-    available: set[int] = field(default_factory=set)
+    available: dict[int, int] = field(default_factory=dict)  # weight -> elements of its storage
     inflight: dict[int, _Gather] = field(default_factory=dict)
     fetched_for: dict[int, int] = field(default_factory=dict)  # weight -> the last use that a fetch has covered
-    live: int = 0  # elements of released-later weights, as the coordinator counts them
+    live: int = 0  # elements that are here or under way, as the coordinator counts them
     held: int = 0  # elements in memory: copies and flat buffers
     fetched: int = 0
 
@@ -109,15 +109,17 @@ class _Replay:
         return readings
 
     def _fetch(self, step: int, use: ModuleUse) -> int:
-        """Gathers what the module needs, waits for it, prefetches; returns the most elements held on the way."""
+        """Gathers what the module needs, waits for it, prefetches; returns the elements held while it computes.
+
+        Omits: the moment in which a module's own weights lie both in their flat buffer and in their copies.
+        """
         self._gather([weight for weight in use.weights if not self._is_here(weight)])
         for weight in use.weights:
             self._wait(weight)
-        peak = self.state.held
         if self.recorded:
             self._advance_queue(step, use)
             self._gather(self._to_prefetch())
-        return max(peak, self.state.held)
+        return self.state.held
 
     def _is_here(self, weight: int) -> bool:
         return weight in self.state.available or weight in self.state.inflight
@@ -139,12 +141,13 @@ class _Replay:
         gather = self.state.inflight.pop(weight, None)
         if gather is None:
             return
+        is_alone = len(gather.weights) == 1
         if not gather.arrived:
             self.state.held += sum(self.numels[other] for other in gather.weights)
             gather.arrived = True
-        self.state.available.add(weight)
+        self.state.available[weight] = gather.flat if is_alone else self.numels[weight]
         gather.waiting.discard(weight)
-        if not gather.waiting and len(gather.weights) > 1:
+        if not gather.waiting and not is_alone:
             self.state.held -= gather.flat
 
     def _advance_queue(self, step: int, use: ModuleUse) -> None:
@@ -170,8 +173,7 @@ class _Replay:
     def _release(self, step: int, use: ModuleUse) -> None:
         for weight in use.weights:
             if weight in self.state.available and not (self.recorded and self._is_kept(weight, step)):
-                self.state.available.discard(weight)
-                self.state.held -= self.numels[weight]
+                self.state.held -= self.state.available.pop(weight)
                 self.state.live -= self.numels[weight]
 
     def _is_kept(self, weight: int, step: int) -> bool:

@@ -1,0 +1,212 @@
+"""What the rewrites share, the single-GPU rewrite, and the table of engines."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from launchkit import strategies
+from launchkit.errors import IllegalScenarioError
+from launchkit.program import Alloc, Event, Free, Owner, Phase, Size, local
+from launchkit.scenario import Attention, Compute, DeviceKind
+from launchkit.strategies.base import (
+    accumulate_gradients,
+    arriving_gradients,
+    map_layers,
+    with_ready_gradients,
+)
+from tests.builders import cluster, profile, scenario
+from tests.strategies.small import NUM_ELEMENTS, end, most, peak, plain, program, ranks, start
+
+WEIGHTS = GRADIENTS = 4 * NUM_ELEMENTS
+STEP_SCALARS = 4 * 8  # fused AdamW keeps its step counts on the device: eight tensors
+
+
+def single(**overrides: Any) -> Any:
+    return strategies.rewrite(program(), scenario=plain(**overrides), cluster=ranks(1))
+
+
+def test_single_gpu_holds_weights_gradients_and_states() -> None:
+    """The peak of this step is its last gradient: weights, states, gradients, and that gradient's input."""
+    rewritten = single()
+    states = 2 * WEIGHTS + STEP_SCALARS
+    assert start(rewritten) == {Owner.WEIGHTS: WEIGHTS, Owner.OPTIMIZER_STATES: states}
+    assert peak(rewritten) == WEIGHTS + states + GRADIENTS + 8
+    assert end(rewritten) == WEIGHTS + states
+
+
+def test_first_step_allocates_the_states() -> None:
+    rewritten = single(state="first")
+    assert start(rewritten) == {Owner.WEIGHTS: WEIGHTS}
+    assert end(rewritten) == 3 * WEIGHTS + STEP_SCALARS
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "temporary_bytes"),
+    [("adamw_torch_fused", 8), ("sgd", 8), ("adamw_torch", WEIGHTS), ("adagrad", 2 * WEIGHTS)],
+)
+def test_temporaries_of_the_update(optimizer: str, temporary_bytes: int) -> None:
+    """foreach updates on a GPU make lists as large as the parameters."""
+    assert most(single(optimizer=optimizer), Owner.TEMPORARIES) == temporary_bytes
+
+
+def test_accumulation_keeps_gradients_once() -> None:
+    """Gradients of earlier micro-batches are there from the start, and the last one's are added to them."""
+    rewritten = single(gradient_accumulation_steps=4)
+    assert start(rewritten)[Owner.GRADIENTS] == GRADIENTS
+    assert most(rewritten, Owner.GRADIENTS) == GRADIENTS
+    assert most(rewritten, Owner.TEMPORARIES) == 4 * 100 + 8
+    assert end(rewritten) == end(single())
+
+
+def test_clipping_is_the_trainers() -> None:
+    assert most(single(trainer="hf", optimizer="sgd"), Owner.TEMPORARIES) == 2 * 4 * 8
+    assert most(single(trainer="hf", optimizer="sgd", max_grad_norm=0.0), Owner.TEMPORARIES) == 8
+
+
+def test_paged_states_are_counted_on_the_host() -> None:
+    big = program()
+    rewritten = strategies.rewrite(big, scenario=plain(optimizer="paged_adamw_32bit"), cluster=ranks(1))
+    assert rewritten.host_persistent_bytes == 0  # every tensor here is too small to page
+    assert start(rewritten)[Owner.OPTIMIZER_STATES] == 2 * WEIGHTS
+
+
+def alloc(slot: int, *, parameter: int = -1) -> Alloc:
+    return Alloc(slot, Size.constant(4), Owner.GRADIENTS, parameter)
+
+
+def free(slot: int) -> Free:
+    return Free(local("s", slot), Size.constant(4))
+
+
+@pytest.mark.parametrize(
+    ("events", "ready_after"),
+    [
+        ((alloc(0, parameter=0),), [0]),
+        ((alloc(0, parameter=0), alloc(1)), [1]),
+        ((alloc(0, parameter=0), free(9), alloc(1)), [1]),
+        ((alloc(0, parameter=0), alloc(1), free(9), free(8), alloc(2)), [3]),
+        ((alloc(0, parameter=0), alloc(1, parameter=1), free(9), alloc(2)), [2, 2]),
+        ((alloc(0, parameter=0), free(9), alloc(1, parameter=1), free(8)), [1, 3]),
+        ((free(9), alloc(1), free(1)), []),
+    ],
+)
+def test_gradients_are_ready_behind_their_operators_frees(events: tuple[Event, ...], ready_after: list[int]) -> None:
+    found = [place for place, (_, ready) in enumerate(with_ready_gradients(events)) for _ in ready]
+    assert found == ready_after
+
+
+def test_gradients_arrive_from_the_last_layer_to_the_first() -> None:
+    sizes = [num_bytes for _, num_bytes in arriving_gradients(program(), rank=0)]
+    assert sizes == [400, *(16, 240) * 3, 400]
+
+
+def test_unchanged_layers_share_their_section() -> None:
+    mapped = map_layers(program(), Phase.BACKWARD, lambda stage, layer, section: section)
+    assert mapped.sections == program().sections
+    assert mapped.stages == program().stages
+
+
+def test_accumulated_gradients_leave_nothing_in_the_program() -> None:
+    owners = {
+        event.owner
+        for section in accumulate_gradients(program()).sections
+        for event in section.events
+        if isinstance(event, Alloc)
+    }
+    assert Owner.GRADIENTS not in owners
+
+
+@pytest.mark.parametrize(
+    ("strategy", "precision", "compute"),
+    [
+        ("single", "fp32", Compute.FP32),
+        ("single", "bf16", Compute.AUTOCAST_BF16),
+        ("ddp", "bf16", Compute.AUTOCAST_BF16),
+        ("ddp", "fp16", Compute.AUTOCAST_FP16),
+        ("single", "bf16-params", Compute.BF16_AUTOCAST),
+        ("single", "bf16-pure", Compute.BF16),
+        ("zero2", "bf16", Compute.BF16),
+        ("zero3", "bf16-params", Compute.BF16),
+        ("zero1", "fp16", Compute.FP16),
+        ("zero1", "fp32", Compute.FP32),
+    ],
+)
+def test_compute_of_a_precision(strategy: str, precision: str, compute: Compute) -> None:
+    chosen = scenario(strategy=strategy, precision=precision)
+    key = strategies.trace_key(chosen.training, chosen.strategy, DeviceKind.CUDA)
+    assert key.compute is compute
+    assert key.lora_targets == ""
+    assert not key.cast_adapters
+
+
+def test_deepspeed_casts_adapters() -> None:
+    """PEFT keeps adapters in fp32; the engine casts the module as a whole."""
+    for strategy, casts in (("zero2", True), ("ddp", False)):
+        chosen = scenario(strategy=strategy, method="lora", precision="bf16")
+        key = strategies.trace_key(chosen.training, chosen.strategy, DeviceKind.CUDA, single_sequence=True)
+        assert key.cast_adapters is casts
+        assert key.text.endswith("all-linear/b1/cast" if casts else "all-linear/b1")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "hardware", "message"),
+    [
+        ({"precision": "bf16"}, {"bf16_flops_per_s": 0.0}, "has no bf16; use --precision fp16"),
+        ({"precision": "fp8"}, {}, "has no fp8; use --precision bf16"),
+        ({"attention": "flash_attention_2"}, {"compute_capability": (7, 5)}, "use --attention sdpa"),
+        ({"attention": "flash_attention_2", "precision": "fp32"}, {}, "does not take fp32"),
+        ({"strategy": "single", "offload": "optimizer"}, {}, "--offload optimizer needs an engine that moves tensors"),
+        ({"strategy": "ddp", "offload": "all"}, {}, "--offload all needs an engine that moves tensors"),
+        ({"strategy": "zero2", "offload": "all"}, {}, "ZeRO-2 does not shard; use --strategy zero3"),
+        ({"strategy": "zero3", "offload": "params"}, {}, "use --offload all"),
+        ({"strategy": "zero3", "offload": "nvme"}, {}, "needs a directory on a local disk"),
+        ({"strategy": "zero2", "offload": "optimizer", "optimizer": "lion_8bit"}, {}, "has no CPU kernel in DeepSpeed"),
+    ],
+)
+def test_refusals(overrides: dict[str, Any], hardware: dict[str, Any], message: str) -> None:
+    refused = strategies.refusal(scenario(**overrides), profile(), cluster(**hardware))
+    assert refused is not None
+    assert message in refused
+    assert "\n" not in refused
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"strategy": "single"},
+        {"strategy": "ddp", "precision": "fp16"},
+        {"strategy": "zero1", "offload": "optimizer"},
+        {"strategy": "zero3", "offload": "all"},
+        {"strategy": "zero3", "offload": "nvme", "nvme_path": "/local"},
+        {"strategy": "single", "attention": "flash_attention_2"},
+    ],
+)
+def test_what_is_not_refused(overrides: dict[str, Any]) -> None:
+    assert strategies.refusal(scenario(**overrides), profile(), cluster()) is None
+
+
+def test_refusal_names_the_attention_that_a_model_has() -> None:
+    bloom = profile(name="bloom", attentions=(Attention.EAGER,))
+    refused = strategies.refusal(scenario(attention="sdpa"), bloom, cluster())
+    assert refused == "bloom has no sdpa attention; use --attention eager"
+
+
+def test_refusal_of_an_unknown_optimizer() -> None:
+    with pytest.raises(IllegalScenarioError, match="unknown optimizer 'adamv'"):
+        strategies.refusal(scenario(optimizer="adamv"), profile(), cluster())
+
+
+@settings(deadline=None)
+@given(num_gpus=st.sampled_from([1, 2, 4, 8]), strategy=st.sampled_from(["ddp", "zero1", "zero2", "zero3"]))
+def test_more_gpus_never_take_more_master_weights_or_states(num_gpus: int, strategy: str) -> None:
+    def held(number: int) -> int:
+        chosen = plain(strategy=strategy, reduce_bucket_size=64, precision="bf16")
+        rewritten = strategies.rewrite(program(itemsize=2), scenario=chosen, cluster=ranks(number))
+        at_start = start(rewritten)
+        return at_start.get(Owner.MASTER_WEIGHTS, 0) + at_start.get(Owner.OPTIMIZER_STATES, 0)
+
+    assert held(2 * num_gpus) <= held(num_gpus)

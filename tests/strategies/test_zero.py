@@ -1,0 +1,222 @@
+"""ZeRO's rewrites, counted by hand, and the replay of ZeRO-3's parameter coordinator."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from launchkit import strategies
+from launchkit.program import CollectiveKind, Owner, Phase, StepProgram
+from launchkit.strategies.zero3_fetch import FetchSettings, ModuleUse, replay
+from launchkit.strategies.zero_flat import Flat
+from tests.strategies.small import NUM_ELEMENTS, POINT, end, most, peak, plain, program, ranks, start
+
+BUCKET = 300  # elements; the model has 392
+
+
+def rewritten(strategy: str, *, num_gpus: int = 2, cpu: bool = False, **overrides: Any) -> StepProgram:
+    values = {"precision": "bf16", "reduce_bucket_size": BUCKET, "stage3_param_persistence_threshold": 10}
+    settings = plain(strategy=strategy, **(values | overrides))
+    itemsize = 4 if settings.training.precision == "fp32" else 2
+    return strategies.rewrite(program(itemsize=itemsize), scenario=settings, cluster=ranks(num_gpus, cpu=cpu))
+
+
+@pytest.mark.parametrize(
+    ("numels", "world_size", "expected"),
+    [
+        ((8,), 2, Flat(8, 4, 8, 4, 8)),
+        ((5, 5), 2, Flat(12, 6, 10, 5, 5)),
+        ((4, 4), 2, Flat(8, 4, 4, 4, 4)),
+        ((3, 10, 3), 4, Flat(16, 4, 13, 4, 10)),
+        ((1,), 8, Flat(16, 2, 1, 1, 1)),
+    ],
+)
+def test_flat_partition(numels: tuple[int, ...], world_size: int, expected: Flat) -> None:
+    assert Flat.of(numels, world_size) == expected
+
+
+@given(numels=st.lists(st.integers(1, 1000), min_size=1), world_size=st.integers(1, 16))
+def test_partitions_hold_everything(numels: list[int], world_size: int) -> None:
+    flat = Flat.of(tuple(numels), world_size)
+    assert flat.partition * world_size == flat.total
+    assert sum(numels) <= flat.total < sum(numels) + 2 * world_size
+    assert flat.largest_slice <= min(flat.partition, flat.largest_parameter)
+    assert flat.gradient_buffer >= min(flat.partition, sum(numels))
+
+
+@pytest.mark.parametrize(("precision", "itemsize"), [("bf16", 2), ("fp32", 4)])
+@pytest.mark.parametrize("strategy", ["zero1", "zero2"])
+def test_stages_1_and_2_hold_whole_weights_and_partitions(strategy: str, precision: str, itemsize: int) -> None:
+    partition = NUM_ELEMENTS // 2
+    assert start(rewritten(strategy, precision=precision)) == {
+        Owner.WEIGHTS: NUM_ELEMENTS * itemsize,
+        Owner.MASTER_WEIGHTS: 4 * partition,
+        Owner.OPTIMIZER_STATES: 2 * 4 * partition + 4,
+    }
+
+
+@pytest.mark.parametrize("strategy", ["zero1", "zero2"])
+def test_the_bucket_has_its_full_size_and_dies(strategy: str) -> None:
+    """Plus the flat copy of a full one: three blocks and the head, 292 elements, which the embedding overflows."""
+    assert most(rewritten(strategy), Owner.COMMUNICATION) == 2 * (BUCKET + 292)
+    assert most(rewritten(strategy, overlap_comm=True), Owner.COMMUNICATION) == 2 * (2 * BUCKET + 292)
+    assert most(rewritten(strategy, reduce_bucket_size=10**9), Owner.COMMUNICATION) == 2 * (10**9 + NUM_ELEMENTS)
+    assert end(rewritten(strategy)) == sum(start(rewritten(strategy)).values())
+
+
+def test_stage_1_keeps_gradients_until_the_end_and_stage_2_does_not() -> None:
+    """Stage 2 holds the gradients of its partition (elements of parameters that reach into it) and one more."""
+    buffer = 292 * 2  # the last rank's: the last block but one, the last, the norms and the head
+    assert most(rewritten("zero1", reduce_bucket_size=10**6), Owner.GRADIENTS) == 2 * NUM_ELEMENTS
+    assert most(rewritten("zero2", reduce_bucket_size=10**6), Owner.GRADIENTS) <= buffer
+    assert most(rewritten("zero1", overlap_comm=True), Owner.GRADIENTS) == most(rewritten("zero2"), Owner.GRADIENTS)
+
+
+def test_an_oversized_gradient_stays_until_the_next() -> None:
+    """A bucket of 50 elements copies norms only; the head's gradient of 100 is still there when the next one comes."""
+    small = rewritten("zero2", reduce_bucket_size=50)
+    assert end(small) == sum(start(small).values())
+    assert most(small, Owner.COMMUNICATION) == 2 * (50 + 100)
+
+
+def test_the_update_casts_gradients_to_fp32() -> None:
+    """Flat bf16 gradients, then their fp32 copy, beside the norm's fp64 slice before them."""
+    partition = NUM_ELEMENTS // 2
+    assert most(rewritten("zero2"), Owner.TEMPORARIES) == (2 + 4) * partition
+    assert most(rewritten("zero2", precision="fp32"), Owner.TEMPORARIES) == 8 * 100
+
+
+@pytest.mark.parametrize("strategy", ["zero1", "zero2", "zero3"])
+def test_first_step_makes_the_states(strategy: str) -> None:
+    first, steady = rewritten(strategy, state="first"), rewritten(strategy)
+    assert Owner.OPTIMIZER_STATES not in start(first)
+    assert end(first) == end(steady)
+
+
+@pytest.mark.parametrize("strategy", ["zero1", "zero2", "zero3"])
+def test_steps_end_as_they_began(strategy: str) -> None:
+    for overrides in ({}, {"precision": "fp32"}, {"optimizer": "adamw_torch"}, {"offload": "optimizer"}):
+        step = rewritten(strategy, **overrides)
+        assert end(step) == sum(start(step).values())
+
+
+@pytest.mark.parametrize("strategy", ["zero1", "zero2", "zero3"])
+def test_offloading_moves_master_weights_and_states_to_the_host(strategy: str) -> None:
+    here, moved = rewritten(strategy), rewritten(strategy, offload="optimizer")
+    assert {Owner.MASTER_WEIGHTS, Owner.OPTIMIZER_STATES} <= set(start(here))
+    assert not {Owner.MASTER_WEIGHTS, Owner.OPTIMIZER_STATES} & set(start(moved))
+    assert moved.host_persistent_bytes >= 4 * 4 * NUM_ELEMENTS // 2
+    assert peak(moved) < peak(here)
+    directions = {copy.to_device for section in moved.sections for copy in section.copies}
+    assert directions == {True, False}
+
+
+def test_offloading_everything_leaves_no_weights() -> None:
+    assert Owner.WEIGHTS not in start(rewritten("zero3", offload="all"))
+
+
+def test_stage_3_partitions_everything_but_what_is_small() -> None:
+    """Three norms of 4 stay gathered; the gradients of the partition and the bucket are there for good."""
+    partition = NUM_ELEMENTS // 2
+    assert start(rewritten("zero3")) == {
+        Owner.WEIGHTS: 2 * partition,
+        Owner.GATHERED_WEIGHTS: 2 * 3 * 4,
+        Owner.COMMUNICATION: 2 * BUCKET,
+        Owner.GRADIENTS: 2 * partition,
+        Owner.MASTER_WEIGHTS: 4 * partition,
+        Owner.OPTIMIZER_STATES: 2 * 4 * partition + 4,
+    }
+
+
+def test_stage_3_gathers_everything_of_a_small_model() -> None:
+    """Prefetching takes it all at once: a flat buffer and the copies of 380 elements."""
+    assert most(rewritten("zero3"), Owner.GATHERED_WEIGHTS) == 2 * (2 * 380 + 12)
+
+
+def test_stage_3_holds_little_when_told_to() -> None:
+    """No prefetch and no reuse: one module's weights at a time, beside the norms."""
+    settings = {"stage3_prefetch_bucket_size": 0, "stage3_max_reuse_distance": 0}
+    assert most(rewritten("zero3", **settings), Owner.GATHERED_WEIGHTS) == 2 * (100 + 12)
+
+
+def test_sub_groups_are_updated_one_by_one() -> None:
+    """Two ranks hold 196 elements; groups are closed at 60, so the flat gradients are smaller than all of them."""
+    grouped = rewritten("zero3", sub_group_size=60)
+    assert most(grouped, Owner.TEMPORARIES) < most(rewritten("zero3"), Owner.TEMPORARIES)
+    assert sum(start(grouped).values()) == sum(start(rewritten("zero3")).values()) + 4 * 2  # two more step counts
+
+
+@pytest.mark.parametrize(
+    ("strategy", "kinds"),
+    [
+        ("zero1", {CollectiveKind.ALL_REDUCE, CollectiveKind.ALL_GATHER}),
+        ("zero2", {CollectiveKind.ALL_REDUCE, CollectiveKind.ALL_GATHER}),
+        ("zero3", {CollectiveKind.REDUCE_SCATTER, CollectiveKind.ALL_GATHER}),
+    ],
+)
+def test_messages(strategy: str, kinds: set[CollectiveKind]) -> None:
+    """Every gradient is reduced once; one rank sends nothing."""
+    step = rewritten(strategy)
+    sent = [
+        message
+        for stage in step.stages
+        if stage.phase is Phase.BACKWARD
+        for layer in stage.order()
+        for message in step.section_of(stage, layer).collectives
+        if message.kind is not CollectiveKind.ALL_GATHER
+    ]
+    assert sum(message.num_bytes.at(POINT) for message in sent) == 2 * NUM_ELEMENTS
+    assert {message.kind for section in step.sections for message in section.collectives} == kinds
+    assert not any(section.collectives for section in rewritten(strategy, num_gpus=1).sections)
+
+
+def test_frozen_weights_have_no_master_copy() -> None:
+    step = strategies.rewrite(
+        program(itemsize=2, frozen=True),
+        scenario=plain(strategy="zero2", precision="bf16", reduce_bucket_size=BUCKET, method="lora"),
+        cluster=ranks(2),
+    )
+    assert start(step)[Owner.WEIGHTS] == 2 * NUM_ELEMENTS
+    assert start(step)[Owner.MASTER_WEIGHTS] == 4 * 3 * 4 // 2
+
+
+@pytest.mark.parametrize("strategy", ["zero1", "zero2", "zero3"])
+def test_accumulation_never_takes_less(strategy: str) -> None:
+    step = rewritten(strategy, gradient_accumulation_steps=2)
+    assert peak(step) >= peak(rewritten(strategy)) - 8
+
+
+FETCH = FetchSettings(prefetch_elements=0, max_live_elements=100, max_reuse_elements=0, world_size=2)
+USES = [ModuleUse(0, (0,)), ModuleUse(1, (1,)), ModuleUse(2, (1,)), ModuleUse(3, (0,))]
+
+
+@pytest.mark.parametrize(
+    ("settings", "recorded", "peaks"),
+    [
+        ({}, True, [10, 20, 20, 10]),
+        ({}, False, [10, 20, 20, 10]),
+        ({"max_reuse_elements": 50}, True, [10, 30, 30, 10]),
+        ({"max_reuse_elements": 50}, False, [10, 20, 20, 10]),
+        ({"prefetch_elements": 100}, True, [30, 30, 30, 10]),
+        ({"prefetch_elements": 100}, False, [10, 20, 20, 10]),
+        ({"prefetch_elements": 100, "max_live_elements": 10}, True, [10, 20, 20, 10]),
+        ({"world_size": 3}, True, [12, 21, 21, 12]),
+    ],
+)
+def test_replay_of_the_coordinator(settings: dict[str, int], recorded: bool, peaks: list[int]) -> None:
+    """Weights of 10 and 20 elements, used forth and back."""
+    values = {field: getattr(FETCH, field) for field in FETCH.__dataclass_fields__} | settings
+    readings = replay(USES, [10, 20], FetchSettings(**values), recorded=recorded)
+    assert [readings[place].peak for place in range(4)] == peaks
+
+
+def test_weights_fetched_ahead_lie_in_a_flat_buffer_until_the_last_is_used() -> None:
+    """Two modules prefetched together: buffer only, then buffer and copies, then copies."""
+    uses = [ModuleUse(0, ()), ModuleUse(1, (0,)), ModuleUse(2, (1,))]
+    ahead = FetchSettings(prefetch_elements=100, max_live_elements=100, max_reuse_elements=100, world_size=2)
+    readings = replay(uses, [10, 20], ahead, recorded=True)
+    assert [readings[place].peak for place in range(3)] == [30, 60, 20]
+    assert [readings[place].fetched for place in range(3)] == [30, 0, 0]
