@@ -29,6 +29,14 @@ def install() -> None:
     skip_shared_memory_extension()
 
 
+def join_deepspeed() -> None:
+    """Lets DeepSpeed join the process group that the training arguments made: on the CPU they leave it out, and ZeRO-3
+    would shard the model over one process while it is being built."""
+    import deepspeed
+
+    deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
+
+
 def skip_shared_memory_extension() -> None:
     """DeepSpeed on the CPU compiles an all-reduce over shared memory at every first start (half a minute, and a failure
     without a C++ compiler). Marked incompatible, it is left out, and gloo does the work with the same results."""

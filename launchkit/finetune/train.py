@@ -39,6 +39,8 @@ def train(job: FineTuneJob) -> None:
     meter = StepMeter.from_environment(resets_peaks=True)
     meter.watch_optimizer()
     arguments = training_arguments(job)
+    if job.on_cpu and job.deepspeed_file:
+        cpu_fsdp.join_deepspeed()
     tokenizer = load_tokenizer(job)
     rows = fit_rows(
         tokenise(read_examples(job.data.path), tokenizer), seq_len=job.batch.seq_len, packing=job.training.packing

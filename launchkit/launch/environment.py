@@ -48,8 +48,10 @@ def strategy_environment(candidate: Candidate, cluster: Cluster, *, deepspeed_fi
 
 def fsdp_environment(layout: FsdpLayout, candidate: Candidate, *, on_cpu: bool) -> dict[str, str]:
     """FSDP1 honours only its sharding strategy, FSDP2 only whether it reshards. On the CPU there is no accelerator to
-    synchronise module states over, which loading on rank 0 alone would need."""
-    loads_on_rank0 = layout.cpu_ram_efficient_loading and not (on_cpu and layout.version == 1)
+    synchronise FSDP1's module states over, which loading on rank 0 alone would need, and gathering its full state dict
+    crashes there (torch 2.13)."""
+    is_fsdp1_on_cpu = on_cpu and layout.version == 1
+    loads_on_rank0 = layout.cpu_ram_efficient_loading and not is_fsdp1_on_cpu
     environment = {
         "ACCELERATE_USE_FSDP": "true",
         "FSDP_VERSION": str(layout.version),
@@ -57,7 +59,7 @@ def fsdp_environment(layout: FsdpLayout, candidate: Candidate, *, on_cpu: bool) 
         "FSDP_OFFLOAD_PARAMS": _lower(layout.offload_params),
         "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
         "FSDP_TRANSFORMER_CLS_TO_WRAP": layout.wrap_classes,
-        "FSDP_STATE_DICT_TYPE": layout.state_dict_type,
+        "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT" if is_fsdp1_on_cpu else layout.state_dict_type,
         "FSDP_CPU_RAM_EFFICIENT_LOADING": _lower(loads_on_rank0),
         "FSDP_ACTIVATION_CHECKPOINTING": _lower(layout.activation_checkpointing),
     }
