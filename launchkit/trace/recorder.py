@@ -134,7 +134,7 @@ class StepRecorder(TorchDispatchMode):
         if name not in _FREE_OPS and (fresh or func._schema.is_mutable):
             formula = self._flops.get(func._overloadpacket)
             flops = int(formula(*args, **kwargs, out_val=out)) if formula else 0
-            moved = sum(t.numel() * t.element_size() for t in (*inputs, *outputs))
+            moved = sum(_traffic_bytes(t) for t in (*inputs, *outputs))
             self.log.kernels.append(KernelRecord(place, name, flops, moved))
 
     def _note_uses(self, inputs: list[torch.Tensor]) -> None:
@@ -143,6 +143,12 @@ class StepRecorder(TorchDispatchMode):
             index = self._parameters.get(self.number(tensor))
             if index is not None:
                 used.add(index)
+
+
+def _traffic_bytes(tensor: torch.Tensor) -> int:
+    """Bytes that a kernel moves for one argument; scalars and seeds do not count."""
+    counts = tensor.dim() > 0 and tensor.dtype != torch.uint64
+    return tensor.numel() * tensor.element_size() if counts else 0
 
 
 def _tensors(tree: Any) -> Iterable[torch.Tensor]:
