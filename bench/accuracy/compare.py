@@ -31,8 +31,9 @@ INTRODUCTION = """# Predicted beside measured
 Peak bytes of torch's own allocator, by `torch.profiler(profile_memory=True)`, in real training steps of small random
 models on CPU (several processes over gloo), and what `launchkit estimate` says of the same scenario. *First* is the
 first step, in which the optimizer's states come into being; *steady* the third. Of several ranks the largest counts.
-Over gloo, FSDP2 frees some buffers late and not always, so such cells were run more than once and show their range; the
-error is against the nearest end of it, and nothing where the prediction lies within.
+Under FSDP2 the profiler misses the freeing of some of gloo's buffers, which then stay in its counter: the range is what
+that leaves open, over several runs. The error is against the nearest end of it, and nothing where the prediction lies
+within.
 
 The CPU runs say whether the sequence of allocations is right. They say nothing of what only CUDA has: the rounding and
 caching of its allocator, flash attention, cuBLAS workspaces, the context.
@@ -68,11 +69,10 @@ def gpus(cell: Cell) -> str:
     return "cpu" if cell.num_processes == 1 else f"{cell.num_processes}xcpu"
 
 
-def measured(cell: Cell, *, repeats: int) -> dict[str, Any]:
-    """First and steady peaks with their ranges over ranks' largest and repeats."""
+def measured(cell: Cell, *, repeats: int) -> dict[str, list[int]]:
+    """The ranges of the first and of the steady peak."""
     found = measure(cell, repeats=repeats)
-    peaks = {state: [max(rank[f"{state}_peak_bytes"] for rank in run) for run in found["runs"]] for state in STATES}
-    return {state: [min(values), max(values)] for state, values in peaks.items()}
+    return {state: found[f"{state}_peak_bytes"] for state in STATES}
 
 
 def error_percent(predicted: int, low: int, high: int) -> float:

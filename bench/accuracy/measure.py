@@ -13,6 +13,7 @@ import os
 import socket
 import tempfile
 import time
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
@@ -92,23 +93,23 @@ def run_rank(cell: Cell, folder: Path, variables: dict[str, str], timeline: bool
 
 
 def measure(cell: Cell, *, repeats: int = 1, timeline: bool = False) -> dict[str, Any]:
-    """The largest rank's numbers over ``repeats`` runs, their range, and everything beneath."""
+    """The largest rank's peaks of the first and of the last step, as ranges over ghosts (see the worker) and
+    ``repeats``, and everything beneath."""
     runs = [run_once(cell, timeline=timeline) for _ in range(repeats)]
-    ranks = [rank for run in runs for rank in run]
-    steady = [rank["steady_peak_bytes"] for rank in ranks]
-    first = [rank["first_peak_bytes"] for rank in ranks]
-    # The largest rank is compared, but which of its repeats? The middle one: a single late free is no truth.
-    middle = sorted(max(rank["steady_peak_bytes"] for rank in run) for run in runs)[len(runs) // 2]
-    middle_first = sorted(max(rank["first_peak_bytes"] for rank in run) for run in runs)[len(runs) // 2]
     return {
         "name": cell.name,
-        "steady_peak_bytes": middle,
-        "steady_peak_range_bytes": [min(steady), max(steady)],
-        "first_peak_bytes": middle_first,
-        "first_peak_range_bytes": [min(first), max(first)],
-        "live_between_steps_bytes": max(rank["live_between_steps_bytes"] for rank in ranks),
+        "first_peak_bytes": peak_range(runs, step=0),
+        "steady_peak_bytes": peak_range(runs, step=-1),
+        "live_between_steps_bytes": max(rank["live_between_steps_bytes"] for run in runs for rank in run),
         "runs": runs,
     }
+
+
+def peak_range(runs: Sequence[Sequence[Mapping[str, Any]]], *, step: int) -> list[int]:
+    """The lowest floor and the highest peak that a run's largest rank shows in ``step``."""
+    floors = [max(rank["step_floors_bytes"][step] for rank in run) for run in runs]
+    peaks = [max(rank["step_peaks_bytes"][step] for rank in run) for run in runs]
+    return [min(floors), max(peaks)]
 
 
 def main() -> None:

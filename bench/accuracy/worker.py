@@ -6,7 +6,8 @@ allocated since the profiler started, so it starts before the model is built.
 
 The profiler sees only threads that it was propagated to. A collective's buffer whose last reference a gloo thread drops
 once its work is done is freed unseen, and the counter keeps it for good. Between steps no buffer lives, so what the
-counter holds beyond parameters, buffers and optimizer states is such a *ghost*, and is taken off what follows.
+counter holds beyond parameters, buffers and optimizer states is such a *ghost*. Ghosts of earlier steps are taken off
+a step's peak; those that arise in the step itself may or may not have been there at its peak, which makes a range.
 """
 
 from __future__ import annotations
@@ -131,8 +132,9 @@ def resident_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
     return sum(storages.values())
 
 
-def run_loop(cell: Cell) -> int | None:
-    """The plain step of ``--trainer loop``, on one process, DDP or FSDP2; what is resident before its last step."""
+def run_loop(cell: Cell) -> list[int]:
+    """The plain step of ``--trainer loop``, on one process, DDP or FSDP2. Under FSDP2, what is resident at the start of
+    each step and at the end; elsewhere nothing, as no ghosts arise."""
     model = build_model(cell)
     vocab_size = model.config.vocab_size
     if cell.strategy in ("fsdp2", "hsdp"):
@@ -141,10 +143,12 @@ def run_loop(cell: Cell) -> int | None:
         model = nn.parallel.DistributedDataParallel(model)
     optimizer = build_optimizer(cell, model)
     data = batches(cell, vocab_size)
-    resident = 0
+    resident = []
     for step in range(cell.num_steps):
         gc.collect()
-        resident = resident_bytes(model, optimizer) + BYTES_PER_TOKEN * cell.micro_batch * cell.seq_len
+        resident.append(
+            resident_bytes(model, optimizer) + (BYTES_PER_TOKEN * cell.micro_batch * cell.seq_len if step else 0)
+        )
         with record_function(f"{MARK}step.{step}"):
             for micro in range(cell.gradient_accumulation_steps):
                 batch = next(data)
@@ -159,7 +163,8 @@ def run_loop(cell: Cell) -> int | None:
                     nn.utils.clip_grad_norm_(trainable(model), cell.max_grad_norm)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
-    return resident if cell.strategy in ("fsdp2", "hsdp") else None
+    resident.append(resident_bytes(model, optimizer) + BYTES_PER_TOKEN * cell.micro_batch * cell.seq_len)
+    return resident if cell.strategy in ("fsdp2", "hsdp") else []
 
 
 def gradient_sync(cell: Cell, model: nn.Module, *, last: bool) -> contextlib.AbstractContextManager[Any]:
@@ -182,7 +187,7 @@ def deepspeed_config(cell: Cell) -> dict[str, Any]:
     }
 
 
-def run_deepspeed(cell: Cell) -> int | None:
+def run_deepspeed(cell: Cell) -> list[int]:
     """Raw ``deepspeed.initialize`` with a torch optimizer; nothing is compiled."""
     import deepspeed
 
@@ -208,7 +213,7 @@ def run_deepspeed(cell: Cell) -> int | None:
                 del loss, batch
                 with record_function(f"{MARK}optimizer"):
                     engine.step()
-    return None
+    return []
 
 
 def shard_through_accelerate(cell: Cell, model: nn.Module) -> None:
@@ -227,7 +232,7 @@ def shard_through_accelerate(cell: Cell, model: nn.Module) -> None:
     }
 
 
-def run_hf(cell: Cell) -> int | None:
+def run_hf(cell: Cell) -> list[int]:
     """``transformers.Trainer`` with its defaults, on one process, DDP or FSDP2."""
     import tempfile
 
@@ -245,14 +250,19 @@ def run_hf(cell: Cell) -> int | None:
         for row in range(cell.micro_batch)
     ]
 
+    resident: list[int] = []
+
     class Marks(TrainerCallback):
-        def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        def on_step_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
             gc.collect()
+            resident.append(resident_bytes(others["model"], others["optimizer"]))
             self.mark = record_function(f"{MARK}step.{state.global_step}")
             self.mark.__enter__()
 
-        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
             self.mark.__exit__(None, None, None)
+            if state.global_step == cell.num_steps:
+                resident.append(resident_bytes(others["model"], others["optimizer"]))
 
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
@@ -272,10 +282,10 @@ def run_hf(cell: Cell) -> int | None:
             disable_tqdm=True,
         )
         Trainer(model=model, args=arguments, train_dataset=rows, callbacks=[Marks()]).train()
-    return None
+    return resident if is_sharded else []
 
 
-def runner(cell: Cell) -> Callable[[Cell], int | None]:
+def runner(cell: Cell) -> Callable[[Cell], list[int]]:
     if cell.trainer == "hf":
         return run_hf
     return run_deepspeed if cell.strategy.startswith("zero") else run_loop
@@ -298,7 +308,7 @@ def walk(cell: Cell, tree: list[Any]) -> tuple[list[tuple[Any, tuple[str, ...]]]
     return allocations, spans
 
 
-def summarise(cell: Cell, prof: Any, *, resident: int | None, timeline: bool) -> dict[str, Any]:
+def summarise(cell: Cell, prof: Any, *, resident: list[int], timeline: bool) -> dict[str, Any]:
     """Peaks per step and per phase, bytes live between steps, and on demand each event of the last step."""
     allocations, spans = walk(cell, prof.profiler.kineto_results.experimental_event_tree())
     times = [event.start_time_ns for event, _ in allocations]
@@ -316,16 +326,21 @@ def summarise(cell: Cell, prof: Any, *, resident: int | None, timeline: bool) ->
         for name in ("forward", "backward", "optimizer")
         if name in spans
     }
-    live = [total for time, total in zip(times, totals, strict=True) if time < last[0]][-1]
-    ghosts = 0 if resident is None else max(0, live - resident)
+
+    def live(moment: int) -> int:
+        return next((t for time, t in zip(reversed(times), reversed(totals), strict=True) if time < moment), 0)
+
+    moments = [start for start, _ in steps] + [last[1]]
+    ghosts = [max(0, live(moment) - known) for moment, known in zip(moments, resident, strict=bool(resident))]
+    ghosts = ghosts or [0] * len(moments)
+    highs = [peak(span) - ghosts[step] for step, span in enumerate(steps)]
     result: dict[str, Any] = {
         "rank": int(os.environ.get("RANK", "0")),
-        "build_peak_bytes": max([total for time, total in zip(times, totals, strict=True) if time < steps[0][0]]),
-        "step_peaks_bytes": [peak(span) for span in steps],
-        "first_peak_bytes": peak(steps[0]),
-        "steady_peak_bytes": peak(last) - ghosts,
-        "phase_peaks_bytes": phases,
-        "live_between_steps_bytes": live - ghosts,
+        "build_peak_bytes": max(total for time, total in zip(times, totals, strict=True) if time < steps[0][0]),
+        "step_peaks_bytes": highs,
+        "step_floors_bytes": [high - ghosts[step + 1] + ghosts[step] for step, high in enumerate(highs)],
+        "phase_peaks_bytes": {name: high - ghosts[-2] for name, high in phases.items()},
+        "live_between_steps_bytes": live(last[0]) - ghosts[-2],
         "ghost_bytes": ghosts,
     }
     if timeline:

@@ -648,8 +648,7 @@ class _Rewriter:
             else:
                 events.append(event)
         if frame.after_logits:
-            logits = [i for i, e in enumerate(events) if isinstance(e, Alloc) and e.owner is Owner.LOGITS]
-            position = logits[-1] + 1 if logits else 0
+            position = _after_logits(events)
             events[position:position] = frame.after_logits
         return replace(
             section,
@@ -670,6 +669,16 @@ class _Rewriter:
             yield Stage(
                 name=name, phase=Phase.FORWARD, layers=tuple(layers), stack="" if stack == ROOT_GROUP else stack
             )
+
+
+def _after_logits(events: Sequence[Event]) -> int:
+    """The position at which the head's backward begins: after the gradient of its output, and what died with it."""
+    position = 1 + max(
+        (i for i, e in enumerate(events) if isinstance(e, Alloc) and e.owner is Owner.LOGITS), default=-1
+    )
+    while position < len(events) and isinstance(events[position], Free):
+        position += 1
+    return position
 
 
 def _with_state(
