@@ -115,7 +115,7 @@ def test_step_allocates_what_the_real_optimizer_does(
 @pytest.mark.filterwarnings("ignore:TF32 acceleration")
 @pytest.mark.parametrize("itemsize", [4, 2])
 def test_muon_allocates_what_torch_does(itemsize: int) -> None:
-    """Muon's matrices; oneDNN is off, since its products take scratch that no GPU does (some packing remains)."""
+    """Muon's matrices; oneDNN is off, since its products take scratch that no GPU does; 7 KiB of packing remain."""
     torch = pytest.importorskip("torch")
     dtype = {4: torch.float32, 2: torch.bfloat16}[itemsize]
     shapes = ((256, 512), (512, 256), (256, 256))
@@ -128,7 +128,7 @@ def test_muon_allocates_what_torch_does(itemsize: int) -> None:
         with torch.backends.mkldnn.flags(enabled=False):
             real = profiled(torch, optimizer.step)
         predicted = live_bytes(step_events(find("muon"), tensors, device=CPU, first_step=first))
-        assert predicted == pytest.approx(real, rel=0.005, abs=1024)
+        assert predicted == pytest.approx(real, abs=8192)
 
 
 @pytest.mark.parametrize(
