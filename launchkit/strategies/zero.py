@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from launchkit.hardware import Cluster
 from launchkit.model import ModelProfile
-from launchkit.program import StepProgram
+from launchkit.program import Owner, Persistent, Size, StepProgram
 from launchkit.scenario import Compute, DeviceKind, Method, Offload, Precision, Scenario, Strategy, TraceKey, Training
 from launchkit.strategies import zero3, zero_flat
 from launchkit.strategies.base import make_trace_key
@@ -54,4 +54,11 @@ def refusal(scenario: Scenario, profile: ModelProfile, cluster: Cluster) -> str 
 def rewrite(program: StepProgram, *, scenario: Scenario, cluster: Cluster) -> StepProgram:
     """The step of one rank of a ZeRO job."""
     job = Job.of(program, scenario=scenario, cluster=cluster)
-    return zero3.rewrite(job) if scenario.strategy.kind.zero_stage == 3 else zero_flat.rewrite(job)
+    rewritten = zero3.rewrite(job) if scenario.strategy.kind.zero_stage == 3 else zero_flat.rewrite(job)
+    return _on_one_memory(rewritten) if job.device is DeviceKind.CPU else rewritten
+
+
+def _on_one_memory(program: StepProgram) -> StepProgram:
+    """Where the device is the CPU, what is offloaded stays in the same memory."""
+    host = Persistent(Size.constant(program.host_persistent_bytes), Owner.OPTIMIZER_STATES)
+    return replace(program, persistent=(*program.persistent, host), host_persistent_bytes=0)

@@ -114,6 +114,12 @@ def test_offloading_moves_master_weights_and_states_to_the_host(strategy: str) -
     assert directions == {True, False}
 
 
+def test_on_a_cpu_the_host_is_the_device() -> None:
+    gpu, cpu = rewritten("zero2", offload="optimizer"), rewritten("zero2", offload="optimizer", cpu=True)
+    assert cpu.host_persistent_bytes == 0
+    assert sum(start(cpu).values()) == sum(start(gpu).values()) + gpu.host_persistent_bytes
+
+
 def test_offloading_everything_leaves_no_weights() -> None:
     assert Owner.WEIGHTS not in start(rewritten("zero3", offload="all"))
 
