@@ -63,9 +63,7 @@ def predict(cell: Cell, state: str) -> dict[str, Any]:
 
 
 def gpus(cell: Cell) -> str:
-    """The cell's processes as a GPU spec: under hybrid sharding each shard group is a node."""
-    if cell.shard_group_size:
-        return f"{cell.num_processes // cell.shard_group_size}x{cell.shard_group_size}xcpu"
+    """The cell's processes as a GPU spec."""
     return "cpu" if cell.num_processes == 1 else f"{cell.num_processes}xcpu"
 
 
@@ -115,8 +113,10 @@ def table(results: Mapping[str, Any], cells: Sequence[Cell]) -> str:
     """One line per cell and state."""
     lines = ["| cell | step | measured MiB | predicted MiB | error | peak in |", "|---|---|---|---|---|---|"]
     for cell in cells:
-        entry = results.get(cell.name)
-        for state in STATES if entry else ():
+        if cell.name not in results:
+            continue
+        entry = results[cell.name]
+        for state in STATES:
             low, high = entry["measured"][state]
             span = mib(low) if mib(low) == mib(high) else f"{mib(low)} – {mib(high)}"
             predicted, error = entry["predicted"][state], row_error(entry, state)

@@ -109,14 +109,14 @@ def refusal(scenario: Scenario, profile: ModelProfile, cluster: Cluster) -> str 
     training, strategy = scenario.training, scenario.strategy
     if strategy.offload in (Offload.OPTIMIZER, Offload.NVME):
         return (
-            f"--offload {strategy.offload} is DeepSpeed's; fsdp2 moves parameters and optimizer together, "
+            f"--offload {strategy.offload} is DeepSpeed's; FSDP moves parameters and optimizer together, "
             "use --offload all"
         )
     if strategy.fsdp.sharding is Sharding.NO_SHARD:
-        return "--fsdp-sharding no_shard is FSDP1's; use --strategy ddp, which is the same"
+        return "--fsdp-sharding no_shard shards nothing; use --strategy ddp, which is the same"
     if training.optimizer.endswith("8bit") and "torch" not in training.optimizer:
         return (
-            f"--optimizer {training.optimizer} cannot step on FSDP2's sharded tensors; use adamw_torch_fused "
+            f"--optimizer {training.optimizer} cannot step on FSDP's sharded tensors; use adamw_torch_fused "
             "or adamw_torch_8bit"
         )
     if (
@@ -125,7 +125,7 @@ def refusal(scenario: Scenario, profile: ModelProfile, cluster: Cluster) -> str 
         and training.trainer is not Trainer.LOOP
     ):
         return (
-            "--precision bf16-params does not exist under accelerate's FSDP2, which keeps trainable weights in fp32 "
+            "--precision bf16-params does not exist under accelerate's FSDP, which keeps trainable weights in fp32 "
             "when autocast is on; use --precision bf16 or bf16-pure"
         )
     return _group_refusal(scenario, cluster)

@@ -32,7 +32,7 @@ from launchkit.program import (
 )
 from launchkit.scenario import Compute, DeviceKind
 from launchkit.simulate.expand import MemoryEvent, expand
-from launchkit.strategies import fsdp2, hsdp
+from launchkit.strategies import fsdp1, fsdp2, hsdp
 from tests.builders import cluster, profile, scenario
 
 POINT = Point(2, 8, 3)
@@ -295,3 +295,24 @@ def test_hsdp_needs_a_second_shard_group(num_nodes: int, is_refused: bool) -> No
 def test_hsdp_is_fsdp2_with_hybrid_sharding() -> None:
     settings: dict[str, Any] = {"num_gpus": 2, "num_nodes": 2, "precision": "bf16", "traced": program(itemsize=2)}
     assert rewritten(strategy="hsdp", **settings) == rewritten(sharding="hybrid_shard", **settings)
+
+
+@pytest.mark.parametrize(("trainer", "first_event"), [("loop", Alloc), ("hf", Free)])
+def test_the_last_block_is_prefetched_when_the_unit_behind_it_begins_its_backward(
+    trainer: str, first_event: type[Event]
+) -> None:
+    """The root's backward begins with the loss, the head's after what its logits' gradient leaves behind."""
+    built = rewritten(trainer=trainer)
+    section = built.section_of(built.stage("backward.1"), 0)
+    assert isinstance(section.events[0], first_event)
+
+
+def test_fsdp1_has_fsdp2s_units_and_refusals() -> None:
+    built, ranks = scenario(strategy="fsdp", precision="bf16"), cluster(num_gpus=2)
+    traced = program(itemsize=2)
+    as_fsdp2 = scenario(strategy="fsdp2", precision="bf16")
+    assert fsdp1.rewrite(traced, scenario=built, cluster=ranks) == fsdp2.rewrite(
+        traced, scenario=as_fsdp2, cluster=ranks
+    )
+    refused = fsdp1.refusal(scenario(strategy="fsdp", offload="nvme"), profile(), ranks)
+    assert refused is not None and "--offload all" in refused
