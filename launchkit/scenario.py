@@ -6,7 +6,7 @@ engine's configuration is a field here, read by both the rewrite (``strategies``
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 
@@ -256,6 +256,9 @@ class Compute(StrEnum):
     FP16 = "fp16"  # fp16 weights, no autocast
 
 
+_SAME_BYTES = {Compute.AUTOCAST_FP16: Compute.AUTOCAST_BF16, Compute.FP16: Compute.BF16}
+
+
 class DeviceKind(StrEnum):
     """Whose kernels a trace describes; ``cpu`` switches the CUDA-faithfulness layer off."""
 
@@ -278,6 +281,21 @@ class TraceKey:
     single_sequence: bool = False  # a micro-batch of 1 is a program of its own
     beyond_window: bool = False  # and so is a sequence at least as long as the model's sliding window
     cast_adapters: bool = False  # an engine casts adapters to 16 bits with the rest, which PEFT would keep in fp32
+
+    @property
+    def canonical(self) -> TraceKey:
+        """The key of the program that serves this one too.
+
+        fp16 and bf16 take the same bytes. The trainers differ in a step only where accelerate widens the outputs of
+        an autocast forward, so without autocast every trainer's step is the plain loop's. 4-bit weights compute in
+        16 bits whatever the others are held in.
+        """
+        compute = _SAME_BYTES.get(self.compute, self.compute)
+        if self.method is Method.QLORA and compute is Compute.AUTOCAST_BF16:
+            compute = Compute.BF16_AUTOCAST
+        autocast = compute in (Compute.AUTOCAST_BF16, Compute.BF16_AUTOCAST)
+        trainer = Trainer.HF if autocast and self.trainer is not Trainer.LOOP else Trainer.LOOP
+        return replace(self, compute=compute, trainer=trainer)
 
     @property
     def text(self) -> str:

@@ -85,7 +85,10 @@ def _ranking(options: Sequence[Option]) -> list[Option]:
     ranked: list[Option] = []
     groups: dict[tuple[bool, int], list[Option]] = {}
     for option in options:
-        key = (option.scenario.strategy.offload is not Offload.NONE, list(Method).index(option.scenario.training.method))
+        key = (
+            option.scenario.strategy.offload is not Offload.NONE,
+            list(Method).index(option.scenario.training.method),
+        )
         groups.setdefault(key, []).append(option)
     for key in sorted(groups):
         rest = groups[key]
@@ -146,7 +149,10 @@ def _savings(search: Search, chosen: Candidate) -> Iterable[Suggestion]:
     scenario = chosen.scenario
     if scenario.training.checkpointing is Checkpointing.NONE:
         yield from _change(
-            search, chosen, "--checkpointing full", training=replace(scenario.training, checkpointing=Checkpointing.FULL)
+            search,
+            chosen,
+            "--checkpointing full",
+            training=replace(scenario.training, checkpointing=Checkpointing.FULL),
         )
     if scenario.batch.micro_batch > 1:
         half = scenario.batch.micro_batch // 2
@@ -198,7 +204,9 @@ def _more_gpus(search: Search, nearest: Option) -> Iterable[Suggestion]:
         scenario = other.base(nearest.scenario.training.method, strategy)
         live = bench.live_peak_bytes(scenario)
         if live <= other.room_bytes(scenario):
-            flags = f"--gpus {wider.text.replace('× ', 'x').replace('×', 'x').replace(' ', '-')} --strategy {strategy.kind}"
+            flags = (
+                f"--gpus {wider.text.replace('× ', 'x').replace('×', 'x').replace(' ', '-')} --strategy {strategy.kind}"
+            )
             yield Suggestion(flags=flags, saved_bytes=nearest.live_bytes - live, time_factor=0.0)
             return
 
@@ -225,7 +233,13 @@ def _assumptions(candidate: Candidate, profile: ModelProfile) -> tuple[str, ...]
         Attention.FLASH_ATTENTION_2: "flash attention 2",
     }[training.attention]
     loss = "plain cross-entropy" if training.loss is Loss.PLAIN else f"{training.loss} loss"
-    lines = [f"sequences of {batch.seq_len:,} tokens", attention, loss, training.optimizer, f"{training.trainer} trainer"]
+    lines = [
+        f"sequences of {batch.seq_len:,} tokens",
+        attention,
+        loss,
+        training.optimizer,
+        f"{training.trainer} trainer",
+    ]
     if training.method is not Method.FULL and training.precision is Precision.BF16_PARAMS:
         lines.append("base weights in bf16, adapters in fp32")
     if profile.num_active_parameters:
@@ -233,9 +247,7 @@ def _assumptions(candidate: Candidate, profile: ModelProfile) -> tuple[str, ...]
     return tuple(lines)
 
 
-def _notes(
-    request: Request, cluster: Cluster, profile: ModelProfile, chosen: Candidate | None
-) -> tuple[str, ...]:
+def _notes(request: Request, cluster: Cluster, profile: ModelProfile, chosen: Candidate | None) -> tuple[str, ...]:
     notes = list(profile.notes)
     length = request.seq_len or Scenario().batch.seq_len
     if profile.max_position_embeddings and length > profile.max_position_embeddings:

@@ -45,7 +45,7 @@ class Bench:
             single_sequence=batch.micro_batch == 1,
         )
         window = self.source.profile.sliding_window
-        return replace(key, beyond_window=bool(window) and batch.seq_len >= window)
+        return replace(key, beyond_window=bool(window) and batch.seq_len >= window).canonical
 
     def program(self, scenario: Scenario) -> StepProgram:
         """The step of the largest rank. Raises ``TraceError`` where the model's program cannot be had."""
@@ -70,7 +70,8 @@ class Bench:
         batch = scenario.batch
         steps = min(batch.gradient_accumulation_steps, 2)
         same = replace(
-            scenario, batch=replace(batch, seq_len=1, gradient_accumulation_steps=steps, micro_batch=min(batch.micro_batch, 2))
+            scenario,
+            batch=replace(batch, seq_len=1, gradient_accumulation_steps=steps, micro_batch=min(batch.micro_batch, 2)),
         )
         return self.key(scenario), same
 
@@ -84,7 +85,8 @@ def point_of(scenario: Scenario) -> Point:
 def estimate(source: ModelSource, *, cluster: Cluster, scenario: Scenario) -> Candidate:
     """Memory and speed of exactly this scenario.
 
-    Raises ``IllegalScenarioError`` where the engine would refuse it, ``TraceError`` where the model's step cannot be had.
+    Raises ``IllegalScenarioError`` where the engine would refuse it, ``TraceError`` where the model's step cannot be
+    had.
     """
     bench = Bench(source=source, cluster=cluster)
     reason = strategies.refusal(scenario, source.profile, bench.cluster_of(scenario))
@@ -184,5 +186,5 @@ def usable_bytes(cluster: Cluster) -> int:
 
 
 # What torch does not see of the driver's total where nobody measured it: 0.2 to 0.9 GiB on cards of 8 to 96 GiB,
-# about 1.5 % of the total. Source: torch.cuda.get_device_properties beside nvidia-smi in public logs, see profiles/gpus.
+# about 1.5 % of the total. Source: torch.cuda.get_device_properties beside nvidia-smi in public logs (profiles/gpus).
 UNSEEN_SHARE = 0.015

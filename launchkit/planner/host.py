@@ -43,9 +43,7 @@ def host_load_peak_bytes(profile: ModelProfile, scenario: Scenario, *, cluster: 
     return ranks * _process_bytes(cluster) + copies * checkpoint
 
 
-def checkpoint_bytes(
-    profile: ModelProfile, scenario: Scenario, *, num_trainable: int
-) -> int:
+def checkpoint_bytes(profile: ModelProfile, scenario: Scenario, *, num_trainable: int) -> int:
     """Weights that one checkpoint holds, in bytes on disk: the adapter's, or the whole model's in its stored dtype.
 
     Omits: optimizer states, which the trainer saves beside them unless told not to.

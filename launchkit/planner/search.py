@@ -46,12 +46,12 @@ _SIMPLICITY = (
 )
 
 # How the job may be spread when nothing was asked for, by whether it has several GPUs.
-_SPREAD_ONE = (
+_SPREAD_ONE: tuple[tuple[StrategyKind, Offload], ...] = (
     (StrategyKind.SINGLE, Offload.NONE),
     (StrategyKind.ZERO2, Offload.OPTIMIZER),
     (StrategyKind.ZERO3, Offload.ALL),
 )
-_SPREAD_MANY = (
+_SPREAD_MANY: tuple[tuple[StrategyKind, Offload], ...] = (
     (StrategyKind.DDP, Offload.NONE),
     (StrategyKind.FSDP2, Offload.NONE),
     (StrategyKind.ZERO2, Offload.NONE),
@@ -152,7 +152,10 @@ class Search:
         training = replace(scenario.training, checkpointing=self.request.checkpointing or Checkpointing.FULL)
         micro_batch = self.request.micro_batch or 1
         return replace(
-            scenario, strategy=strategy, training=training, batch=self._batch(micro_batch, scenario.batch.seq_len, strategy)
+            scenario,
+            strategy=strategy,
+            training=training,
+            batch=self._batch(micro_batch, scenario.batch.seq_len, strategy),
         )
 
     def options(self, method: Method, *, offload: bool) -> Iterator[Option | Refused]:

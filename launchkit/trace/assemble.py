@@ -230,7 +230,9 @@ class _Builder:
             triple = tuple(stack.kinds[stack.kept[j] + d] for d in (-1, 0, 1))
             twin = seen.setdefault(triple, j)
             if traced[twin] != traced[j]:
-                raise TraceError(f"layers {stack.kept[twin]} and {stack.kept[j]} of {name} are alike but differ in a step")
+                raise TraceError(
+                    f"layers {stack.kept[twin]} and {stack.kept[j]} of {name} are alike but differ in a step"
+                )
 
     def _number(self, section: Section) -> int:
         number = self._numbers.get(section)
@@ -254,13 +256,9 @@ class _Builder:
             events.extend(self._leftovers(place))
         names = self.model.parameter_names
         used = sorted(
-            index
-            for owner, index in (self.model.owners[names[i]] for i in self.uses.get(place, ()))
-            if owner == group
+            index for owner, index in (self.model.owners[names[i]] for i in self.uses.get(place, ())) if owner == group
         )
-        return Section(
-            events=tuple(events), group=group, uses=tuple(used), kernels=self.kernels.get(place, ())
-        )
+        return Section(events=tuple(events), group=group, uses=tuple(used), kernels=self.kernels.get(place, ()))
 
     def _leftovers(self, place: Place) -> list[Event]:
         """What only the garbage collector frees goes with the end of the backward pass."""

@@ -9,7 +9,7 @@ moves to fake tensors on the device ``cpu`` (fake ``cuda`` tensors abort the pro
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from launchkit.errors import ModelConfigError, TraceError
-from launchkit.scenario import Attention, Checkpointing, Compute, Loss, TraceKey
+from launchkit.scenario import Attention
 
 # How many layers of a stack are traced when all are of one kind: the first, the last, and two between that must
 # come out equal, since a layer between two equal layers stands for all of them.
@@ -67,7 +67,9 @@ def load_config(config: Mapping[str, Any]) -> PreTrainedConfig:
     try:
         return type(known).from_dict(copy.deepcopy(dict(config)))
     except Exception as error:  # transformers validates with many exception types
-        raise ModelConfigError(f"transformers refuses this config.json: {_first_line(error)}; correct the field") from None
+        raise ModelConfigError(
+            f"transformers refuses this config.json: {_first_line(error)}; correct the field"
+        ) from None
 
 
 def _first_line(error: BaseException) -> str:
@@ -95,7 +97,9 @@ def checkpoint_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     for mapping in mappings:
         if type(config) in mapping:
             return mapping[type(config)]
-    raise TraceError(f"transformers has no trainable class for model_type {config.model_type!r}; name one in architectures")
+    raise TraceError(
+        f"transformers has no trainable class for model_type {config.model_type!r}; name one in architectures"
+    )
 
 
 def training_class(config: PreTrainedConfig) -> tuple[type[PreTrainedModel], str]:
@@ -127,7 +131,9 @@ def build_on_meta(
         with torch.device("meta"), _no_initialisation():
             model = model_class._from_config(config, attn_implementation=str(attention), dtype=dtype)
     except (ValueError, ImportError) as error:
-        raise TraceError(f"{model_class.__name__} cannot be built with {attention} attention: {_first_line(error)}") from None
+        raise TraceError(
+            f"{model_class.__name__} cannot be built with {attention} attention: {_first_line(error)}"
+        ) from None
     model.tie_weights()  # which transformers leaves out where it does not initialise
     for part in (model.config, model.config.get_text_config()):
         part.use_cache = False

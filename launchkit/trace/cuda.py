@@ -4,8 +4,8 @@ A trace runs on fake CPU tensors. On CUDA the same model casts other operators u
 kernel, and keeps dropout's mask in another form. ``faithful_to_cuda`` makes those choices while it is active; the
 scratch memory of CUDA's attention kernels is in ``trace.kernels``.
 
-Omits: Volta and Turing, which have no flash kernel, take the memory-efficient one; the two hold the same tensors but for
-the padding of the log-sum-exp. Hopper's cuDNN attention is traced as flash for the same reason.
+Omits: Volta and Turing, which have no flash kernel, take the memory-efficient one; the two hold the same tensors but
+for the padding of the log-sum-exp. Hopper's cuDNN attention is traced as flash for the same reason.
 """
 
 from __future__ import annotations
@@ -121,8 +121,6 @@ def faithful_to_cuda() -> Iterator[None]:
     """While active, what runs on fake CPU tensors allocates as it would on CUDA."""
     with ExitStack() as stack:
         stack.enter_context(_cuda_autocast_lists())
-        stack.enter_context(
-            mock.patch.object(functional, "scaled_dot_product_attention", scaled_dot_product_attention)
-        )
+        stack.enter_context(mock.patch.object(functional, "scaled_dot_product_attention", scaled_dot_product_attention))
         stack.enter_context(mock.patch.object(functional, "dropout", _dropout))
         yield

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import nn
 
-from launchkit.scenario import Compute, Trainer, TraceKey
+from launchkit.scenario import Compute, TraceKey, Trainer
 
 Forward = Callable[[nn.Module, Mapping[str, torch.Tensor]], torch.Tensor]
 

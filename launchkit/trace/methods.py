@@ -68,7 +68,8 @@ def lora_targets(model: nn.Module, targets: str) -> str | list[str]:
     missing = [name for name in chosen if name not in names]
     if missing or not chosen:
         raise TraceError(
-            f"--lora-targets {targets} matches no linear layer; choose among all-linear, attention, {', '.join(sorted(names))}"
+            f"--lora-targets {targets} matches no linear layer; "
+            f"choose among all-linear, attention, {', '.join(sorted(names))}"
         )
     return chosen
 

@@ -63,7 +63,8 @@ def quantise_linears(model: nn.Module, *, compute_dtype: torch.dtype) -> None:
     """Replaces, in place and on the meta device, every linear layer that transformers would quantise.
 
     Left alone: output embeddings and tied ones (transformers' ``get_keys_to_not_convert``), and experts held as one
-    three-dimensional parameter, which bitsandbytes does not quantise. Raises ``MissingExtraError`` without bitsandbytes.
+    three-dimensional parameter, which bitsandbytes does not quantise. Raises ``MissingExtraError`` where bitsandbytes
+    is missing.
     """
     try:
         from bitsandbytes.nn import Linear4bit
@@ -93,7 +94,9 @@ def quantise_linears(model: nn.Module, *, compute_dtype: torch.dtype) -> None:
             device="meta",
         )
         numel = module.weight.numel()
-        weight = nn.Parameter(torch.empty(packed_bytes(numel), 1, dtype=torch.uint8, device="meta"), requires_grad=False)
+        weight = nn.Parameter(
+            torch.empty(packed_bytes(numel), 1, dtype=torch.uint8, device="meta"), requires_grad=False
+        )
         weight.compress_statistics, weight.quant_type = True, "nf4"  # type: ignore[attr-defined]
         weight.logical_shape = tuple(module.weight.shape)  # type: ignore[attr-defined]
         quantised._parameters["weight"] = weight

@@ -28,7 +28,6 @@ from launchkit.trace.build import (
     checkpoint_class,
     cut,
     find_stacks,
-    layer_kinds,
     load_config,
     to_fake,
     training_class,
@@ -60,9 +59,7 @@ def trace_points(key: TraceKey, *, window: int = 0) -> tuple[Point, ...]:
     return (*points[:-1], ranked, points[-1]._replace(lora_rank=24))
 
 
-def trace_model(
-    config: Mapping[str, Any], key: TraceKey, *, progress: ProgressHook | None = None
-) -> StepProgram:
+def trace_model(config: Mapping[str, Any], key: TraceKey, *, progress: ProgressHook | None = None) -> StepProgram:
     """The step program of the model that ``config`` (the fields of a ``config.json``) describes, as ``key`` asks.
 
     Raises ``ModelConfigError`` for a configuration transformers refuses and ``TraceError``, naming the operator or the
@@ -102,9 +99,7 @@ def _trace_one(built: Built, mode: FakeTensorMode, key: TraceKey, point: Point, 
 
 def _build(settings: PreTrainedConfig, key: TraceKey, *, lora_rank: int) -> tuple[Built, FakeTensorMode, TracedModel]:
     model_class, task = training_class(settings)
-    whole: nn.Module = build_on_meta(
-        model_class, settings, attention=key.attention, dtype=WEIGHT_DTYPE[key.compute]
-    )
+    whole: nn.Module = build_on_meta(model_class, settings, attention=key.attention, dtype=WEIGHT_DTYPE[key.compute])
     config = whole.config
     whole.train()
     stacks = cut(whole, config)
@@ -199,7 +194,9 @@ def _buffer_bytes(model: nn.Module, stacks: tuple[Stack, ...], prefix: str) -> t
     return tuple(sizes)
 
 
-def profile_model(config: Mapping[str, Any], *, name: str, source: str = "traced", fingerprint: str = "") -> ModelProfile:
+def profile_model(
+    config: Mapping[str, Any], *, name: str, source: str = "traced", fingerprint: str = ""
+) -> ModelProfile:
     """What planning needs to know of the model besides its programs. Builds it once on the meta device."""
     with _quiet():
         settings = load_config(config)
