@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import Protocol, cast
+from collections.abc import Mapping
+from typing import Protocol
 
 from launchkit.hardware import Cluster
 from launchkit.model import ModelProfile
@@ -19,6 +19,7 @@ from launchkit.scenario import (
     TraceKey,
     Training,
 )
+from launchkit.strategies import ddp, fsdp1, fsdp2, hsdp, single, zero
 
 
 class Engine(Protocol):
@@ -33,31 +34,26 @@ class Engine(Protocol):
     def rewrite(self, program: StepProgram, *, scenario: Scenario, cluster: Cluster) -> StepProgram: ...
 
 
-MODULES = {
-    StrategyKind.SINGLE: "single",
-    StrategyKind.DDP: "ddp",
-    StrategyKind.FSDP: "fsdp1",
-    StrategyKind.FSDP2: "fsdp2",
-    StrategyKind.HSDP: "hsdp",
-    StrategyKind.ZERO1: "zero",
-    StrategyKind.ZERO2: "zero",
-    StrategyKind.ZERO3: "zero",
+ENGINES: Mapping[StrategyKind, Engine] = {
+    StrategyKind.SINGLE: single,
+    StrategyKind.DDP: ddp,
+    StrategyKind.FSDP: fsdp1,
+    StrategyKind.FSDP2: fsdp2,
+    StrategyKind.HSDP: hsdp,
+    StrategyKind.ZERO1: zero,
+    StrategyKind.ZERO2: zero,
+    StrategyKind.ZERO3: zero,
 }
-
-
-def engine(kind: StrategyKind) -> Engine:
-    """The module that rewrites for ``kind``, imported when first asked for."""
-    return cast(Engine, import_module(f"launchkit.strategies.{MODULES[kind]}"))
 
 
 def trace_key(training: Training, strategy: Strategy, device: DeviceKind, *, single_sequence: bool = False) -> TraceKey:
     """Which of a model's programs the strategy starts from. ``single_sequence`` when the micro-batch is 1."""
-    return engine(strategy.kind).trace_key(training, strategy, device, single_sequence=single_sequence)
+    return ENGINES[strategy.kind].trace_key(training, strategy, device, single_sequence=single_sequence)
 
 
 def rewrite(program: StepProgram, *, scenario: Scenario, cluster: Cluster) -> StepProgram:
     """The step of the largest rank: ``program`` as the strategy runs it, with its optimizer."""
-    return engine(scenario.strategy.kind).rewrite(program, scenario=scenario, cluster=cluster)
+    return ENGINES[scenario.strategy.kind].rewrite(program, scenario=scenario, cluster=cluster)
 
 
 def refusal(scenario: Scenario, profile: ModelProfile, cluster: Cluster) -> str | None:
@@ -71,7 +67,7 @@ def refusal(scenario: Scenario, profile: ModelProfile, cluster: Cluster) -> str 
 
 
 def _engine_refusal(scenario: Scenario, profile: ModelProfile, cluster: Cluster) -> str | None:
-    return engine(scenario.strategy.kind).refusal(scenario, profile, cluster)
+    return ENGINES[scenario.strategy.kind].refusal(scenario, profile, cluster)
 
 
 def _hardware_refusal(scenario: Scenario, cluster: Cluster) -> str | None:
