@@ -32,8 +32,9 @@ Peak bytes of torch's own allocator, by `torch.profiler(profile_memory=True)`, i
 models on CPU (several processes over gloo), and what `launchkit estimate` says of the same scenario. *First* is the
 first step, in which the optimizer's states come into being; *steady* the third. Of several ranks the largest counts.
 Under FSDP2 the profiler misses the freeing of some of gloo's buffers, which then stay in its counter: the range is what
-that leaves open, over several runs. The error is against the nearest end of it, and nothing where the prediction lies
-within.
+that leaves open. The error is against the nearest end of it, and nothing where the prediction lies within.
+Under ZeRO nearly all of these bytes are DeepSpeed's buckets, which have their full size whatever the model's: there a
+small error says little.
 
 The CPU runs say whether the sequence of allocations is right. They say nothing of what only CUDA has: the rounding and
 caching of its allocator, flash attention, cuBLAS workspaces, the context.
