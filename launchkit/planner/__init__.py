@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from launchkit.planner.choose import plan
-from launchkit.planner.evaluate import estimate
+from launchkit.planner.evaluate import estimate, program_key
 
-__all__ = ["estimate", "plan"]
+__all__ = ["estimate", "plan", "program_key"]

