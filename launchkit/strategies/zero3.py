@@ -57,6 +57,7 @@ from launchkit.strategies.zero_job import (
     add_stage,
     gradient_ref,
     host_optimizer_bytes,
+    host_state_events,
     last_alloc_freed,
 )
 from launchkit.units import divide_up
@@ -303,7 +304,8 @@ def _step(job: Job) -> OptimizerStep:
     if job.offloads_optimizer:
         partition_bytes = Size.constant(sum(_partitions(job)) * job.itemsize)
         copies = () if job.scenario.strategy.offload.params else (Copy(True, partition_bytes, Moment.BLOCKING),)
-        return OptimizerStep(tensors=(), on_host=True, collectives=gathers, copies=copies)
+        states = host_state_events(job, sum(_partitions(job)))
+        return OptimizerStep(tensors=(), on_host=True, before=states, collectives=gathers, copies=copies)
     before = _fp32_gradients(job)
     return OptimizerStep(
         tensors=tuple(LocalTensor((numel,), FP32_BYTES) for numel in sub_groups(job)),

@@ -61,6 +61,7 @@ from launchkit.strategies.zero_job import (
     frozen_weights,
     gradient_ref,
     host_optimizer_bytes,
+    host_state_events,
     last_alloc_freed,
 )
 from launchkit.units import round_up
@@ -264,9 +265,14 @@ def _flat_step(job: Job, flat: Flat) -> OptimizerStep:
     weight_bytes = Size.constant(flat.total * job.itemsize)
     gathers = (Collective(CollectiveKind.ALL_GATHER, weight_bytes, Moment.BLOCKING),) if job.world_size > 1 else ()
     if job.offloads_optimizer:
-        copies = (Copy(True, Size.constant(flat.partition * job.itemsize), Moment.BLOCKING),)
+        states = host_state_events(job, flat.partition)
         return OptimizerStep(
-            tensors=(), on_host=True, after=_gather_copies(job, flat, slot=0), collectives=gathers, copies=copies
+            tensors=(),
+            on_host=True,
+            before=states,
+            after=_gather_copies(job, flat, slot=next_slot(states)),
+            collectives=gathers,
+            copies=(Copy(True, Size.constant(flat.partition * job.itemsize), Moment.BLOCKING),),
         )
     before = fp32_gradient_events(job, flat.partition, largest_slice=flat.largest_slice)
     return OptimizerStep(

@@ -23,7 +23,7 @@ from launchkit.program import (
     TensorRef,
     local,
 )
-from launchkit.scenario import DeviceKind, Precision, Scenario, ZeroSettings
+from launchkit.scenario import DeviceKind, Precision, Scenario, State, ZeroSettings
 from launchkit.strategies.base import OPTIMIZER_STAGE, is_gradient, located_parameters, lora_rank
 
 REDUCE_STAGE = "backward.reduce"
@@ -166,9 +166,26 @@ def frozen_weights(job: Job) -> Iterator[Persistent]:
 def host_optimizer_bytes(job: Job, numel: int) -> int:
     """Pinned host memory of an offloaded optimizer over ``numel`` elements: master weights, gradients and states in
     fp32."""
+    states = 0 if makes_host_states(job) else host_state_bytes(job, numel)
+    return 2 * numel * FP32_BYTES + states
+
+
+def host_state_bytes(job: Job, numel: int) -> int:
     tensor = LocalTensor((numel,), FP32_BYTES)
-    states = sum(find(job.scenario.training.optimizer).state_bytes(tensor, device=DeviceKind.CPU))
-    return 2 * tensor.num_bytes + states
+    return sum(find(job.scenario.training.optimizer).state_bytes(tensor, device=DeviceKind.CPU))
+
+
+def makes_host_states(job: Job) -> bool:
+    """Whether the step itself makes offloaded states in the memory that is planned: the first step on a CPU."""
+    return job.offloads_optimizer and job.device is DeviceKind.CPU and job.scenario.state is State.FIRST
+
+
+def host_state_events(job: Job, numel: int) -> tuple[Event, ...]:
+    if not makes_host_states(job):
+        return ()
+    events = EventList(OPTIMIZER_STAGE)
+    events.alloc(host_state_bytes(job, numel), Owner.OPTIMIZER_STATES)
+    return tuple(events.events)
 
 
 def add_stage(program: StepProgram, name: str, section: Section) -> StepProgram:
