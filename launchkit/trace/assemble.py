@@ -99,6 +99,14 @@ def assemble(model: TracedModel, logs: Sequence[Log], points: Sequence[Point]) -
     )
 
 
+def same_story(a: Log, b: Log) -> bool:
+    """Whether two steps at the same point ask the allocator for the same, in the same order."""
+    first, second = _Numbered.of(a), _Numbered.of(b)
+    return first.events == second.events and [r.num_bytes for r in first.records] == [
+        r.num_bytes for r in second.records
+    ]
+
+
 def _read(logs: Sequence[Log], fitter: Fitter) -> _Story:
     stories = [_Numbered.of(log) for log in logs]
     first = stories[0]
@@ -107,15 +115,17 @@ def _read(logs: Sequence[Log], fitter: Fitter) -> _Story:
             stage = next((a[1].stage for a, b in zip(first.events, other.events, strict=False) if a != b), "its end")
             raise TraceError(f"the step differs between batch sizes or lengths in {stage}")
     story = _Story()
+    slots: dict[Place, int] = {}
     for is_alloc, place, number in first.events:
         if place.stage not in story.order:
             story.order.append(place.stage)
         events = story.events.setdefault(place, [])
         if is_alloc:
             record = first.records[number]
+            slots[place] = slots.get(place, -1) + 1
             story.tensors[number] = _Tensor(
                 place=place,
-                slot=sum(1 for born, _ in events if born),
+                slot=slots[place],
                 size=fitter.fit(
                     [s.records[number].num_bytes for s in stories], what=f"the output of {record.op} in {place.stage}"
                 ),

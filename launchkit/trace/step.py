@@ -89,12 +89,8 @@ def _first_tensor(values: tuple[Any, ...]) -> torch.Tensor | None:
     return next((v for v in values if isinstance(v, torch.Tensor)), None)
 
 
-def trace_step(
-    built: Built, mode: FakeTensorMode, *, point: Point, compute: Compute, forward: Forward, warm: bool
-) -> Log:
-    """The log of one steady step. Unless the model is ``warm`` the step runs twice and the second is recorded, so
-    that what the first leaves cached is in place. Gradients are ``None`` before it, as after
-    ``zero_grad(set_to_none=True)``."""
+def trace_step(built: Built, mode: FakeTensorMode, *, point: Point, compute: Compute, forward: Forward) -> Log:
+    """The log of one step. Gradients are ``None`` before it, as after ``zero_grad(set_to_none=True)``."""
     model = built.model
     parameters = dict(model.named_parameters())
     with mode, full_sequences():
@@ -104,17 +100,15 @@ def trace_step(
         )
         progress = Progress(recorder, built)
         try:
-            for recording in (True,) if warm else (False, True):
-                with recorder:
-                    progress.begin()
-                    with _collected():
-                        recorder.recording = recording
-                        _one_step(model, batch, compute=compute, forward=forward, progress=progress)
-                        if recording:
-                            _note_gradients(recorder, parameters)
-                        recorder.place = Place("end", 0)
-                        model.zero_grad(set_to_none=True)
-                    recorder.recording = False
+            with recorder:
+                progress.begin()
+                with _collected():
+                    recorder.recording = True
+                    _one_step(model, batch, compute=compute, forward=forward, progress=progress)
+                    _note_gradients(recorder, parameters)
+                    recorder.place = Place("end", 0)
+                    model.zero_grad(set_to_none=True)
+                recorder.recording = False
         finally:
             progress.remove()
         recorder.log.inputs = [t.untyped_storage().nbytes() for t in batch.values()]

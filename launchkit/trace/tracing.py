@@ -7,6 +7,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
@@ -20,7 +21,7 @@ from launchkit.errors import TraceError
 from launchkit.model import ModelProfile
 from launchkit.program import Parameter, ParameterGroup, Point, StepProgram
 from launchkit.scenario import Attention, Checkpointing, DeviceKind, Method, TraceKey
-from launchkit.trace.assemble import TracedModel, assemble, parameter
+from launchkit.trace.assemble import TracedModel, assemble, parameter, same_story
 from launchkit.trace.build import (
     Built,
     Stack,
@@ -44,8 +45,8 @@ ProgressHook = Callable[[int, int, str], None]
 # Where the step is traced. The last point of each list is held back: it checks the polynomials and shapes none.
 # Lengths are multiples of 32, to which CUDA's attention kernels pad; ranks occur among the points so that a size
 # linear in the rank is told from one that is not.
-_POINTS_BATCHED = (Point(2, 64, 8), Point(3, 64, 8), Point(2, 96, 8), Point(4, 160, 8))
-_POINTS_SINGLE = (Point(1, 64, 8), Point(1, 96, 8), Point(1, 160, 8))
+_POINTS_BATCHED = (Point(2, 64, 8), Point(3, 64, 8), Point(2, 96, 8), Point(4, 160, 16))
+_POINTS_SINGLE = (Point(1, 64, 8), Point(1, 96, 8), Point(1, 160, 16))
 
 
 def trace_points(key: TraceKey, *, window: int = 0) -> tuple[Point, ...]:
@@ -56,14 +57,17 @@ def trace_points(key: TraceKey, *, window: int = 0) -> tuple[Point, ...]:
     if key.method is Method.FULL:
         return tuple(point._replace(lora_rank=0) for point in points)
     ranked = points[0]._replace(lora_rank=16)
-    return (*points[:-1], ranked, points[-1]._replace(lora_rank=24))
+    return (*points[:-1], ranked, points[-1])
 
 
 def trace_model(config: Mapping[str, Any], key: TraceKey, *, progress: ProgressHook | None = None) -> StepProgram:
-    """The step program of the model that ``config`` (the fields of a ``config.json``) describes, as ``key`` asks.
+    """The steady step's program of the model that ``config``, the fields of a ``config.json``, describes.
 
     Raises ``ModelConfigError`` for a configuration transformers refuses and ``TraceError``, naming the operator or the
     reason, for a model whose step cannot be traced.
+
+    A model's first step is run for what it leaves cached. Where it is the same as the second, as in most models, the
+    models built for other ranks are traced at once.
     """
     with ExitStack() as stack:
         stack.enter_context(_quiet())
@@ -71,23 +75,38 @@ def trace_model(config: Mapping[str, Any], key: TraceKey, *, progress: ProgressH
         points = trace_points(key, window=_sliding_window(settings.get_text_config()) if key.beyond_window else 0)
         if key.device is DeviceKind.CUDA:
             stack.enter_context(faithful_to_cuda())
-        logs = []
-        builts: dict[int, tuple[Built, FakeTensorMode, TracedModel]] = {}
+        logs: list[Log] = []
+        models: dict[int, _Traceable] = {}
+        settles = True
         for done, point in enumerate(points):
             if progress:
                 progress(done, len(points), f"tracing {key.method} {key.compute}, {point.micro_batch}×{point.seq_len}")
-            warm = point.lora_rank in builts
-            if not warm:
-                builts[point.lora_rank] = _build(settings, key, lora_rank=point.lora_rank)
-            built, mode, _ = builts[point.lora_rank]
-            logs.append(_trace_one(built, mode, key, point, warm=warm))
-        program = assemble(builts[points[0].lora_rank][2], logs, points)
+            model = models.get(point.lora_rank)
+            if model is None:
+                model = models[point.lora_rank] = _build(settings, key, lora_rank=point.lora_rank)
+                first = _trace_one(model, key, point) if settles else None
+                log = _trace_one(model, key, point)
+                settles = first is not None and not same_story(first, log)
+            else:
+                log = _trace_one(model, key, point)
+            logs.append(log)
+        program = assemble(models[points[0].lora_rank].described, logs, points)
     return program
 
 
-def _trace_one(built: Built, mode: FakeTensorMode, key: TraceKey, point: Point, *, warm: bool) -> Log:
+@dataclass(frozen=True, kw_only=True)
+class _Traceable:
+    """A model on fake tensors, the mode they live in, and what assembling needs to know of it."""
+
+    built: Built
+    mode: FakeTensorMode
+    described: TracedModel
+
+
+def _trace_one(model: _Traceable, key: TraceKey, point: Point) -> Log:
+    built = model.built
     try:
-        return trace_step(built, mode, point=point, compute=key.compute, forward=forward_of(key), warm=warm)
+        return trace_step(built, model.mode, point=point, compute=key.compute, forward=forward_of(key))
     except TraceError:
         raise
     except Exception as error:
@@ -97,7 +116,7 @@ def _trace_one(built: Built, mode: FakeTensorMode, key: TraceKey, point: Point, 
         ) from error
 
 
-def _build(settings: PreTrainedConfig, key: TraceKey, *, lora_rank: int) -> tuple[Built, FakeTensorMode, TracedModel]:
+def _build(settings: PreTrainedConfig, key: TraceKey, *, lora_rank: int) -> _Traceable:
     model_class, task = training_class(settings)
     whole: nn.Module = build_on_meta(model_class, settings, attention=key.attention, dtype=WEIGHT_DTYPE[key.compute])
     config = whole.config
@@ -110,7 +129,8 @@ def _build(settings: PreTrainedConfig, key: TraceKey, *, lora_rank: int) -> tupl
     traced = _describe(model, stacks, prefix=prefix, config=settings, lora_rank=lora_rank)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     to_fake(model, mode)
-    return Built(model=model, config=settings, stacks=stacks, task=task, prefix=prefix), mode, traced
+    built = Built(model=model, config=settings, stacks=stacks, task=task, prefix=prefix)
+    return _Traceable(built=built, mode=mode, described=traced)
 
 
 def _enable_checkpointing(model: nn.Module) -> None:
