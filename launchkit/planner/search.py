@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from launchkit import strategies
-from launchkit.errors import TraceError
+from launchkit.errors import MissingExtraError, TraceError
 from launchkit.hardware import Cluster
 from launchkit.model import ModelProfile
 from launchkit.plan import StepTime
@@ -172,7 +172,7 @@ class Search:
                 continue
             try:
                 yield self.best_batch(scenario)
-            except TraceError as error:
+            except (TraceError, MissingExtraError) as error:
                 yield Refused(scenario=scenario, reason=str(error))
 
     def best_batch(self, least: Scenario) -> Option:

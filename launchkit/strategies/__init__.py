@@ -11,7 +11,9 @@ from launchkit.optimizers import find
 from launchkit.program import StepProgram
 from launchkit.scenario import (
     Attention,
+    Checkpointing,
     DeviceKind,
+    Loss,
     Precision,
     Scenario,
     Strategy,
@@ -60,10 +62,24 @@ def refusal(scenario: Scenario, profile: ModelProfile, cluster: Cluster) -> str 
     """Why this combination would be refused when it is launched, with what to type instead; None when it would not."""
     find(scenario.training.optimizer)
     return (
-        _hardware_refusal(scenario, cluster)
+        _unmodelled(scenario.training)
+        or _hardware_refusal(scenario, cluster)
         or _model_refusal(scenario, profile, cluster)
         or _engine_refusal(scenario, profile, cluster)
     )
+
+
+def _unmodelled(training: Training) -> str | None:
+    """What no trace stands for yet. An answer for something else would be worse than none."""
+    if training.loss is not Loss.PLAIN:
+        return f"--loss {training.loss} is not modelled yet; use --loss plain, whose peak is no lower"
+    if training.checkpointing is Checkpointing.SELECTIVE:
+        return "--checkpointing selective is not modelled yet; it lies between --checkpointing none and full"
+    if training.compile:
+        return "--compile is not modelled yet; leave it out for the eager step, whose peak is rarely lower"
+    if training.precision is Precision.FP8:
+        return "--precision fp8 is not modelled yet; use --precision bf16"
+    return None
 
 
 def _engine_refusal(scenario: Scenario, profile: ModelProfile, cluster: Cluster) -> str | None:

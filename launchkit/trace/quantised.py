@@ -62,7 +62,7 @@ def _unpacked(packed: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype) 
 def quantise_linears(model: nn.Module, *, compute_dtype: torch.dtype) -> None:
     """Replaces, in place and on the meta device, every linear layer that transformers would quantise.
 
-    Left alone: output embeddings and tied ones (transformers' ``get_keys_to_not_convert``), and experts held as one
+    Left alone: output embeddings and the last module (transformers' ``get_keys_to_not_convert``), and experts held as one
     three-dimensional parameter, which bitsandbytes does not quantise. Raises ``MissingExtraError`` where bitsandbytes
     is missing.
     """
@@ -81,9 +81,9 @@ def quantise_linears(model: nn.Module, *, compute_dtype: torch.dtype) -> None:
                 out = out + self.bias.to(compute_dtype)
             return out.to(x.dtype)
 
-    head = getattr(model, "get_output_embeddings", lambda: None)()
+    heads = {getattr(model, "get_output_embeddings", lambda: None)(), list(model.children())[-1]}
     for name, module in list(model.named_modules()):
-        if type(module) is not nn.Linear or module is head:
+        if type(module) is not nn.Linear or module in heads:
             continue
         quantised = TracedLinear4bit(
             module.in_features,
