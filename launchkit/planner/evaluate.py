@@ -8,6 +8,7 @@ from launchkit import strategies
 from launchkit.errors import IllegalScenarioError
 from launchkit.hardware import Cluster
 from launchkit.model import ModelProfile, ModelSource
+from launchkit.optimizers import FP32_BYTES, LocalTensor, find, traffic_bytes
 from launchkit.plan import Candidate, Estimate, StepTime
 from launchkit.planner.host import checkpoint_bytes, host_load_peak_bytes, host_peak_bytes
 from launchkit.program import Owner, Point, StepProgram
@@ -22,6 +23,7 @@ from launchkit.simulate.overheads import (
     device_peak,
 )
 from launchkit.simulate.reading import CompiledProgram, compile_program
+from launchkit.units import divide_up
 
 # Allocations smaller than this are padded to it. Source: CUDACachingAllocator's kMinBlockSize.
 CUDA_BLOCK_BYTES = 512
@@ -177,20 +179,30 @@ def step_time(bench: Bench, scenario: Scenario) -> StepTime:
     profile, cluster = bench.source.profile, bench.cluster_of(scenario)
     program = bench.program(scenario)
     point = point_of(scenario)
+    num_trainable = program.num_parameters(point.lora_rank, trainable=True)
     job = Job(
         cluster=cluster,
         compute=bench.key(scenario).compute,
         gradient_accumulation_steps=scenario.batch.gradient_accumulation_steps,
         shard_group_size=cluster.node.num_gpus if scenario.strategy.kind is StrategyKind.HSDP else 0,
         reduces_every_micro_batch=scenario.strategy.kind is not StrategyKind.DDP,
-        host_optimizer_bytes=int(program.meta.get("host_optimizer_bytes", 0)),
+        host_optimizer_bytes=_host_optimizer_bytes(num_trainable, scenario, cluster),
         is_compiled=scenario.training.compile,
         num_active_parameters=profile.num_active_parameters or profile.num_parameters,
-        num_trainable=program.num_parameters(point.lora_rank, trainable=True),
+        num_trainable=num_trainable,
         num_layers=profile.num_layers,
         hidden_size=profile.hidden_size,
     )
     return simulate_time(program, point, job=job)
+
+
+def _host_optimizer_bytes(num_trainable: int, scenario: Scenario, cluster: Cluster) -> int:
+    """Host memory traffic of one rank's optimizer, where the strategy keeps it on the CPU: its shard, in fp32."""
+    strategy = scenario.strategy
+    if not (strategy.offload.optimizer or (strategy.kind.is_fsdp and strategy.offload.params)):
+        return 0
+    shard = LocalTensor((divide_up(num_trainable, cluster.num_gpus),), FP32_BYTES)
+    return traffic_bytes(find(scenario.training.optimizer), (shard,), device=DeviceKind.CPU)
 
 
 def usable_bytes(cluster: Cluster) -> int:

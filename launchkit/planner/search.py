@@ -163,10 +163,10 @@ class Search:
         for strategy in self.strategies():
             if (strategy.offload is not Offload.NONE) is not offload:
                 continue
+            if method is Method.QLORA and strategy.kind.zero_stage and self.request.strategy is None:
+                continue  # ZeRO has nothing to shard but the adapters' states
             scenario = self.base(method, strategy)
             reason = strategies.refusal(scenario, self._profile, self.bench.cluster_of(scenario))
-            if reason is None and method is Method.QLORA and strategy.kind.zero_stage == 3:
-                reason = "4-bit weights cannot be sharded by ZeRO-3 without trouble; use fsdp2"
             if reason is not None:
                 yield Refused(scenario=scenario, reason=reason)
                 continue
