@@ -30,7 +30,7 @@ def load_model(job: FineTuneJob) -> PreTrainedModel:
         **_quantisation(job),
     )
     model.config.use_cache = False
-    return model
+    return _widened(model) if _widens_unquantised(job) else model
 
 
 def adapter_config(job: FineTuneJob) -> Any:
@@ -56,6 +56,17 @@ def with_adapter(model: PreTrainedModel, job: FineTuneJob) -> Any:
         model.enable_input_require_grads()  # else nothing before the first adapter asks for gradients
     # FSDP1 flattens only tensors of one dtype, and 4-bit weights count as their storage's.
     return get_peft_model(model, config, autocast_adapter_dtype=not _needs_one_dtype(job))
+
+
+def _widens_unquantised(job: FineTuneJob) -> bool:
+    """Beside 4-bit weights PEFT recommends fp32 for all others. Engines that cast or shard want them as loaded."""
+    return job.training.method is Method.QLORA and not (job.strategy.is_fsdp or job.strategy.zero_stage)
+
+
+def _widened(model: PreTrainedModel) -> PreTrainedModel:
+    from peft import prepare_model_for_kbit_training  # an optional dependency
+
+    return prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
 
 
 def _needs_one_dtype(job: FineTuneJob) -> bool:

@@ -103,18 +103,25 @@ def fine_tune_job(
 
 
 def weights_dtype_of(candidate: Candidate) -> str:
-    """The dtype that the weights are loaded in.
+    """The dtype that the weights are loaded in, which is the one that the strategy's rewrite counts them in."""
+    precision = candidate.scenario.training.precision
+    if precision in (Precision.BF16_PARAMS, Precision.BF16_PURE):
+        return "bfloat16"
+    if not (precision.is_mixed and _holds_sixteen_bits(candidate)):
+        return "float32"
+    return "float16" if precision is Precision.FP16 else "bfloat16"
 
-    Mixed precision means fp32 weights under autocast and in FSDP's shards; DeepSpeed's engine holds 16-bit weights and
-    makes its own fp32 master. Next to 4-bit weights the few others stay in the compute dtype.
+
+def _holds_sixteen_bits(candidate: Candidate) -> bool:
+    """Whether mixed precision starts from 16-bit weights rather than from fp32 ones.
+
+    Under autocast it does not. DeepSpeed's engine holds 16-bit weights and makes its own fp32 master; accelerate's FSDP
+    upcasts what is trained and leaves frozen weights as they were loaded; 4-bit ones are unpacked into 16 bits.
     """
     training, kind = candidate.scenario.training, candidate.scenario.strategy.kind
-    if training.precision is Precision.FP32:
-        return "float32"
-    if training.precision in (Precision.BF16_PARAMS, Precision.BF16_PURE):
-        return "bfloat16"
-    sixteen_bits = "float16" if training.precision is Precision.FP16 else "bfloat16"
-    return sixteen_bits if kind.zero_stage or training.method is Method.QLORA else "float32"
+    if kind.zero_stage or training.method is Method.QLORA:
+        return True
+    return kind.is_fsdp and training.method is Method.LORA and training.trainer is not Trainer.LOOP
 
 
 def split_gguf(model_path: str) -> tuple[str, str]:

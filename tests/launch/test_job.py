@@ -29,6 +29,8 @@ def test_split_gguf(path: str, expected: tuple[str, str]) -> None:
         ("single", "bf16", "full", "float32"),
         ("ddp", "bf16", "lora", "float32"),
         ("fsdp2", "bf16", "full", "float32"),
+        ("fsdp2", "bf16", "lora", "bfloat16"),
+        ("fsdp", "fp16", "lora", "float16"),
         ("zero2", "bf16", "full", "bfloat16"),
         ("zero3", "fp16", "full", "float16"),
         ("zero2", "fp32", "full", "float32"),
