@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from launchkit.errors import IllegalScenarioError
 from launchkit.export.layout import (
     DEEPSPEED_FILE,
-    LEARNING_RATES,
-    LORA_ALPHA_PER_RANK,
     OUTPUT_DIRECTORY,
     UNSHARDED,
     autocast_format,
@@ -21,6 +19,7 @@ from launchkit.export.layout import (
 )
 from launchkit.hardware import Backend, Cluster
 from launchkit.plan import Candidate
+from launchkit.recipe import RECIPES
 from launchkit.scenario import (
     Attention,
     Checkpointing,
@@ -70,6 +69,7 @@ def axolotl_config(
     check_expressible(candidate, cluster)
     _check_axolotl_can(candidate, cluster)
     training, batch = candidate.scenario.training, candidate.scenario.batch
+    recipe = RECIPES[training.method]
     return {
         "base_model": model or candidate.model.name,
         "datasets": [dict(data) if isinstance(data, Mapping) else _dataset(data)],
@@ -83,8 +83,8 @@ def axolotl_config(
         "num_epochs": 1,
         **_adapter(candidate),
         "optimizer": training.optimizer,
-        "learning_rate": LEARNING_RATES[training.method],
-        "lr_scheduler": "cosine",
+        "learning_rate": recipe.learning_rate,
+        "lr_scheduler": recipe.lr_scheduler,
         "max_grad_norm": clip_norm(candidate),
         **_PRECISION_KEYS[autocast_format(candidate.scenario)],
         "tf32": cluster.gpu.tf32_flops_per_s > 0,
@@ -120,7 +120,7 @@ def _adapter(candidate: Candidate) -> dict[str, object]:
         "adapter": training.method.value,
         "load_in_4bit": training.method is Method.QLORA,
         "lora_r": training.lora_rank,
-        "lora_alpha": LORA_ALPHA_PER_RANK * training.lora_rank,
+        "lora_alpha": RECIPES[training.method].lora_alpha(training.lora_rank),
         "lora_dropout": 0.0,  # what the plan's step was traced with
         **({"lora_target_linear": True} if modules == ("all-linear",) else {"lora_target_modules": list(modules)}),
     }

@@ -22,9 +22,6 @@ from launchkit.units import MIB
 
 DEEPSPEED_FILE = "deepspeed.json"
 OUTPUT_DIRECTORY = "outputs"
-# Customary starting points; Axolotl refuses a file without one, and no memory depends on it.
-LEARNING_RATES = {Method.FULL: 2e-5, Method.LORA: 2e-4, Method.QLORA: 2e-4}
-LORA_ALPHA_PER_RANK = 2  # the customary scale; it changes no memory
 UNSHARDED = (StrategyKind.SINGLE, StrategyKind.DDP)
 _BF16_STATES = (Precision.BF16_PARAMS, Precision.BF16_PURE)
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from launchkit.errors import IllegalScenarioError
 from launchkit.export.layout import (
-    LEARNING_RATES,
-    LORA_ALPHA_PER_RANK,
     OUTPUT_DIRECTORY,
     UNSHARDED,
     autocast_format,
@@ -17,6 +15,7 @@ from launchkit.export.layout import (
 )
 from launchkit.hardware import Backend, Cluster
 from launchkit.plan import Candidate
+from launchkit.recipe import RECIPES
 from launchkit.scenario import Checkpointing, Loss, Method, Precision
 
 DEFAULT_DATASET = "train"  # a directory of data files, or a hub id
@@ -42,7 +41,7 @@ def trl_config(
         "per_device_train_batch_size": batch.micro_batch,
         "gradient_accumulation_steps": batch.gradient_accumulation_steps,
         "optim": training.optimizer,
-        "learning_rate": LEARNING_RATES[training.method],
+        "learning_rate": RECIPES[training.method].learning_rate,
         "max_grad_norm": clip_norm(candidate),
         "bf16": autocast == "bf16",
         "fp16": autocast == "fp16",
@@ -86,7 +85,7 @@ def _adapter(candidate: Candidate) -> dict[str, object]:
         "use_peft": True,
         "load_in_4bit": training.method is Method.QLORA,
         "lora_r": training.lora_rank,
-        "lora_alpha": LORA_ALPHA_PER_RANK * training.lora_rank,
+        "lora_alpha": RECIPES[training.method].lora_alpha(training.lora_rank),
         "lora_dropout": 0.0,
         "lora_target_modules": list(lora_target_modules(candidate)),
     }

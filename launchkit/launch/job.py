@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from launchkit.errors import IllegalScenarioError, PlanFileError
-from launchkit.export.layout import LORA_ALPHA_PER_RANK, autocast_format, clip_norm, lora_target_modules
+from launchkit.export.layout import autocast_format, clip_norm, lora_target_modules
 from launchkit.hardware import Backend, Cluster
 from launchkit.plan import Candidate
+from launchkit.recipe import RECIPES
 from launchkit.scenario import Batch, Checkpointing, Loss, Method, Precision, StrategyKind, Trainer, Training
 from launchkit.serialize import decode, encode
-
-DEFAULT_LEARNING_RATES: Mapping[Method, float] = {Method.FULL: 2e-5, Method.LORA: 2e-4, Method.QLORA: 2e-4}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +93,7 @@ def fine_tune_job(
         weights_dtype=weights_dtype_of(candidate),
         autocast=autocast_format(candidate.scenario),
         max_grad_norm=clip_norm(candidate),
-        learning_rate=DEFAULT_LEARNING_RATES[training.method],
+        learning_rate=RECIPES[training.method].learning_rate,
         lora=None if training.method is Method.FULL else _lora(candidate),
         deepspeed_file=deepspeed_file,
         on_cpu=cluster.gpu.backend is Backend.CPU,
@@ -133,8 +131,9 @@ def split_gguf(model_path: str) -> tuple[str, str]:
 
 
 def _lora(candidate: Candidate) -> Lora:
-    rank = candidate.scenario.training.lora_rank
-    return Lora(rank=rank, alpha=LORA_ALPHA_PER_RANK * rank, targets=lora_target_modules(candidate))
+    training = candidate.scenario.training
+    alpha = RECIPES[training.method].lora_alpha(training.lora_rank)
+    return Lora(rank=training.lora_rank, alpha=alpha, targets=lora_target_modules(candidate))
 
 
 def _check_trainable(candidate: Candidate, *, gguf_file: str) -> None:
