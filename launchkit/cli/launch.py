@@ -70,7 +70,7 @@ def command(
 
 
 def live_stream(console: Console) -> BinaryIO | None:
-    """Where rank 0's output goes while it runs."""
+    """Where the run's progress goes while it runs."""
     if console.quiet:
         return None
     return sys.stderr.buffer if console.json else sys.stdout.buffer
@@ -78,11 +78,12 @@ def live_stream(console: Console) -> BinaryIO | None:
 
 def report_run(record: RunRecord, *, console: Console) -> None:
     """How a run ended, and what was measured beside what was predicted."""
-    if record.exit_code:
-        console.note(f"launchkit: the run failed with exit code {record.exit_code}: {record.failure}")
-        if record.log:
-            console.note(f"log: {record.log}")
-    console.text(f"{comparison_text(record)}\nrun: {record.run_dir}\n")
+    if record.ending:
+        console.note(f"launchkit: {record.ending}")
+    if record.log:
+        console.note(f"log: {record.log}")
+    lines = [line for line in (comparison_text(record), f"run: {record.run_dir}") if line]
+    console.text("\n".join(lines) + "\n")
 
 
 def _preview(plan: Plan, options: RunOptions, *, console: Console) -> int:

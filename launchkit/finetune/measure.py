@@ -140,7 +140,7 @@ class StepMeter:
         self._timeline.stop()
         module = biggest_module()
         if module is not None:
-            self._foreign_bytes = foreign_parameter_bytes(module, self._timeline.live_addresses)
+            self._foreign_bytes = foreign_parameter_bytes(module, self._timeline.holds)
 
 
 def max_rss_bytes() -> int:

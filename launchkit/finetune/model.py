@@ -1,4 +1,4 @@
-"""Loading a model as its job says: directory, hub id or GGUF file, dtype, attention, 4-bit weights, adapter."""
+"""Loading a model as its job says: directory or hub id, dtype, attention, 4-bit weights, adapter."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from launchkit.scenario import Method
 
 def load_tokenizer(job: FineTuneJob) -> Any:
     """The tokenizer; models without a padding token pad with their end mark, which is never scored."""
-    tokenizer = AutoTokenizer.from_pretrained(job.model_path, **_gguf(job))
+    tokenizer = AutoTokenizer.from_pretrained(job.model_path)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -26,7 +26,6 @@ def load_model(job: FineTuneJob) -> PreTrainedModel:
         job.model_path,
         dtype=getattr(torch, job.weights_dtype),
         attn_implementation=str(job.training.attention),
-        **_gguf(job),
         **_quantisation(job),
     )
     model.config.use_cache = False
@@ -73,17 +72,9 @@ def _needs_one_dtype(job: FineTuneJob) -> bool:
     return job.strategy == "fsdp" or (job.strategy.is_fsdp and job.training.method is Method.QLORA)
 
 
-def _gguf(job: FineTuneJob) -> dict[str, str]:
-    return {"gguf_file": job.gguf_file} if job.gguf_file else {}
-
-
 def _quantisation(job: FineTuneJob) -> dict[str, Any]:
-    """How the weights are held. A GGUF file's are unpacked, since its blocks cannot be trained. QLoRA's are 4-bit
-    NormalFloat, under FSDP stored in the compute dtype's width: it cannot flatten or shard integers."""
-    if job.gguf_file:
-        from transformers import GgufConfig  # from transformers 5 on
-
-        return {"quantization_config": GgufConfig(dequantize=True)}
+    """QLoRA's weights are 4-bit NormalFloat, under FSDP stored in the compute dtype's width: it cannot flatten or shard
+    integers."""
     if job.training.method is not Method.QLORA:
         return {}
     from transformers import BitsAndBytesConfig  # needs bitsandbytes, an optional dependency

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 from collections import Counter
-from collections.abc import Set
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -51,13 +51,13 @@ def biggest_module(modules: list[torch.nn.Module] | None = None) -> torch.nn.Mod
     return max(roots, key=lambda root: sum(_full_numel(parameter) for parameter in root.parameters()), default=None)
 
 
-def foreign_parameter_bytes(module: torch.nn.Module, known_addresses: Set[int]) -> int:
-    """Bytes of parameters whose storage torch's allocator did not make: mapped files, arrays of other libraries."""
+def foreign_parameter_bytes(module: torch.nn.Module, is_known: Callable[[int], bool]) -> int:
+    """Bytes of parameters whose storage is at no known address: arrays of other libraries."""
     storages = {}
     for parameter in module.parameters():
         storage = local_tensor(parameter).untyped_storage()
         storages[storage.data_ptr()] = storage.nbytes()
-    return sum(size for address, size in storages.items() if address and address not in known_addresses)
+    return sum(size for address, size in storages.items() if address and not is_known(address))
 
 
 def local_tensor(parameter: torch.Tensor) -> torch.Tensor:

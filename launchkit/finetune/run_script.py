@@ -6,6 +6,7 @@ writes its log and measures memory and steps; what makes accelerate shard on the
 
 from __future__ import annotations
 
+import logging
 import os
 import runpy
 import sys
@@ -21,6 +22,8 @@ def main() -> None:
     from launchkit.finetune.measure import StepMeter
 
     check_devices()
+    # It warns of a kernel that only 4-bit models on the CPU would use, in every script that imports peft.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     if os.environ.get(CPU_ENGINES_VARIABLE):
         from launchkit.finetune import cpu_fsdp
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import sys
 from itertools import accumulate
 
 from torch._C._profiler import _EventType
@@ -12,15 +13,16 @@ from torch.profiler import ProfilerActivity, profile
 class AllocationTimeline:
     """Live bytes of torch's CPU allocator over time, from ``start`` to ``stop``.
 
-    Memory that was allocated before, or by others (files mapped into memory, numpy), is not in it. Timestamps are those
-    of ``time.time_ns()``. Nothing else may profile meanwhile: torch has one profiler.
+    Files that torch maps into memory are in it, as one block each. Memory that was allocated before, or by others
+    (numpy), is not. Timestamps are those of ``time.time_ns()``. Nothing else may profile meanwhile: torch has one
+    profiler.
     """
 
     def __init__(self) -> None:
         self._profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
         self._times_ns: list[int] = []
         self._live_bytes: list[int] = []
-        self.live_addresses: frozenset[int] = frozenset()
+        self._left: list[tuple[int, int]] = []  # address and size of what is still live at the end
         self.is_running = False
 
     def start(self) -> None:
@@ -37,7 +39,12 @@ class AllocationTimeline:
         live: dict[int, int] = {}
         for _, size, address in events:
             live[address] = live.get(address, 0) + size
-        self.live_addresses = frozenset(address for address, size in live.items() if size > 0)
+        self._left = sorted((address, size) for address, size in live.items() if size > 0)
+
+    def holds(self, address: int) -> bool:
+        """Whether ``address`` is inside a block that was still live at the end."""
+        place = bisect.bisect_right(self._left, (address, sys.maxsize)) - 1
+        return place >= 0 and address < sum(self._left[place])
 
     def peak_bytes(self, begin_ns: int, end_ns: int) -> int:
         """The most that was live at any moment of the interval."""

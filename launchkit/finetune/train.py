@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,10 @@ from launchkit.finetune.data import fit_rows, read_examples, tokenise
 from launchkit.finetune.devices import check_devices
 from launchkit.finetune.measure import StepMeter
 from launchkit.finetune.model import adapter_config, load_model, load_tokenizer, with_adapter
+from launchkit.finetune.unpack import unpacked
 from launchkit.launch.environment import RUN_DIR_VARIABLE
 from launchkit.launch.job import FineTuneJob
-from launchkit.process.worker import global_rank
+from launchkit.process.worker import global_rank, say
 from launchkit.scenario import Checkpointing, Loss
 from launchkit.scenario import Trainer as TrainerKind
 
@@ -32,6 +34,7 @@ NUM_CHECKPOINTS = 2
 def train(job: FineTuneJob) -> None:
     """Trains as the job says, measures, and saves the model (or its adapter) with its tokenizer."""
     check_devices()
+    job = unpacked(job)
     if job.on_cpu and job.strategy.is_fsdp:
         cpu_fsdp.install()
     elif job.on_cpu:
@@ -41,6 +44,7 @@ def train(job: FineTuneJob) -> None:
     arguments = training_arguments(job)
     if job.on_cpu and job.deepspeed_file:
         cpu_fsdp.join_deepspeed()
+    say(f"loading {job.model_path}")
     tokenizer = load_tokenizer(job)
     rows = fit_rows(
         tokenise(read_examples(job.data.path), tokenizer), seq_len=job.batch.seq_len, packing=job.training.packing
@@ -56,9 +60,15 @@ def train(job: FineTuneJob) -> None:
     trainer.train()
     meter.finish()
     if job.save:
-        trainer.save_model(job.output_dir)
-        if trainer.is_world_process_zero():
-            tokenizer.save_pretrained(job.output_dir)
+        _save(trainer, tokenizer, job)
+
+
+def _save(trainer: Trainer, tokenizer: Any, job: FineTuneJob) -> None:
+    begin = time.monotonic()
+    trainer.save_model(job.output_dir)
+    if trainer.is_world_process_zero():
+        tokenizer.save_pretrained(job.output_dir)
+    say(f"saved in {time.monotonic() - begin:.1f} s: {job.output_dir}")
 
 
 def uses_trl(job: FineTuneJob) -> bool:
@@ -174,4 +184,8 @@ class Reporter(TrainerCallback):
         }
         with self._path.open("a", encoding="utf-8") as metrics:
             metrics.write(json.dumps(line) + "\n")
-        print(f"step {state.global_step}/{state.max_steps}  loss {line['loss']:.4f}  {seconds:.2f} s", flush=True)
+        speed = self._meter.tokens_per_step / seconds if seconds else 0.0
+        say(
+            f"step {state.global_step}/{state.max_steps}  loss {line['loss']:.4f}  {seconds:.2f} s  "
+            f"{speed:,.0f} tokens/s per process"
+        )

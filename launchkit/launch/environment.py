@@ -21,6 +21,8 @@ CPU_ENGINES_VARIABLE = "LAUNCHKIT_CPU_SHARDING"
 MEASURE_VARIABLE = "LAUNCHKIT_MEASURE"
 DEVICE_VARIABLE = "LAUNCHKIT_DEVICE"
 SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|API_?KEY|ACCESS_KEY|AUTH", re.IGNORECASE)
+# Workers write to files, where progress bars are of no use, and the profiler that measures them announces itself.
+QUIET = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "KINETO_LOG_LEVEL": "99"}
 TELLING = re.compile(
     r"^(CUDA_|NCCL_|GLOO_|TORCH_|PYTORCH_|ACCELERATE_|FSDP_|PARALLELISM_|DS_|OMP_|LAUNCHKIT_|HF_|TRANSFORMERS_|MASTER_"
     r"|RANK$|WORLD_SIZE$|LOCAL_|PYTHONPATH$|LD_LIBRARY_PATH$)"
@@ -86,7 +88,7 @@ def device_environment(candidate: Candidate, cluster: Cluster) -> dict[str, str]
     On the CPU accelerate shards nothing unless it is made to (``launchkit.finetune.cpu_fsdp``): what it needs is the
     opposite of ``ACCELERATE_USE_CPU``, which DDP and single processes in turn cannot do without.
     """
-    environment = {"PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
+    environment = {"PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false", **QUIET}
     cores = cluster.node.num_cpu_cores
     num_local = max(1, num_processes(candidate, cluster) // max(1, cluster.num_nodes))
     if cores:

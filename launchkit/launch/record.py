@@ -109,8 +109,17 @@ class RunRecord:
     strategy_is_live: bool | None = None  # None: no rank could tell
     failure: str = ""
     log: str = ""
+    stopped_by: str = ""  # the signal that launchkit was sent and handed on: SIGINT, SIGTERM, SIGHUP
     notes: tuple[str, ...] = ()
     dry_run: bool = False
+
+    @property
+    def ending(self) -> str:
+        """How a run ended that did not succeed, in a few words; empty for one that did."""
+        if self.stopped_by:
+            how = "interrupted" if self.stopped_by == "SIGINT" else f"stopped by {self.stopped_by}"
+            return f"{how}; every process is gone"
+        return f"the run failed with exit code {self.exit_code}: {self.failure}" if self.exit_code else ""
 
     @property
     def document(self) -> dict[str, Any]:
@@ -162,7 +171,7 @@ def comparison_text(record: RunRecord) -> str:
 
 def _memory_line(record: RunRecord) -> str:
     if not record.ranks:
-        return "memory: no rank left a measurement"
+        return "" if record.ending else "memory: no rank left a measurement"
     largest = max(record.ranks, key=lambda rank: rank.peak_bytes)
     when = "steady step" if largest.steady_peak_bytes else "first step"
     measured = f"memory: measured {gib(largest.peak_bytes, digits=2)} {_METRIC_TEXT[largest.metric]}"

@@ -24,6 +24,7 @@ from launchkit.process.extensions import stale_locks
 from launchkit.process.failure import Failure, find_failure, signal_name
 from launchkit.process.ports import free_port, is_free
 from launchkit.process.supervisor import Outcome, Supervision, supervise
+from launchkit.process.worker import PROGRESS_LOG
 from launchkit.scenario import Method, Trainer
 from launchkit.serialize import document_text, plan_document
 
@@ -39,7 +40,8 @@ class RunOptions:
     exists gets a number. ``pad_to_seq_len`` of None means: in a trial (``max_steps`` given), so that the measured peak
     is the planned one. ``measure`` of None means: profile on the CPU, counters elsewhere. ``node_rank``,
     ``master_addr``, ``master_port`` and ``hostfile`` matter on several nodes; each node runs the same command with its
-    own rank. ``stream`` receives rank 0's output live, None keeps it in its log only.
+    own rank. ``stream`` receives live what rank 0 tells, which of a script is all its output and of the built-in
+    fine-tune its progress; None keeps it in the logs.
     """
 
     script: str | None = None
@@ -92,7 +94,7 @@ def launch_run(plan: Plan, *, options: RunOptions, candidate: Candidate | None =
         environment=environment,
         how=Supervision(
             log_dir=log_dir,
-            live_log=f"rank{ranks[0]}.log",
+            live_log=PROGRESS_LOG if prepared.is_built_in else f"rank{ranks[0]}.log",
             stream=options.stream,
             grace_seconds=options.grace_seconds,
         ),
@@ -140,6 +142,8 @@ def _model_path(name: str) -> str:
     path = Path(name).expanduser()
     if path.name == "config.json" and path.is_file():
         path = path.parent
+    if path.is_dir() and not (path / "config.json").is_file():
+        path = min(path.glob("*.gguf"), default=path)  # the one that was planned
     return str(path.resolve()) if path.exists() else name
 
 
@@ -253,6 +257,7 @@ def _finish(prepared: PreparedRun, *, outcome: Outcome, failure: Failure | None,
         seconds=outcome.seconds,
         measured=measured,
         failure=failure,
+        stopped_by=signal_name(outcome.received) if outcome.received else "",
         notes=_notes(prepared, outcome, failure, measured),
     )
     (prepared.run_dir / "result.json").write_text(_json(record.document), encoding="utf-8")
@@ -272,9 +277,7 @@ def _notes(
     notes = [note for record in measured for note in record.notes]
     if prepared.is_built_in:
         notes += job_notes(prepared.candidate)
-    if outcome.received:
-        notes.append(f"stopped by {signal_name(outcome.received)}; every process of the run is gone")
-    elif failure is None and outcome.returncode:
+    if failure is None and outcome.returncode and not outcome.received:
         notes.append(f"every rank finished its work; the launcher then ended with {outcome.returncode} at teardown")
     if outcome.num_left:
         notes.append(f"{outcome.num_left} processes outlived the launcher and were ended")
@@ -293,6 +296,7 @@ def _record(
     seconds: float,
     measured: tuple[RankRecord, ...] = (),
     failure: Failure | None = None,
+    stopped_by: str = "",
     notes: tuple[str, ...] = (),
     dry_run: bool = False,
 ) -> RunRecord:
@@ -310,6 +314,7 @@ def _record(
         strategy_is_live=strategy_is_live(strategy.kind, measured, world_size=world_size),
         failure="" if failure is None else failure.text,
         log="" if failure is None else failure.log,
+        stopped_by=stopped_by,
         notes=notes,
         dry_run=dry_run,
     )

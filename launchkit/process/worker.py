@@ -16,6 +16,7 @@ from launchkit.process.guard import GUARD_PID_VARIABLE
 from launchkit.process.parent_death import die_with_parent, die_with_process
 
 MAXIMUM_ERROR_CHARACTERS = 2000
+PROGRESS_LOG = "progress.log"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +60,15 @@ def run_worker(body: Callable[[], None]) -> int:
     ended = RankExit(rank=rank, exit_code=exit_code, unix_seconds=time.time(), error=error)
     exit_path(log_dir, rank).write_text(json.dumps(asdict(ended)), encoding="utf-8")
     return exit_code
+
+
+def say(line: str) -> None:
+    """A line for whoever watches the run: rank 0's reach the screen, every rank's are in its log."""
+    print(line, flush=True)
+    run_dir = os.environ.get(RUN_DIR_VARIABLE)
+    if run_dir and global_rank() == 0:
+        with (Path(run_dir) / "logs" / PROGRESS_LOG).open("a", encoding="utf-8") as progress:
+            progress.write(line + "\n")
 
 
 def _tie_to_run() -> None:

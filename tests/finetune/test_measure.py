@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
 import pytest
 
 torch = pytest.importorskip("torch")
+
+from safetensors.torch import load_file, save_file  # noqa: E402
 
 from launchkit.finetune.batches import RightPadded, TokenRows  # noqa: E402
 from launchkit.finetune.proof import biggest_module, foreign_parameter_bytes, read_proof  # noqa: E402
@@ -30,14 +33,30 @@ def test_timeline_sees_each_windows_own_peak() -> None:
     assert timeline.peak_bytes(begin, middle) == 5 * MIB
     assert timeline.peak_bytes(middle, end) == 3 * MIB
     assert timeline.peak_bytes(end, end + 1) == 3 * MIB
-    assert {kept.data_ptr(), later.data_ptr()} <= timeline.live_addresses
+    assert timeline.holds(kept.data_ptr())
+    assert timeline.holds(later.data_ptr() + 2 * MIB - 1)
+    assert not timeline.holds(0)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_mapped_file_is_counted_once(tmp_path: Path) -> None:
+    """safetensors gives each tensor a piece of one mapping."""
+    save_file({"a": torch.ones(MIB), "b": torch.ones(MIB)}, tmp_path / "model.safetensors")
+    timeline = AllocationTimeline()
+    timeline.start()
+    tensors = load_file(tmp_path / "model.safetensors")
+    end = time.time_ns()
+    timeline.stop()
+    module = torch.nn.ParameterList(tensors.values())
+    foreign_bytes = foreign_parameter_bytes(module, timeline.holds)
+    assert timeline.peak_bytes(end, end + 1) + foreign_bytes == pytest.approx(2 * 4 * MIB, abs=4096)
 
 
 def test_parameters_of_other_allocators_are_counted_apart() -> None:
     module = torch.nn.Linear(8, 8, bias=True)
-    known = frozenset({module.weight.untyped_storage().data_ptr()})
-    assert foreign_parameter_bytes(module, known) == 8 * 4
-    assert foreign_parameter_bytes(module, frozenset()) == (64 + 8) * 4
+    known = module.weight.untyped_storage().data_ptr()
+    assert foreign_parameter_bytes(module, lambda address: address == known) == 8 * 4
+    assert foreign_parameter_bytes(module, lambda _: False) == (64 + 8) * 4
 
 
 def test_proof_of_a_single_process() -> None:
