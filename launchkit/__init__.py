@@ -8,8 +8,9 @@
     print(plan.chosen.scenario.strategy.name, plan.chosen.estimate.device_peak_bytes)
     candidate = launchkit.estimate("./model", gpus="2xcpu", strategy="fsdp2")
 
-``flags`` are the command line's, spelled with underscores; the values that come back are ``launchkit.plan``'s classes
-``Plan`` and ``Candidate``, and ``launchkit.serialize`` turns them into the JSON of ``--json``.
+``flags`` are the command line's, spelled with underscores, and ``preset`` names those of a published recipe. The values
+that come back are ``launchkit.plan``'s classes ``Plan`` and ``Candidate``, and ``launchkit.serialize`` turns them into
+the JSON of ``--json``.
 """
 
 from __future__ import annotations
@@ -36,15 +37,19 @@ class _Package(ModuleType):
 sys.modules[__name__].__class__ = _Package
 
 
-def plan(model: str, *, trust_remote_code: bool = False, **flags: str | int | bool | None) -> Plan:
+def plan(
+    model: str, *, preset: str | None = None, trust_remote_code: bool = False, **flags: str | int | bool | None
+) -> Plan:
     """The best way to fine-tune ``model`` (hub id, directory or ``config.json``) under what ``flags`` ask for."""
     from launchkit import api  # lazy: importing launchkit costs next to nothing
 
-    return api.plan(model, trust_remote_code=trust_remote_code, **flags)
+    return api.plan(model, preset=preset, trust_remote_code=trust_remote_code, **flags)
 
 
-def estimate(model: str, *, trust_remote_code: bool = False, **flags: str | int | bool | None) -> Candidate:
+def estimate(
+    model: str, *, preset: str | None = None, trust_remote_code: bool = False, **flags: str | int | bool | None
+) -> Candidate:
     """Memory and speed of exactly one scenario; a flag that is not given has the command line's default."""
     from launchkit import api  # lazy, as above
 
-    return api.estimate(model, trust_remote_code=trust_remote_code, **flags)
+    return api.estimate(model, preset=preset, trust_remote_code=trust_remote_code, **flags)

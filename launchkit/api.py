@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from launchkit import planner
 from launchkit.catalog.hardware import hardware_table
 from launchkit.catalog.models import Progress, find_model
+from launchkit.catalog.presets import find_preset
 from launchkit.hardware import Cluster
 from launchkit.model import ModelProfile, ModelSource
 from launchkit.plan import Candidate, Plan
@@ -17,14 +19,18 @@ from launchkit.request import Request, resolve
 from launchkit.scenario import TraceKey
 
 
-def plan(model: str, *, trust_remote_code: bool = False, **flags: str | int | bool | None) -> Plan:
+def plan(
+    model: str, *, preset: str | None = None, trust_remote_code: bool = False, **flags: str | int | bool | None
+) -> Plan:
     """The best way to fine-tune ``model``; ``flags`` are the command line's (``gpus="4x4090", seq_len=4096``)."""
-    return plan_request(model, Request.from_flags(flags), trust_remote_code=trust_remote_code)
+    return plan_request(model, _request(flags, preset=preset), trust_remote_code=trust_remote_code)
 
 
-def estimate(model: str, *, trust_remote_code: bool = False, **flags: str | int | bool | None) -> Candidate:
-    """Memory and speed of exactly one scenario; a flag that is not given has its default."""
-    return estimate_request(model, Request.from_flags(flags), trust_remote_code=trust_remote_code)[0]
+def estimate(
+    model: str, *, preset: str | None = None, trust_remote_code: bool = False, **flags: str | int | bool | None
+) -> Candidate:
+    """Memory and speed of exactly one scenario; a flag that is not given has the preset's value, or its default."""
+    return estimate_request(model, _request(flags, preset=preset), trust_remote_code=trust_remote_code)[0]
 
 
 def plan_request(
@@ -79,3 +85,7 @@ def find_source(
 def find_cluster(spec: str | None) -> Cluster:
     """The cluster that a GPU spec names; nothing, ``auto`` and ``2xauto`` are what this machine has."""
     return cluster_for(spec, hardware_table())
+
+
+def _request(flags: Mapping[str, str | int | bool | None], *, preset: str | None) -> Request:
+    return Request.from_flags(flags if preset is None else find_preset(preset).below(flags))

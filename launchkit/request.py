@@ -196,6 +196,29 @@ def find_flag(name: str) -> Flag:
     raise UsageError(f"{name!r} is no setting of launchkit; {advice}")
 
 
+def option_text(name: str, value: str | int | bool) -> str:
+    """A flag as it is typed: ``--seq-len 4096``, ``--no-packing``."""
+    flag = find_flag(name)
+    if flag.kind is bool:
+        return flag.option if value else f"--no-{flag.option[2:]}"
+    return f"{flag.option} {value}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preset:
+    """A published recipe as flags: they stand behind everything that was given, and before the defaults."""
+
+    name: str
+    description: str
+    flags: Mapping[str, str | int | bool]
+    source: str
+
+    def below(self, given: Mapping[str, object]) -> dict[str, object]:
+        """What was given (``None`` counts as not given), and this preset's flags where nothing was."""
+        named = {find_flag(name).name: value for name, value in given.items() if value is not None}
+        return {**self.flags, **named}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Resolution:
     """A scenario without open questions, and what had to be decided on the way."""

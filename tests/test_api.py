@@ -12,6 +12,7 @@ import launchkit
 from launchkit import api
 from launchkit.catalog.fingerprint import fingerprint
 from launchkit.catalog.models import load_index
+from launchkit.catalog.presets import find_preset
 from launchkit.errors import UsageError
 from launchkit.request import Request
 from tests.report import plans
@@ -59,6 +60,18 @@ def test_flags_reach_the_planner(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [(model, request.given()) for model, request in asked] == [
         ("gpt2", {"gpus": "4x4090", "seq_len": 4096, "packing": True})
     ]
+
+
+def test_a_preset_stands_below_the_flags(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Request] = []
+    monkeypatch.setattr(api, "plan_request", lambda model, request, **_: asked.append(request))
+    monkeypatch.setattr(api, "estimate_request", lambda model, request, **_: (asked.append(request), None))
+    launchkit.plan("gpt2", preset="vicuna-7b", seq_len=64, optimizer=None)
+    launchkit.estimate("gpt2", preset="vicuna-7b")
+    vicuna = find_preset("vicuna-7b").flags
+    assert [request.given() for request in asked] == [{**vicuna, "seq_len": 64}, vicuna]
+    with pytest.raises(UsageError, match="--preset vicuna is unknown; did you mean vicuna-7b"):
+        launchkit.plan("gpt2", preset="vicuna")
 
 
 @pytest.mark.parametrize("call", [launchkit.plan, launchkit.estimate])

@@ -51,7 +51,7 @@ VERBS = (
 EPILOGUE = """
 Start with:  launchkit plan Qwen/Qwen3-8B --gpus 2x4090
 Every verb takes --json, -q, -v, --debug and -h. Settings come from flags, then LAUNCHKIT_*, then
-launchkit.toml or [tool.launchkit] in pyproject.toml, then defaults.
+launchkit.toml or [tool.launchkit] in pyproject.toml, then --preset, then defaults.
 """
 
 

@@ -50,7 +50,11 @@ def scenario_options(*names: str) -> Callable[[Function], Function]:
         for flag in reversed(FLAGS):
             if not names or flag.name in names:
                 function = _option(flag)(function)
-        return function
+        return click.option(
+            f"--{settings.PRESET}",
+            metavar="NAME",
+            help="flags of a published recipe; launchkit explain presets lists them",
+        )(function)
 
     return decorate
 

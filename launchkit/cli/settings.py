@@ -1,4 +1,4 @@
-"""Scenario flags from the environment and from ``launchkit.toml``, below what is typed."""
+"""Scenario flags from the environment, from ``launchkit.toml`` and from a preset, below what is typed."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from launchkit.catalog.presets import find_preset
 from launchkit.errors import UsageError
 from launchkit.request import FLAGS, Request, find_flag
 
 PREFIX = "LAUNCHKIT_"
+PRESET = "preset"  # names a set of flags, and can be set wherever they can
+NAMES = (PRESET, *(flag.name for flag in FLAGS))
 # Variables of ours that are no scenario flags; the last line's are set by a launch, for its own processes.
 OTHER_VARIABLES = frozenset(
     {
@@ -29,33 +32,35 @@ OTHER_VARIABLES = frozenset(
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """A request, and where each flag that was not typed came from."""
+    """A request, and where each flag that was not typed came from; ``preset`` is the name of one, if any."""
 
     request: Request
     origins: Mapping[str, str]
+    preset: str = ""
 
     @property
     def text(self) -> str:
         """``--gpus 2x4090 (LAUNCHKIT_GPUS)``, for all that was not typed; empty when nothing took effect."""
-        given = self.request.given()
-        return ", ".join(f"{find_flag(name).option} {given[name]} ({origin})" for name, origin in self.origins.items())
+        values = {**self.request.given(), PRESET: self.preset}
+        return ", ".join(f"{_option(name)} {values[name]} ({origin})" for name, origin in self.origins.items())
 
 
 def gather(typed: Mapping[str, object], *, environment: Mapping[str, str], directory: Path) -> Settings:
-    """Typed flags, then ``LAUNCHKIT_*``, then the file in ``directory``; the first that has a flag wins."""
+    """Typed flags, then ``LAUNCHKIT_*``, then the file in ``directory``, then the preset that one of them names; the
+    first that has a flag wins."""
     values: dict[str, object] = {name: value for name, value in typed.items() if value is not None}
     origins: dict[str, str] = {}
     for origin, found in (*_from_environment(environment), *_from_file(directory)):
-        for name, value in found.items():
-            if name not in values:
-                values[name] = value
-                origins[name] = origin
-    return Settings(request=Request.from_flags(values), origins=origins)
+        _fill(values, found, origins=origins, origin=origin)
+    preset = find_preset(str(values.pop(PRESET))) if PRESET in values else None
+    if preset is not None:
+        _fill(values, preset.flags, origins=origins, origin=f"preset {preset.name}")
+    return Settings(request=Request.from_flags(values), origins=origins, preset=preset.name if preset else "")
 
 
 def unknown_variables(environment: Mapping[str, str]) -> list[str]:
     """Variables that look like ours and mean nothing: a typing slip that should not pass in silence."""
-    known = {PREFIX + flag.name.upper() for flag in FLAGS} | OTHER_VARIABLES
+    known = {PREFIX + name.upper() for name in NAMES} | OTHER_VARIABLES
     return sorted(name for name in environment if name.startswith(PREFIX) and name not in known)
 
 
@@ -64,8 +69,20 @@ def current() -> tuple[Mapping[str, str], Path]:
     return os.environ, Path.cwd()
 
 
+def _fill(values: dict[str, object], found: Mapping[str, object], *, origins: dict[str, str], origin: str) -> None:
+    """Adds what is not among ``values`` yet, and where it is from."""
+    for name, value in found.items():
+        if name not in values:
+            values[name] = value
+            origins[name] = origin
+
+
+def _option(name: str) -> str:
+    return f"--{PRESET}" if name == PRESET else find_flag(name).option
+
+
 def _from_environment(environment: Mapping[str, str]) -> list[tuple[str, Mapping[str, object]]]:
-    names = {flag.name: PREFIX + flag.name.upper() for flag in FLAGS}
+    names = {name: PREFIX + name.upper() for name in NAMES}
     return [(variable, {name: environment[variable]}) for name, variable in names.items() if environment.get(variable)]
 
 
@@ -89,9 +106,7 @@ def _read(path: Path) -> dict[str, object]:
 def _table(path: Path, table: object) -> dict[str, object]:
     if not isinstance(table, dict):
         raise UsageError(f"{path.name} has a launchkit setting that is no table; write [tool.launchkit] above it")
-    for name in table:
-        try:
-            find_flag(name)
-        except UsageError as error:
-            raise UsageError(f"{path.name}: {error}") from None
-    return {find_flag(name).name: value for name, value in table.items()}
+    try:
+        return {name if name == PRESET else find_flag(name).name: value for name, value in table.items()}
+    except UsageError as error:
+        raise UsageError(f"{path.name}: {error}") from None

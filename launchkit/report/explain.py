@@ -265,6 +265,14 @@ TERMS: tuple[Term, ...] = (
     ),
     Term(name="packing", text="Several examples fill one sequence, so that every micro-batch has all its tokens."),
     Term(
+        name="preset",
+        text="The flags of a published recipe under one name. What you type, set in LAUNCHKIT_* or write in "
+        "launchkit.toml wins over them; they win over the defaults.",
+        omits="the GPUs, the attention and the trainer, which stay yours; the learning rate and the data; and the "
+        "dropout of adapters, which plans take to be none.",
+        also=("presets",),
+    ),
+    Term(
         name="state",
         text="first is the step before optimizer states and buckets exist, steady any later one. Which of the two is "
         "the peak depends on the model; a run fails at step 0 or not until step 1 accordingly.",

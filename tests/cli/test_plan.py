@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from launchkit.catalog.presets import find_preset, load_presets
 from launchkit.cli.main import main
 from launchkit.plan import Candidate, Plan
 from launchkit.request import Request
@@ -67,6 +68,31 @@ def test_flags_reach_the_planner(verb: str, arguments: list[str], given: dict[st
     asked = answer(plans.plan())
     assert main([verb, "Qwen/Qwen3-8B", *arguments]) == 0
     assert [(model, request.given()) for model, request in asked] == [("Qwen/Qwen3-8B", given)]
+
+
+@pytest.mark.parametrize("verb", ["plan", "estimate"])
+def test_a_preset_reaches_the_planner_below_what_is_typed(
+    verb: str, answer: Answer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = answer(plans.plan())
+    assert main([verb, "gpt2", "--preset", "zephyr-7b-sft", "--seq-len", "64"]) == 0
+    assert asked[0][1].given() == {**find_preset("zephyr-7b-sft").flags, "seq_len": 64}
+    said = capsys.readouterr().err
+    assert "settings: --strategy zero3 (preset zephyr-7b-sft), --method full (preset zephyr-7b-sft)" in said
+    assert "--seq-len" not in said
+
+
+@pytest.mark.parametrize("verb", ["plan", "estimate"])
+def test_an_unknown_preset_is_one_line(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([verb, "gpt2", "--preset", "zephyr"]) == 2
+    assert capsys.readouterr().err == "launchkit: --preset zephyr is unknown; did you mean zephyr-7b-sft?\n"
+
+
+def test_presets_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["explain", "presets", "--json"]) == 0
+    captured = capsys.readouterr()
+    assert [row["name"] for row in json.loads(captured.out)["presets"]] == [preset.name for preset in load_presets()]
+    assert all(f" {preset.name}\n" in captured.err for preset in load_presets())
 
 
 def test_what_took_effect_is_said(

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from launchkit.catalog.presets import find_preset
 from launchkit.cli.settings import gather, unknown_variables
 from launchkit.errors import UsageError
 
@@ -48,6 +49,7 @@ PROJECT = {"pyproject.toml": "[tool.launchkit]\nseq_len = 256\npacking = true\n"
         ),
         ({}, {"LAUNCHKIT_GPUS": ""}, {"pyproject.toml": "[project]\nname = 'x'\n"}, {}, ""),
         ({"packing": False}, {}, PROJECT, {"packing": False, "seq_len": 256}, "--seq-len 256 (pyproject.toml)"),
+        ({"preset": None}, {"LAUNCHKIT_PRESET": ""}, {}, {}, ""),
     ],
 )
 def test_the_nearest_source_wins(
@@ -65,6 +67,51 @@ def test_the_nearest_source_wins(
 
 
 @pytest.mark.parametrize(
+    ("typed", "environment", "files", "name", "changed", "text"),
+    [
+        ({"preset": "Vicuna_7B"}, {}, {}, "vicuna-7b", {}, "--strategy fsdp (preset vicuna-7b), --method full (preset"),
+        (
+            {"preset": "vicuna-7b", "seq_len": "64"},
+            {"LAUNCHKIT_MICRO_BATCH": "1"},
+            OWN,
+            "vicuna-7b",
+            {"seq_len": 64, "micro_batch": 1, "strategy": "ddp"},
+            "--micro-batch 1 (LAUNCHKIT_MICRO_BATCH), --strategy ddp (launchkit.toml), --method full (preset",
+        ),
+        (
+            {},
+            {"LAUNCHKIT_PRESET": "vicuna-7b"},
+            {},
+            "vicuna-7b",
+            {},
+            "--preset vicuna-7b (LAUNCHKIT_PRESET), --strategy",
+        ),
+        (
+            {},
+            {},
+            {"launchkit.toml": 'preset = "alpaca-7b"\n'},
+            "alpaca-7b",
+            {},
+            "--preset alpaca-7b (launchkit.toml), --strategy fsdp (preset alpaca-7b)",
+        ),
+    ],
+)
+def test_a_preset_stands_behind_all_that_was_said(
+    typed: dict[str, object],
+    environment: dict[str, str],
+    files: dict[str, str],
+    name: str,
+    changed: dict[str, object],
+    text: str,
+    tmp_path: Path,
+) -> None:
+    _write(tmp_path, files)
+    settings = gather(typed, environment=environment, directory=tmp_path)
+    assert settings.request.given() == {**find_preset(name).flags, **changed}
+    assert settings.text.startswith(text)
+
+
+@pytest.mark.parametrize(
     ("files", "message"),
     [
         ({"launchkit.toml": "seq_len = "}, "launchkit.toml is not TOML"),
@@ -75,6 +122,7 @@ def test_the_nearest_source_wins(
         ({"pyproject.toml": "[tool]\nlaunchkit = 4"}, "pyproject.toml has a launchkit setting that is no table"),
         ({"launchkit.toml": "seq_len = -1"}, "--seq-len -1 is not a whole number"),
         ({"launchkit.toml": "strategy = ['ddp']"}, "--strategy ['ddp'] is unknown"),
+        ({"launchkit.toml": 'preset = "vicuna7b"'}, "--preset vicuna7b is unknown; did you mean vicuna-7b?"),
     ],
 )
 def test_bad_files_are_one_line(files: dict[str, str], message: str, tmp_path: Path) -> None:
@@ -86,4 +134,5 @@ def test_bad_files_are_one_line(files: dict[str, str], message: str, tmp_path: P
 
 def test_slips_in_variable_names_are_found() -> None:
     environment = {"LAUNCHKIT_SEQLEN": "1", "LAUNCHKIT_SEQ_LEN": "1", "LAUNCHKIT_HOME": "/x", "SEQLEN": "1"}
+    environment["LAUNCHKIT_PRESET"] = "vicuna-7b"
     assert unknown_variables(environment) == ["LAUNCHKIT_SEQLEN"]
