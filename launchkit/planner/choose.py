@@ -16,7 +16,7 @@ from launchkit.request import Request
 from launchkit.scenario import Attention, Checkpointing, Loss, Method, Offload, Precision, Scenario, StrategyKind
 
 # Two step times closer than this are equal as far as the clock knows; the simpler engine wins then.
-SAME_SPEED = 0.05
+SAME_SPEED = 0.10
 SHOWN_ALTERNATIVES = 3
 SHOWN_REJECTED = 4
 
