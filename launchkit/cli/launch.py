@@ -9,8 +9,10 @@ from typing import Any, BinaryIO
 import click
 
 from launchkit.cli.console import Console
-from launchkit.cli.files import DEFAULT_PLAN, read_plan, show
+from launchkit.cli.files import DEFAULT_PLAN, read_plan, show, write
 from launchkit.cli.options import console_options
+from launchkit.errors import IllegalScenarioError
+from launchkit.export.files import DEFAULT_TARGETS, config_files
 from launchkit.launch.command import Engine
 from launchkit.launch.record import RunRecord, comparison_text
 from launchkit.plan import Plan
@@ -24,7 +26,7 @@ from launchkit.process.run import RunOptions, launch_run, prepare_run
 )
 @click.argument("script", required=False)
 @click.argument("script_args", metavar="[ARGS]...", nargs=-1, type=click.UNPROCESSED)
-@click.option("--plan", "plan_file", type=click.Path(path_type=Path), default=DEFAULT_PLAN, help=f"[{DEFAULT_PLAN}]")
+@click.option("--plan", "plan_file", type=click.Path(path_type=Path), help=f"[{DEFAULT_PLAN}]")
 @click.option("--data", metavar="FILE", help="JSON lines for the built-in fine-tune [the plan's --data]")
 @click.option("--model-path", metavar="PATH", help="weights for the built-in fine-tune [the plan's model]")
 @click.option("--max-steps", type=click.IntRange(min=1), help="stop after so many optimizer steps [whole epochs]")
@@ -47,14 +49,18 @@ def command(
     /,
     script: str | None,
     script_args: tuple[str, ...],
-    plan_file: Path,
+    plan_file: Path | None,
     dry_run: bool,
     max_steps: int | None,
     engine: str | None,
     **options: Any,
 ) -> int:
-    """Run SCRIPT with its ARGS as planned, unchanged; without SCRIPT, the built-in fine-tune on --data."""
-    plan = read_plan(plan_file)
+    """Run SCRIPT with its ARGS as planned, unchanged; without SCRIPT, the built-in fine-tune on --data.
+
+    Options come before SCRIPT, all but --plan; what follows it are its ARGS.
+    """
+    following, script_args = split_script_args(script_args)
+    plan = read_plan(plan_file or following or DEFAULT_PLAN)
     if script is None and options["data"] is None:
         options["data"] = plan.request.get("data")
     wanted = RunOptions(
@@ -67,6 +73,24 @@ def command(
         **options,
     )
     return _preview(plan, wanted, console=console) if dry_run else _carry_out(plan, wanted, console=console)
+
+
+def split_script_args(words: tuple[str, ...]) -> tuple[Path | None, tuple[str, ...]]:
+    """What follows SCRIPT: the plan, which people type there as well, and the script's own arguments. Behind a ``--``
+    all is the script's."""
+    end = words.index("--") if "--" in words else len(words)
+    plan, own = _take_plan(words[:end])
+    return plan, own + words[end:] if own else words[end + 1 :]  # a separator that comes first is ours
+
+
+def _take_plan(words: tuple[str, ...]) -> tuple[Path | None, tuple[str, ...]]:
+    for place, word in enumerate(words):
+        name, equals, value = word.partition("=")
+        if name == "--plan" and equals:
+            return Path(value), words[:place] + words[place + 1 :]
+        if word == "--plan" and place + 1 < len(words):
+            return Path(words[place + 1]), words[:place] + words[place + 2 :]
+    return None, words
 
 
 def live_stream(console: Console) -> BinaryIO | None:
@@ -84,6 +108,17 @@ def report_run(record: RunRecord, *, console: Console) -> None:
         console.note(f"log: {record.log}")
     lines = [line for line in (comparison_text(record), f"run: {record.run_dir}") if line]
     console.text("\n".join(lines) + "\n")
+
+
+def write_configs(plan: Plan, directory: Path) -> None:
+    """The job that was run as files for other launchers, of those that can express it."""
+    for target in DEFAULT_TARGETS:
+        try:
+            files = config_files(plan, plan.cluster, targets=(target,))
+        except IllegalScenarioError:
+            continue  # FSDP on the CPU, for one, is beyond accelerate's files
+        for file in files:
+            write(directory / file.name, file.text, force=True)
 
 
 def _preview(plan: Plan, options: RunOptions, *, console: Console) -> int:
@@ -106,6 +141,7 @@ def _preview(plan: Plan, options: RunOptions, *, console: Console) -> int:
 
 def _carry_out(plan: Plan, options: RunOptions, *, console: Console) -> int:
     record = launch_run(plan, options=options)
+    write_configs(plan, Path(record.run_dir) / "configs")
     report_run(record, console=console)
     console.document(record.document)
     return record.exit_code

@@ -134,16 +134,19 @@ def _target(candidate: Candidate, plan: Plan, options: RunOptions) -> BuiltIn | 
         num_epochs=options.num_epochs,
         pad_to_seq_len=is_trial if options.pad_to_seq_len is None else options.pad_to_seq_len,
     )
-    return BuiltIn(model_path=_model_path(options.model_path or candidate.model.name), data=data)
+    is_local = bool(options.model_path) or candidate.model.source == "local"
+    return BuiltIn(model_path=_model_path(options.model_path or candidate.model.name, is_local=is_local), data=data)
 
 
-def _model_path(name: str) -> str:
-    """A path as an absolute one; a hub id as it is."""
+def _model_path(name: str, *, is_local: bool) -> str:
+    """A path as an absolute one; a hub id as it is. A directory without a configuration stands for its GGUF file."""
     path = Path(name).expanduser()
     if path.name == "config.json" and path.is_file():
         path = path.parent
     if path.is_dir() and not (path / "config.json").is_file():
         path = min(path.glob("*.gguf"), default=path)  # the one that was planned
+    if is_local and not path.exists():
+        raise UsageError(f"the model {name} is not here; pass --model-path DIR, or launch where it was planned")
     return str(path.resolve()) if path.exists() else name
 
 

@@ -108,6 +108,26 @@ def test_a_resident_set_is_compared_with_nothing() -> None:
     assert "predicted 18" not in text
 
 
+@pytest.mark.parametrize(
+    ("ended", "expected"),
+    [
+        ({}, ""),
+        ({"exit_code": 130, "stopped_by": "SIGINT"}, "interrupted; every process is gone"),
+        ({"exit_code": 143, "stopped_by": "SIGTERM"}, "stopped by SIGTERM; every process is gone"),
+        (
+            {"exit_code": 3, "failure": "rank 1 failed first: x"},
+            "the run failed with exit code 3: rank 1 failed first: x",
+        ),
+    ],
+)
+def test_ending(ended: dict[str, Any], expected: str) -> None:
+    assert record(**ended).ending == expected
+
+
+def test_a_run_that_was_stopped_before_it_measured_has_nothing_to_compare() -> None:
+    assert comparison_text(record(exit_code=130, stopped_by="SIGINT", strategy_is_live=None)) == ""
+
+
 def test_comparison_says_when_nothing_was_measured_or_live() -> None:
     text = comparison_text(record(strategy_is_live=False))
     assert text.splitlines()[0] == "memory: no rank left a measurement"

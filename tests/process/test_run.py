@@ -75,6 +75,30 @@ def test_refused(options: dict[str, Any], error: type[LaunchkitError], message: 
         launch_run(plan(), options=RunOptions(**options))
 
 
+@pytest.mark.parametrize(
+    ("files", "named", "loaded"),
+    [
+        (["config.json"], "config.json", "."),
+        (["config.json", "a.gguf"], ".", "."),
+        (["b.gguf", "a.gguf"], ".", "a.gguf"),
+        (["a.gguf", "b.gguf"], "b.gguf", "b.gguf"),
+    ],
+)
+def test_what_was_planned_is_loaded(files: list[str], named: str, loaded: str, tmp_path: Path) -> None:
+    for name in files:
+        (tmp_path / name).touch()
+    options = RunOptions(data=__file__, model_path=str(tmp_path / named), run_dir=str(tmp_path / "run"))
+    files_needed = prepare_run(plan(), options=options).command.files
+    job = json.loads(next(needed.text for needed in files_needed if needed.name == "job.json"))
+    assert Path(job["model_path"], job["gguf_file"]) == tmp_path / loaded
+
+
+def test_a_local_model_that_is_gone(tmp_path: Path) -> None:
+    options = RunOptions(data=__file__, model_path=str(tmp_path / "gone"))
+    with pytest.raises(UsageError, match="gone is not here; pass --model-path"):
+        prepare_run(plan(), options=options)
+
+
 def test_a_plan_that_found_nothing(script: str) -> None:
     with pytest.raises(IllegalScenarioError, match="nothing that fits"):
         launch_run(plan(chosen=None, fits=False), options=RunOptions(script=script))

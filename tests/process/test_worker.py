@@ -52,6 +52,15 @@ def test_everything_printed_goes_to_the_ranks_log(tmp_path: Path) -> None:
     assert (tmp_path / "logs" / "rank2.log").read_text() == "native python\n"
 
 
+@pytest.mark.parametrize(("rank", "shown"), [("0", True), ("1", False)])
+def test_what_rank_0_says_is_shown(rank: str, shown: bool, tmp_path: Path) -> None:
+    run_worker("from launchkit.process.worker import say; print('noise'); say('step 1')", tmp_path, RANK=rank)
+    progress = tmp_path / "logs" / "progress.log"
+    assert progress.exists() is shown
+    assert not shown or progress.read_text() == "step 1\n"
+    assert (tmp_path / "logs" / f"rank{rank}.log").read_text() == "noise\nstep 1\n"
+
+
 def test_a_traceback_goes_to_the_log_as_well(tmp_path: Path) -> None:
     run_worker("raise ValueError('no such thing')", tmp_path)
     assert "Traceback" in (tmp_path / "logs" / "rank2.log").read_text()
