@@ -230,6 +230,7 @@ class Resolution:
 def resolve(request: Request, *, model: ModelProfile, cluster: Cluster) -> Resolution:
     """The one scenario that ``estimate`` reads from a request: what was given, and the defaults elsewhere."""
     attention, notes = _attention(request, model)
+    seq_len, length_notes = _seq_len(request, model)
     strategy = _strategy(request)
     training = Training(
         method=_value(request, "method", Method),
@@ -248,10 +249,17 @@ def resolve(request: Request, *, model: ModelProfile, cluster: Cluster) -> Resol
     scenario = Scenario(
         training=training,
         strategy=strategy,
-        batch=_batch(request, num_gpus=1 if strategy.kind is StrategyKind.SINGLE else cluster.num_gpus),
+        batch=_batch(
+            request, seq_len=seq_len, num_gpus=1 if strategy.kind is StrategyKind.SINGLE else cluster.num_gpus
+        ),
         state=_value(request, "state", State),
     )
-    return Resolution(scenario=scenario, notes=notes)
+    return Resolution(scenario=scenario, notes=(*notes, *length_notes))
+
+
+def decisions(request: Request, *, model: ModelProfile) -> tuple[str, ...]:
+    """What the model itself decides where the request leaves it open, in words."""
+    return (*_attention(request, model)[1], *_seq_len(request, model)[1])
 
 
 def scenario_flags(scenario: Scenario, *, cluster: Cluster) -> dict[str, str | int | bool | None]:
@@ -291,6 +299,19 @@ def _attention(request: Request, model: ModelProfile) -> tuple[Attention, tuple[
     return chosen, (f"{model.architecture} has no sdpa attention: {chosen} is assumed",)
 
 
+def _seq_len(request: Request, model: ModelProfile) -> tuple[int, tuple[str, ...]]:
+    """What was asked for, else the default, or what the model was made for where that is less."""
+    longest = model.max_position_embeddings
+    if request.seq_len is not None:
+        beyond = 0 < longest < request.seq_len
+        note = f"{request.seq_len:,} tokens are more than the {longest:,} that {model.name} was made for"
+        return request.seq_len, (note,) if beyond else ()
+    default = _value(request, "seq_len", int)
+    if 0 < longest < default:
+        return longest, (f"{longest:,} tokens per sequence, the most that {model.name} was made for",)
+    return default, ()
+
+
 def _strategy(request: Request) -> Strategy:
     kind = _value(request, "strategy", StrategyKind)
     offload = _value(request, "offload", Offload)
@@ -304,8 +325,8 @@ def _strategy(request: Request) -> Strategy:
     return Strategy(kind=kind, offload=offload, fsdp=fsdp)
 
 
-def _batch(request: Request, *, num_gpus: int) -> Batch:
-    micro_batch, seq_len = _value(request, "micro_batch", int), _value(request, "seq_len", int)
+def _batch(request: Request, *, seq_len: int, num_gpus: int) -> Batch:
+    micro_batch = _value(request, "micro_batch", int)
     sequences = micro_batch * num_gpus
     global_batch = request.global_batch or sequences
     steps, remainder = divmod(global_batch, sequences)

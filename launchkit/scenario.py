@@ -288,14 +288,18 @@ class TraceKey:
 
         fp16 and bf16 take the same bytes. The trainers differ in a step only where accelerate widens the outputs of
         an autocast forward, so without autocast every trainer's step is the plain loop's. 4-bit weights compute in
-        16 bits whatever the others are held in.
+        16 bits whatever the others are held in. FlashAttention 2 holds what CUDA's flash kernel under SDPA holds, and
+        needs no mask for a window.
         """
         compute = _SAME_BYTES.get(self.compute, self.compute)
         if self.method is Method.QLORA and compute is Compute.AUTOCAST_BF16:
             compute = Compute.BF16_AUTOCAST
+        attention, beyond_window = self.attention, self.beyond_window
+        if attention is Attention.FLASH_ATTENTION_2:
+            attention, beyond_window = Attention.SDPA, False
         autocast = compute in (Compute.AUTOCAST_BF16, Compute.BF16_AUTOCAST)
         trainer = Trainer.HF if autocast and self.trainer is not Trainer.LOOP else Trainer.LOOP
-        return replace(self, compute=compute, trainer=trainer)
+        return replace(self, compute=compute, trainer=trainer, attention=attention, beyond_window=beyond_window)
 
     @property
     def text(self) -> str:

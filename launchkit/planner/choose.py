@@ -12,8 +12,8 @@ from launchkit.model import ModelProfile, ModelSource
 from launchkit.plan import Candidate, Plan, Rejected, Suggestion
 from launchkit.planner.evaluate import Bench, judge, sketch
 from launchkit.planner.search import Option, Refused, Search
-from launchkit.request import Request
-from launchkit.scenario import Attention, Checkpointing, Loss, Method, Offload, Precision, Scenario, StrategyKind
+from launchkit.request import Request, decisions
+from launchkit.scenario import Attention, Checkpointing, Loss, Method, Offload, Precision, StrategyKind
 
 # Two step times closer than this are equal as far as the clock knows; the simpler engine wins then.
 SAME_SPEED = 0.10
@@ -248,10 +248,7 @@ def _assumptions(candidate: Candidate, profile: ModelProfile) -> tuple[str, ...]
 
 
 def _notes(request: Request, cluster: Cluster, profile: ModelProfile, chosen: Candidate | None) -> tuple[str, ...]:
-    notes = list(profile.notes)
-    length = request.seq_len or Scenario().batch.seq_len
-    if profile.max_position_embeddings and length > profile.max_position_embeddings:
-        notes.append(f"{length:,} tokens are more than the {profile.max_position_embeddings:,} the model was made for")
+    notes = [*profile.notes, *decisions(request, model=profile)]
     if chosen and chosen.estimate.host_load_peak_bytes > cluster.node.host_memory_bytes > 0:
         need, have = chosen.estimate.host_load_peak_bytes, cluster.node.host_memory_bytes
         notes.append(f"loading takes {need / 1024**3:.0f} GiB of host memory, the node has {have / 1024**3:.0f}")
