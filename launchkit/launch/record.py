@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -10,7 +11,7 @@ from typing import Any
 from launchkit.plan import Candidate
 from launchkit.scenario import StrategyKind
 from launchkit.serialize import decode, encode
-from launchkit.units import duration, gib
+from launchkit.units import count, duration, gib
 
 SCHEMA_VERSION = 1
 
@@ -29,10 +30,11 @@ _METRIC_TEXT: Mapping[Metric, str] = {
     Metric.RSS: "resident set",
 }
 
+FSDP1_WRAPPER = "FullyShardedDataParallel"
 # The class that a strategy's wrapper must have among its bases, by which a rank proves that the strategy is live.
 WRAPPERS: Mapping[StrategyKind, str] = {
     StrategyKind.DDP: "DistributedDataParallel",
-    StrategyKind.FSDP: "FullyShardedDataParallel",
+    StrategyKind.FSDP: FSDP1_WRAPPER,
     StrategyKind.FSDP2: "FSDPModule",
     StrategyKind.HSDP: "FSDPModule",
     StrategyKind.ZERO1: "DeepSpeedEngine",
@@ -86,8 +88,8 @@ class RankRecord:
     @property
     def steady_step_seconds(self) -> float:
         """The median step after the first; 0 when unknown."""
-        later = sorted(self.step_seconds[1:] or self.step_seconds)
-        return later[len(later) // 2] if later else 0.0
+        later = self.step_seconds[1:] or self.step_seconds
+        return statistics.median(later) if later else 0.0
 
     @property
     def tokens_per_second(self) -> float:
@@ -122,6 +124,22 @@ class RunRecord:
         return f"the run failed with exit code {self.exit_code}: {self.failure}" if self.exit_code else ""
 
     @property
+    def other_model(self) -> str:
+        """What was trained where it cannot be the planned model, by the number of parameters; else empty.
+
+        Formula: a factor of two, since adapters add to the number and 4-bit weights count as their storage. FSDP1's
+        flat parameters do not tell.
+        """
+        planned = self.predicted.get("num_parameters", 0)
+        proofs = [rank.proof for rank in self.ranks if rank.proof is not None and rank.proof.num_parameters]
+        if not planned or not proofs or any(FSDP1_WRAPPER in wrapper for wrapper in proofs[0].wrappers):
+            return ""
+        trained = proofs[0].num_parameters
+        if planned / 2 <= trained <= planned * 2:
+            return ""
+        return f"{count(trained)} parameters were trained, the plan is for {count(planned)}"
+
+    @property
     def document(self) -> dict[str, Any]:
         """As JSON values, with its schema version."""
         return {"schema_version": SCHEMA_VERSION, **encode(self)}
@@ -131,6 +149,7 @@ def predicted_values(candidate: Candidate) -> dict[str, int | float]:
     """The numbers of a candidate that a run can be held against. Memory is the largest rank's."""
     estimate, step = candidate.estimate, candidate.step
     return {
+        "num_parameters": candidate.num_parameters,
         "allocated_peak_bytes": estimate.allocated_peak_bytes,
         "reserved_peak_bytes": estimate.reserved_peak_bytes,
         "device_peak_bytes": estimate.device_peak_bytes,
@@ -176,6 +195,8 @@ def _memory_line(record: RunRecord) -> str:
     when = "steady step" if largest.steady_peak_bytes else "first step"
     measured = f"memory: measured {gib(largest.peak_bytes, digits=2)} {_METRIC_TEXT[largest.metric]}"
     measured += f" (largest rank {largest.rank}, {when})"
+    if record.other_model:
+        return f"{measured} · not compared: {record.other_model}"
     predicted = record.predicted.get("allocated_peak_bytes", 0)
     if largest.metric is Metric.RSS or not predicted or not largest.peak_bytes:
         return measured
@@ -192,7 +213,7 @@ def _speed_line(record: RunRecord) -> str:
     if slowest.tokens_per_second:
         line += f", {slowest.tokens_per_second:,.0f} tokens/s per process"
     predicted = record.predicted.get("step_seconds", 0.0)
-    return f"{line} · predicted {duration(predicted)}" if predicted else line
+    return f"{line} · predicted {duration(predicted)}" if predicted and not record.other_model else line
 
 
 def _live_line(record: RunRecord) -> str:

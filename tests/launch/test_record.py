@@ -103,6 +103,22 @@ def test_comparison_names_the_largest_rank() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("proof", "expected"),
+    [
+        ({"num_parameters": 6_900_000}, "6.90M parameters were trained, the plan is for 8.03B"),
+        ({"num_parameters": 8_200_000_000}, ""),  # with adapters
+        ({"num_parameters": 4_500_000_000}, ""),  # packed in 4 bits
+        ({"num_parameters": 1_000_000, "wrappers": ("FullyShardedDataParallel",)}, ""),
+        ({}, ""),
+    ],
+)
+def test_another_model_is_not_compared(proof: dict[str, Any], expected: str) -> None:
+    finished = record(rank(proof=Proof(**proof)))
+    assert finished.other_model == expected
+    assert ("predicted" in comparison_text(finished)) is not bool(expected)
+
+
 def test_a_resident_set_is_compared_with_nothing() -> None:
     text = comparison_text(record(rank(metric=Metric.RSS)))
     assert "predicted 18" not in text
