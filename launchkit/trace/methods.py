@@ -40,7 +40,7 @@ def apply_method(model: nn.Module, key: TraceKey, *, lora_rank: int) -> nn.Modul
     targets = lora_targets(model, key.lora_targets)
     if key.method is Method.QLORA:
         quantise_linears(model, compute_dtype=WEIGHT_DTYPE[key.compute])
-        prepare_for_kbit_training(model)
+        prepare_for_kbit_training(model, upcast=not key.cast_adapters)
     task = {"CausalLM": "CAUSAL_LM", "SequenceClassification": "SEQ_CLS", "ConditionalGeneration": None}
     task_type = next((t for suffix, t in task.items() if type(model).__name__.endswith(suffix)), None)
     config = LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, target_modules=targets, task_type=task_type)

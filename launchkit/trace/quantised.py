@@ -62,9 +62,9 @@ def _unpacked(packed: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype) 
 def quantise_linears(model: nn.Module, *, compute_dtype: torch.dtype) -> None:
     """Replaces, in place and on the meta device, every linear layer that transformers would quantise.
 
-    Left alone: output embeddings and the last module (transformers' ``get_keys_to_not_convert``), and experts held as one
-    three-dimensional parameter, which bitsandbytes does not quantise. Raises ``MissingExtraError`` where bitsandbytes
-    is missing.
+    Left alone: output embeddings and the last module (transformers' ``get_keys_to_not_convert``), and experts held as
+    one three-dimensional parameter, which bitsandbytes does not quantise. Raises ``MissingExtraError`` where
+    bitsandbytes is missing.
     """
     try:
         from bitsandbytes.nn import Linear4bit
@@ -107,9 +107,13 @@ def quantise_linears(model: nn.Module, *, compute_dtype: torch.dtype) -> None:
     model.is_loaded_in_4bit = True  # type: ignore[assignment]
 
 
-def prepare_for_kbit_training(model: nn.Module) -> None:
-    """PEFT's ``prepare_model_for_kbit_training``: everything frozen, what is still 16-bit upcast to fp32."""
+def prepare_for_kbit_training(model: nn.Module, *, upcast: bool) -> None:
+    """PEFT's ``prepare_model_for_kbit_training``: everything frozen, what is still 16-bit upcast to fp32.
+
+    An engine that computes on 16-bit copies of all parameters (FSDP's mixed precision, DeepSpeed's bf16) undoes the
+    upcast; it is left out for those.
+    """
     for parameter in model.parameters():
         parameter.requires_grad = False
-        if parameter.dtype in (torch.float16, torch.bfloat16):
+        if upcast and parameter.dtype in (torch.float16, torch.bfloat16):
             parameter.data = parameter.data.to(torch.float32)

@@ -9,13 +9,12 @@ matters have their scratch stated in ``trace.kernels``.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from launchkit.trace.kernels import SUBSTITUTES, flop_formulas, scratch_bytes
@@ -156,5 +155,12 @@ def _traffic_bytes(tensor: torch.Tensor) -> int:
     return tensor.numel() * tensor.element_size() if counts else 0
 
 
-def _tensors(tree: Any) -> Iterable[torch.Tensor]:
-    return (leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor))
+def _tensors(tree: Any) -> Iterator[torch.Tensor]:
+    """The tensors among an operator's arguments or results, which nest tuples, lists and keyword arguments only."""
+    if isinstance(tree, torch.Tensor):
+        yield tree
+    elif isinstance(tree, (tuple, list)):
+        for item in tree:
+            yield from _tensors(item)
+    elif isinstance(tree, dict):
+        yield from _tensors(list(tree.values()))
