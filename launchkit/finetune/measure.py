@@ -15,11 +15,12 @@ import torch
 import torch.distributed
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from launchkit.finetune.proof import biggest_module, foreign_parameter_bytes, read_proof
+from launchkit.finetune.proof import biggest_module, foreign_parameter_bytes, held_addresses, read_proof
 from launchkit.finetune.timeline import AllocationTimeline
 from launchkit.launch.environment import MEASURE_VARIABLE, RUN_DIR_VARIABLE
-from launchkit.launch.record import Metric, Proof, RankRecord
+from launchkit.launch.record import WRAPPERS, Metric, Proof, RankRecord
 from launchkit.process.worker import global_rank
+from launchkit.scenario import StrategyKind
 from launchkit.serialize import encode
 
 PROFILED_STEPS = 3  # the first, and two steady ones
@@ -108,6 +109,7 @@ class StepMeter:
             first_peak_bytes=first,
             steady_peak_bytes=steady,
             reserved_peak_bytes=reserved,
+            unseen_frees_bytes=self._unseen_frees_bytes(),
             device_used_bytes=_device_used_bytes() if self._on_cuda else 0,
             max_rss_bytes=max_rss_bytes(),
             num_steps=len(self._marks_ns) - 1,
@@ -129,18 +131,33 @@ class StepMeter:
                 max(reserved for _, reserved in self._cuda_peaks),
             )
         if self._timeline is not None and len(self._marks_ns) > 1:
-            windows = list(zip(self._marks_ns, self._marks_ns[1 : PROFILED_STEPS + 1], strict=False))
-            peaks = [self._timeline.peak_bytes(begin, end) + self._foreign_bytes for begin, end in windows]
+            peaks = [self._timeline.peak_bytes(begin, end) + self._foreign_bytes for begin, end in self._windows()]
             return Metric.CPU_ALLOCATOR, peaks[0], max(peaks[1:], default=0), 0
         return Metric.RSS, max_rss_bytes(), 0, 0
+
+    def _windows(self) -> list[tuple[int, int]]:
+        """Begin and end of each profiled step."""
+        return list(zip(self._marks_ns, self._marks_ns[1 : PROFILED_STEPS + 1], strict=False))
+
+    def _unseen_frees_bytes(self) -> int:
+        """Of the step with the highest peak."""
+        timeline = self._timeline
+        if timeline is None or len(self._marks_ns) < 2:
+            return 0
+        highest = max(self._windows(), key=lambda window: timeline.peak_bytes(*window))
+        return timeline.ghost_bytes(*highest)
 
     def _stop_timeline(self) -> None:
         if self._timeline is None or not self._timeline.is_running:
             return
         self._timeline.stop()
         module = biggest_module()
-        if module is not None:
-            self._foreign_bytes = foreign_parameter_bytes(module, self._timeline.holds)
+        if module is None:
+            return
+        self._foreign_bytes = foreign_parameter_bytes(module, self._timeline.holds)
+        # Other strategies keep buffers between steps that no Python object holds, such as DDP's buckets.
+        if self._proof is not None and any(WRAPPERS[StrategyKind.FSDP2] in text for text in self._proof.wrappers):
+            self._timeline.lay_ghosts(held_addresses(module))
 
 
 def max_rss_bytes() -> int:

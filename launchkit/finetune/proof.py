@@ -60,6 +60,14 @@ def foreign_parameter_bytes(module: torch.nn.Module, is_known: Callable[[int], b
     return sum(size for address, size in storages.items() if address and not is_known(address))
 
 
+def held_addresses(module: torch.nn.Module) -> list[int]:
+    """Addresses of the storages that this process's Python objects hold, gradients of ``module`` among them."""
+    tensors = [found for found in gc.get_objects() if issubclass(type(found), torch.Tensor)]
+    tensors += [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
+    local = (local_tensor(tensor) for tensor in tensors)
+    return [held.untyped_storage().data_ptr() for held in local if held.device.type == "cpu" and not held.is_sparse]
+
+
 def local_tensor(parameter: torch.Tensor) -> torch.Tensor:
     """What of a parameter is held here: its shard under FSDP2 (a DTensor) and ZeRO-3, else all of it."""
     for attribute in ("_local_tensor", "ds_tensor"):

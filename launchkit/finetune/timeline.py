@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import sys
+from collections.abc import Iterable
 from itertools import accumulate
 
 from torch._C._profiler import _EventType
@@ -16,6 +17,10 @@ class AllocationTimeline:
     Files that torch maps into memory are in it, as one block each. Memory that was allocated before, or by others
     (numpy), is not. Timestamps are those of ``time.time_ns()``. Nothing else may profile meanwhile: torch has one
     profiler.
+
+    The profiler sees one thread. A collective's buffer whose last reference a gloo thread drops is freed unseen, and
+    would count for good. Such a *ghost* shows when its address is given out again, or when nobody holds it at the end
+    (``lay_ghosts``). It is taken off every peak after the interval that it arose in, where it may have been alive.
     """
 
     def __init__(self) -> None:
@@ -23,6 +28,8 @@ class AllocationTimeline:
         self._times_ns: list[int] = []
         self._live_bytes: list[int] = []
         self._left: list[tuple[int, int]] = []  # address and size of what is still live at the end
+        self._ghosts: list[tuple[int, int]] = []  # time of allocation and size
+        self._born_ns: dict[int, int] = {}  # by address, of what is still live at the end
         self.is_running = False
 
     def start(self) -> None:
@@ -36,22 +43,38 @@ class AllocationTimeline:
         events = sorted(self._allocations())
         self._times_ns = [time_ns for time_ns, _, _ in events]
         self._live_bytes = list(accumulate(size for _, size, _ in events))
-        live: dict[int, int] = {}
-        for _, size, address in events:
-            live[address] = live.get(address, 0) + size
-        self._left = sorted((address, size) for address, size in live.items() if size > 0)
+        live: dict[int, tuple[int, int]] = {}
+        for time_ns, size, address in events:
+            unseen = live.pop(address, None)
+            if size > 0:
+                self._ghosts += [unseen] if unseen else []
+                live[address] = (time_ns, size)
+        self._left = sorted((address, size) for address, (_, size) in live.items())
+        self._born_ns = {address: time_ns for address, (time_ns, _) in live.items()}
+
+    def lay_ghosts(self, held_addresses: Iterable[int]) -> None:
+        """Tells which addresses somebody still holds at the end; a block without any is a ghost."""
+        held = sorted(held_addresses)
+        for address, size in self._left:
+            place = bisect.bisect_left(held, address)
+            if place == len(held) or held[place] >= address + size:
+                self._ghosts.append((self._born_ns[address], size))
 
     def holds(self, address: int) -> bool:
         """Whether ``address`` is inside a block that was still live at the end."""
         place = bisect.bisect_right(self._left, (address, sys.maxsize)) - 1
         return place >= 0 and address < sum(self._left[place])
 
+    def ghost_bytes(self, begin_ns: int, end_ns: int) -> int:
+        """Bytes that arose in the interval and were freed unseen: so much less its peak may have been."""
+        return sum(size for time_ns, size in self._ghosts if begin_ns <= time_ns < end_ns)
+
     def peak_bytes(self, begin_ns: int, end_ns: int) -> int:
-        """The most that was live at any moment of the interval."""
+        """The most that was live at any moment of the interval, ghosts of earlier ones left out."""
         first = bisect.bisect_left(self._times_ns, begin_ns)
         last = bisect.bisect_right(self._times_ns, end_ns)
         at_begin = self._live_bytes[first - 1] if first else 0
-        return max(self._live_bytes[first:last], default=at_begin)
+        return max(self._live_bytes[first:last], default=at_begin) - self.ghost_bytes(0, begin_ns)
 
     def _allocations(self) -> list[tuple[int, int, int]]:
         """Time, signed size and address of every allocation and free on the CPU."""

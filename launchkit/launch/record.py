@@ -62,6 +62,7 @@ class Proof:
 class RankRecord:
     """One rank's measurements. Peaks are 0 where the metric does not exist or the run was too short for a second step.
 
+    Of the peak ``unseen_frees_bytes`` may have been free already: the profiler misses what gloo's threads free.
     ``tokens_per_step`` is 0 for a script of the user's own, whose batches nobody knows.
     """
 
@@ -71,6 +72,7 @@ class RankRecord:
     first_peak_bytes: int = 0
     steady_peak_bytes: int = 0
     reserved_peak_bytes: int = 0
+    unseen_frees_bytes: int = 0
     device_used_bytes: int = 0
     max_rss_bytes: int = 0
     num_steps: int = 0
@@ -189,19 +191,26 @@ def comparison_text(record: RunRecord) -> str:
 
 
 def _memory_line(record: RunRecord) -> str:
-    if not record.ranks:
+    if not any(rank.num_steps for rank in record.ranks):
         return "" if record.ending else "memory: no rank left a measurement"
     largest = max(record.ranks, key=lambda rank: rank.peak_bytes)
     when = "steady step" if largest.steady_peak_bytes else "first step"
-    measured = f"memory: measured {gib(largest.peak_bytes, digits=2)} {_METRIC_TEXT[largest.metric]}"
+    low = gib(largest.peak_bytes - largest.unseen_frees_bytes, digits=2)
+    high = gib(largest.peak_bytes, digits=2)
+    measured = f"memory: measured {high if low == high else f'{low} to {high}'} {_METRIC_TEXT[largest.metric]}"
     measured += f" (largest rank {largest.rank}, {when})"
     if record.other_model:
         return f"{measured} · not compared: {record.other_model}"
     predicted = record.predicted.get("allocated_peak_bytes", 0)
     if largest.metric is Metric.RSS or not predicted or not largest.peak_bytes:
         return measured
-    error = predicted / largest.peak_bytes - 1
-    return f"{measured} · predicted {gib(predicted, digits=2)} ({error:+.1%})"
+    return f"{measured} · predicted {gib(predicted, digits=2)} ({_error(predicted, largest):+.1%})"
+
+
+def _error(predicted_bytes: float, rank: RankRecord) -> float:
+    """Relative to the measured peak, or to the nearest value that it may have had."""
+    nearest = min(max(predicted_bytes, rank.peak_bytes - rank.unseen_frees_bytes), rank.peak_bytes)
+    return predicted_bytes / nearest - 1
 
 
 def _speed_line(record: RunRecord) -> str:

