@@ -1,0 +1,62 @@
+"""A program traced with a few layers is, request for request, that of the whole model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+
+from launchkit.program import Point
+from launchkit.scenario import Attention, Compute
+from launchkit.trace import trace_model
+from tests.trace.models import CUDA_CHECKPOINTED, GPT2, LLAMA, LORA, MIXTRAL, T5, gemma3, key, requests, whole_stacks
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+LORA_BF16 = LORA | {"compute": Compute.BF16}
+WINDOWED = {"beyond_window": True}
+CASES: Mapping[str, tuple[Mapping[str, Any], Mapping[str, Any]]] = {
+    "llama": (LLAMA, {}),
+    "llama, checkpointed on CUDA": (LLAMA, CUDA_CHECKPOINTED),
+    "llama, LoRA": (LLAMA, LORA_BF16),
+    "llama, one sequence": (LLAMA, {"single_sequence": True}),
+    "gpt2": (GPT2, {}),
+    "mixtral": (MIXTRAL, {}),
+    "t5": (T5, {}),
+    "gemma3, two periods": (gemma3(*"ssfssfs"), WINDOWED),
+}
+MIXED: Mapping[str, tuple[Mapping[str, Any], Mapping[str, Any]]] = {
+    "gemma3, every other": (gemma3(*"sfsfsfsf"), WINDOWED),
+    "gemma3, every sixth": (gemma3(*"sssssfsssssfss"), WINDOWED),
+    "gemma3, eager and checkpointed": (
+        gemma3(*"sfsfsfsf"),
+        WINDOWED | CUDA_CHECKPOINTED | {"attention": Attention.EAGER},
+    ),
+}
+_ENDS_OF_A_KIND = pytest.mark.xfail(
+    strict=True, reason="the first and last layer of a kind, where what the kind shares dies, are taken for the others"
+)
+POINTS = (Point(2, 96, 8), Point(5, 256, 4))
+
+
+@pytest.mark.parametrize("name", [*CASES, *(pytest.param(name, marks=_ENDS_OF_A_KIND) for name in MIXED)])
+def test_depth_can_be_left_out(name: str) -> None:
+    config, overrides = (CASES | MIXED)[name]
+    wanted = key(**overrides)
+    cut = trace_model(config, wanted)
+    with whole_stacks():
+        whole = trace_model(config, wanted)
+    assert len(cut.sections) <= len(whole.sections)
+    assert cut.group_counts == whole.group_counts
+    assert cut.persistent == whole.persistent
+    for point in POINTS:
+        if wanted.single_sequence:
+            point = point._replace(micro_batch=1)
+        assert requests(cut, point) == requests(whole, point)
+
+
+def test_a_deeper_model_is_the_same_sections_more_often() -> None:
+    shallow, deep = (trace_model({**LLAMA, "num_hidden_layers": depth}, key()) for depth in (7, 30))
+    assert deep.sections == shallow.sections
+    assert len(deep.stage("forward.model.layers").layers) == 30

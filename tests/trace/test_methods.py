@@ -1,0 +1,73 @@
+"""Adapters go where PEFT puts them, and what matches nothing says what would."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from launchkit.errors import TraceError
+from launchkit.program import StepProgram
+from launchkit.scenario import Attention, Compute, Method
+from launchkit.trace import trace_model
+from launchkit.trace.build import build_on_meta, load_config, training_class
+from launchkit.trace.methods import lora_targets
+from tests.trace.models import GPT2, LLAMA, T5, key
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def targets(config: dict[str, Any], text: str) -> str | list[str]:
+    settings = load_config(config)
+    model_class, _ = training_class(settings)
+    return lora_targets(build_on_meta(model_class, settings, attention=Attention.SDPA, dtype=torch.float32), text)
+
+
+@pytest.mark.parametrize(
+    ("config", "text", "expected"),
+    [
+        (LLAMA, "all-linear", "all-linear"),
+        (LLAMA, "attention", ["k_proj", "o_proj", "q_proj", "v_proj"]),
+        (LLAMA, "q_proj, v_proj", ["q_proj", "v_proj"]),
+        (LLAMA, "down_proj", ["down_proj"]),
+        (GPT2, "c_attn", ["c_attn"]),
+        (T5, "attention", ["k", "o", "q", "v"]),
+    ],
+)
+def test_targets_are_found(config: dict[str, Any], text: str, expected: str | list[str]) -> None:
+    assert targets(config, text) == expected
+
+
+@pytest.mark.parametrize("text", ["qproj", "q_proj,nope", ",", "embed_tokens"])
+def test_unknown_names_list_the_choices(text: str) -> None:
+    with pytest.raises(TraceError, match="matches no linear layer; choose among all-linear, attention, .*q_proj"):
+        targets(LLAMA, text)
+
+
+def program(**overrides: Any) -> StepProgram:
+    return trace_model(LLAMA, key(method=Method.LORA, **({"lora_targets": "all-linear"} | overrides)))
+
+
+def test_adapters_grow_with_the_rank_and_nothing_else_is_trained() -> None:
+    """Formula: r × (in + out) of each of the seven matrices of a block, in seven blocks."""
+    sizes = [(32, 32), (32, 16), (32, 16), (32, 32), (32, 48), (32, 48), (48, 32)]
+    per_rank = 7 * sum(rows + columns for rows, columns in sizes)
+    traced = program()
+    assert traced.num_parameters(8, trainable=True) == 8 * per_rank
+    assert traced.num_parameters(64, trainable=True) == 64 * per_rank
+    trained = {p.name for group in traced.groups.values() for p in group.parameters if p.trainable}
+    assert all(".lora_" in name for name in trained)
+
+
+@pytest.mark.parametrize(("text", "adapted"), [("attention", 4), ("q_proj,v_proj", 2)])
+def test_only_the_targets_are_adapted(text: str, adapted: int) -> None:
+    parameters = program(lora_targets=text).groups["LlamaDecoderLayer"].parameters
+    assert sum(p.trainable for p in parameters) == 2 * adapted
+
+
+@pytest.mark.parametrize(("cast_adapters", "itemsize"), [(False, 4), (True, 2)])
+def test_adapters_of_a_16_bit_model_are_fp32_unless_an_engine_casts_them(cast_adapters: bool, itemsize: int) -> None:
+    parameters = program(compute=Compute.BF16, cast_adapters=cast_adapters).groups["LlamaDecoderLayer"].parameters
+    assert {p.itemsize for p in parameters if p.trainable} == {itemsize}
+    assert {p.itemsize for p in parameters if not p.trainable} == {2}

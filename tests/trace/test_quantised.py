@@ -1,0 +1,45 @@
+"""4-bit weights take the bytes that bitsandbytes gives them, and are unpacked only while they are used."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from launchkit.program import Free, Owner, Size, TensorRef, local
+from launchkit.scenario import Compute, Method
+from launchkit.trace import trace_model
+from launchkit.trace.quantised import packed_bytes, scale_bytes
+from tests.trace.models import LLAMA, allocations, first_section, key
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+functional = pytest.importorskip("bitsandbytes").functional
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (256, 256), (128, 1000), (63, 7)])
+def test_bytes_are_those_of_a_weight_that_bitsandbytes_quantised(shape: tuple[int, int]) -> None:
+    weight = torch.randn(shape, dtype=torch.bfloat16)
+    packed, state = functional.quantize_4bit(weight, blocksize=64, compress_statistics=True, quant_type="nf4")
+    scales = (state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code)
+    assert packed_bytes(weight.numel()) == packed.nbytes
+    assert scale_bytes(weight.numel()) == sum(tensor.nbytes for tensor in scales)
+
+
+def test_a_block_holds_packed_weights_and_unpacks_them_for_a_product() -> None:
+    program = trace_model(LLAMA, key(method=Method.QLORA, lora_targets="all-linear", compute=Compute.BF16_AUTOCAST))
+    parameters = {p.name: p for p in program.groups["LlamaDecoderLayer"].parameters}
+    down = parameters["mlp.down_proj.base_layer.weight"]
+    assert (down.shape, down.trainable) == ((32, 48), False)
+    assert (down.num_bytes(), down.extra_bytes) == (32 * 48 // 2, scale_bytes(32 * 48))
+    assert parameters["mlp.down_proj.lora_A.default.weight"].trainable
+
+    section = first_section(program, "forward.model.layers", layer=1)
+    unpacked = [a for a in allocations(section) if a.size == Size.constant(32 * 48 * 2)]
+    assert len(unpacked) == 3  # gate, up and down are of one size
+    freed = {event.ref for event in section.events if isinstance(event, Free)}
+    assert all(a.owner is Owner.TEMPORARIES and own(a.slot) in freed for a in unpacked)
+    assert "lm_head.weight" in {p.name for p in program.groups["root"].parameters if not p.packed_bytes}
+
+
+def own(slot: int) -> TensorRef:
+    return local("forward.model.layers", slot)
