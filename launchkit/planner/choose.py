@@ -11,6 +11,7 @@ from launchkit.hardware import Cluster
 from launchkit.model import ModelProfile, ModelSource
 from launchkit.plan import Candidate, Plan, Rejected, Suggestion
 from launchkit.planner.evaluate import Bench, judge, sketch
+from launchkit.planner.host import host_has_room
 from launchkit.planner.search import Option, Refused, Search
 from launchkit.request import Request, decisions
 from launchkit.scenario import Attention, Checkpointing, Loss, Method, Offload, Precision, StrategyKind
@@ -124,10 +125,15 @@ def _rejected(bench: Bench, options: Sequence[Option]) -> tuple[Rejected, ...]:
     leading = list(by_method.values())
     rest = [option for option in shown if option not in leading]
     candidates = [sketch(bench, option.scenario) for option in [*leading, *rest][:SHOWN_REJECTED]]
-    return tuple(Rejected(candidate=candidate, reason=_heaviest(candidate)) for candidate in candidates)
+    return tuple(Rejected(candidate=candidate, reason=_reason(bench, candidate)) for candidate in candidates)
 
 
-def _heaviest(candidate: Candidate) -> str:
+def _reason(bench: Bench, candidate: Candidate) -> str:
+    """What is lacking on the host, or what weighs most on the device."""
+    scenario = candidate.scenario
+    offloads = scenario.strategy.offload is not Offload.NONE
+    if offloads and not host_has_room(bench.program(scenario), cluster=bench.cluster_of(scenario)):
+        return f"host memory {candidate.estimate.host_peak_bytes / 1024**3:.1f}"
     owner, num_bytes = max(candidate.estimate.at_peak.items(), key=lambda item: item[1])
     return f"{owner.replace('_', ' ')} {num_bytes / 1024**3:.1f}"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from launchkit.hardware import Cluster
 from launchkit.model import ModelProfile
 from launchkit.program import StepProgram
-from launchkit.scenario import Method, Scenario, StrategyKind
+from launchkit.scenario import DeviceKind, Method, Scenario, StrategyKind
 from launchkit.units import MIB
 
 # Resident memory of one training process before it holds a model: the interpreter with torch, transformers, TRL and
@@ -23,6 +23,15 @@ def host_peak_bytes(program: StepProgram, *, cluster: Cluster) -> int:
     """
     per_rank = _process_bytes(cluster) + program.host_persistent_bytes
     return per_rank * cluster.node.num_gpus
+
+
+def host_has_room(program: StepProgram, *, cluster: Cluster) -> bool:
+    """Whether a node holds its processes and what they offload. Memory that nobody knows is taken to be enough, and a
+    CPU's is the device's own."""
+    memory_bytes = cluster.node.host_memory_bytes
+    if not memory_bytes or cluster.gpu.device_kind is DeviceKind.CPU:
+        return True
+    return host_peak_bytes(program, cluster=cluster) <= memory_bytes
 
 
 def host_load_peak_bytes(profile: ModelProfile, scenario: Scenario, *, cluster: Cluster) -> int:

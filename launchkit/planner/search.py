@@ -11,6 +11,7 @@ from launchkit.hardware import Cluster
 from launchkit.model import ModelProfile
 from launchkit.plan import StepTime
 from launchkit.planner.evaluate import Bench, communicators, step_time, usable_bytes
+from launchkit.planner.host import host_has_room
 from launchkit.request import Request, resolve
 from launchkit.scenario import (
     Batch,
@@ -25,6 +26,7 @@ from launchkit.scenario import (
     StrategyKind,
 )
 from launchkit.simulate.overheads import MEMORY_MODEL_ERROR, cuda_context
+from launchkit.units import round_up
 
 DEFAULT_GLOBAL_BATCH = 32  # sequences per optimizer step where none is asked for: what most recipes use
 LARGEST_MICRO_BATCH = 64
@@ -67,7 +69,8 @@ _SPREAD_MANY: tuple[tuple[StrategyKind, Offload], ...] = (
 @dataclass(frozen=True, kw_only=True)
 class Option:
     """The best batch found for one method, strategy and offload. ``live_bytes`` are its allocated peak by the cheap
-    reading, ``fits`` says whether that leaves room; ``step`` is its time, of one that fits."""
+    reading, ``fits`` says whether that leaves room on the device, and on the host what is offloaded; ``step`` is its
+    time, of one that fits."""
 
     scenario: Scenario
     live_bytes: int
@@ -166,7 +169,8 @@ class Search:
             if method is Method.QLORA and strategy.kind.zero_stage and self.request.strategy is None:
                 continue  # ZeRO has nothing to shard but the adapters' states
             scenario = self.base(method, strategy)
-            reason = strategies.refusal(scenario, self._profile, self.bench.cluster_of(scenario))
+            reason = self._batch_refusal(scenario)
+            reason = reason or strategies.refusal(scenario, self._profile, self.bench.cluster_of(scenario))
             if reason is not None:
                 yield Refused(scenario=scenario, reason=reason)
                 continue
@@ -225,10 +229,23 @@ class Search:
         steps = max(1, self.global_batch() // (ranks * micro_batch))
         return Batch(micro_batch=micro_batch, gradient_accumulation_steps=steps, seq_len=seq_len)
 
+    def _batch_refusal(self, scenario: Scenario) -> str | None:
+        """Why a global batch that was asked for cannot be kept, with the next one that can."""
+        asked, ranks = self.request.global_batch, self.bench.cluster_of(scenario).num_gpus
+        if asked is None or scenario.batch.global_batch(ranks) == asked:
+            return None
+        parts = [f"--micro-batch {self.request.micro_batch}"] if self.request.micro_batch else []
+        parts += [f"{ranks} GPUs"] if ranks > 1 else []
+        fitting = round_up(asked, ranks * scenario.batch.micro_batch)
+        return f"--global-batch {asked} is no multiple of {' × '.join(parts)}; use --global-batch {fitting}"
+
     def _read(self, scenario: Scenario) -> Option:
         self.num_considered += 1
         live = self.bench.live_peak_bytes(scenario)
-        return Option(scenario=scenario, live_bytes=live, fits=live <= self.room_bytes(scenario))
+        fits = live <= self.room_bytes(scenario)
+        if fits and scenario.strategy.offload is not Offload.NONE:
+            fits = host_has_room(self.bench.program(scenario), cluster=self.bench.cluster_of(scenario))
+        return Option(scenario=scenario, live_bytes=live, fits=fits)
 
     def room_bytes(self, scenario: Scenario) -> int:
         """Live bytes that leave room for everything else on the device, at the top of its range."""

@@ -1,4 +1,4 @@
-"""A trace for CUDA keeps what CUDA keeps: other dtypes under autocast, other attention kernels, another dropout mask."""
+"""A trace for CUDA keeps what CUDA keeps: dtypes under autocast, attention kernels, dropout masks."""
 
 from __future__ import annotations
 

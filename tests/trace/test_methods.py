@@ -41,7 +41,7 @@ def test_targets_are_found(config: dict[str, Any], text: str, expected: str | li
 
 @pytest.mark.parametrize("text", ["qproj", "q_proj,nope", ",", "embed_tokens"])
 def test_unknown_names_list_the_choices(text: str) -> None:
-    with pytest.raises(TraceError, match="matches no linear layer; choose among all-linear, attention, .*q_proj"):
+    with pytest.raises(TraceError, match=r"matches no linear layer; choose among all-linear, attention, .*q_proj"):
         targets(LLAMA, text)
 
 

@@ -1,0 +1,71 @@
+"""What holds for every scenario: more tokens take more, more GPUs shard further, the parts sum to the whole."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from launchkit import planner
+from launchkit.plan import Estimate
+from launchkit.program import Owner
+from tests.builders import cluster, scenario
+from tests.planner.sources import WrittenSource
+
+SHARDED = ("fsdp2", "zero2", "zero3")
+SPREAD = ("single", "ddp", *SHARDED)
+STATES = (Owner.WEIGHTS, Owner.MASTER_WEIGHTS, Owner.OPTIMIZER_STATES)
+
+
+def estimated(*, num_gpus: int, **fields: Any) -> Estimate:
+    return planner.estimate(WrittenSource(3), cluster=cluster(num_gpus=num_gpus), scenario=scenario(**fields)).estimate
+
+
+@given(
+    strategy=st.sampled_from(SPREAD),
+    method=st.sampled_from(["full", "lora"]),
+    checkpointing=st.sampled_from(["none", "full"]),
+    micro_batch=st.integers(2, 8),
+    lengths=st.tuples(st.integers(16, 4096), st.integers(16, 4096)),
+)
+@settings(max_examples=40, deadline=None)
+def test_more_tokens_never_take_less(lengths: tuple[int, int], **fields: Any) -> None:
+    shorter, longer = (estimated(num_gpus=2, seq_len=length, **fields) for length in sorted(lengths))
+    assert shorter.allocated_peak_bytes <= longer.allocated_peak_bytes
+    assert shorter.reserved_peak_bytes >= shorter.allocated_peak_bytes
+
+
+@given(
+    strategy=st.sampled_from(SPREAD),
+    method=st.sampled_from(["full", "lora"]),
+    sizes=st.tuples(st.integers(2, 16), st.integers(2, 16)),
+)
+@settings(max_examples=20, deadline=None)
+def test_more_sequences_never_take_less(sizes: tuple[int, int], **fields: Any) -> None:
+    fewer, more = (estimated(num_gpus=2, micro_batch=size, **fields) for size in sorted(sizes))
+    assert fewer.allocated_peak_bytes <= more.allocated_peak_bytes
+
+
+@given(strategy=st.sampled_from(SHARDED), counts=st.tuples(st.integers(2, 64), st.integers(2, 64)))
+@settings(max_examples=25, deadline=None)
+def test_more_gpus_never_raise_a_sharded_term(strategy: str, counts: tuple[int, int]) -> None:
+    fewer, more = (estimated(num_gpus=count, strategy=strategy) for count in sorted(counts))
+    for owner in STATES:
+        assert more.at_peak[owner] <= fewer.at_peak[owner], owner
+
+
+@pytest.mark.parametrize("strategy", SPREAD)
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_the_parts_sum_to_the_allocated_peak(strategy: str, method: str) -> None:
+    found = estimated(num_gpus=4, strategy=strategy, method=method)
+    assert set(found.at_peak) == {*map(str, Owner), "cuda_context", "nccl", "fragmentation"}
+    assert sum(found.at_peak[str(owner)] for owner in Owner) == found.allocated_peak_bytes
+    assert found.at_peak["fragmentation"] == found.reserved_peak_bytes - found.allocated_peak_bytes
+    assert sum(found.at_peak.values()) == found.device_peak_bytes
+
+
+def test_only_several_gpus_have_buffers_of_a_communicator() -> None:
+    assert estimated(num_gpus=1).at_peak["nccl"] == 0
+    assert estimated(num_gpus=4, strategy="ddp").at_peak["nccl"] > 0
