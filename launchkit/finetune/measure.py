@@ -15,7 +15,7 @@ import torch
 import torch.distributed
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from launchkit.finetune.proof import biggest_module, foreign_parameter_bytes, held_addresses, read_proof
+from launchkit.finetune.proof import biggest_module, foreign_storages, held_addresses, read_proof
 from launchkit.finetune.timeline import AllocationTimeline
 from launchkit.launch.environment import MEASURE_VARIABLE, RUN_DIR_VARIABLE
 from launchkit.launch.record import WRAPPERS, Metric, Proof, RankRecord
@@ -154,7 +154,9 @@ class StepMeter:
         module = biggest_module()
         if module is None:
             return
-        self._foreign_bytes = foreign_parameter_bytes(module, self._timeline.holds)
+        foreign = foreign_storages(module, self._timeline.holds)
+        self._foreign_bytes = sum(foreign.values())
+        self._timeline.leave_out_mappings(foreign)
         # Other strategies keep buffers between steps that no Python object holds, such as DDP's buckets.
         if self._proof is not None and any(WRAPPERS[StrategyKind.FSDP2] in text for text in self._proof.wrappers):
             self._timeline.lay_ghosts(held_addresses(module))

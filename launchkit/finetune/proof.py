@@ -51,13 +51,14 @@ def biggest_module(modules: list[torch.nn.Module] | None = None) -> torch.nn.Mod
     return max(roots, key=lambda root: sum(_full_numel(parameter) for parameter in root.parameters()), default=None)
 
 
-def foreign_parameter_bytes(module: torch.nn.Module, is_known: Callable[[int], bool]) -> int:
-    """Bytes of parameters whose storage is at no known address: arrays of other libraries."""
+def foreign_storages(module: torch.nn.Module, is_known: Callable[[int], bool]) -> dict[int, int]:
+    """Bytes, by address, of parameters' storages that torch's allocator did not make: pieces of mapped files, arrays of
+    other libraries."""
     storages = {}
     for parameter in module.parameters():
         storage = local_tensor(parameter).untyped_storage()
         storages[storage.data_ptr()] = storage.nbytes()
-    return sum(size for address, size in storages.items() if address and not is_known(address))
+    return {address: size for address, size in storages.items() if address and not is_known(address)}
 
 
 def held_addresses(module: torch.nn.Module) -> list[int]:

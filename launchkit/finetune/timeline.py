@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import bisect
-import sys
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from itertools import accumulate
 
 from torch._C._profiler import _EventType
@@ -14,9 +13,9 @@ from torch.profiler import ProfilerActivity, profile
 class AllocationTimeline:
     """Live bytes of torch's CPU allocator over time, from ``start`` to ``stop``.
 
-    Files that torch maps into memory are in it, as one block each. Memory that was allocated before, or by others
-    (numpy), is not. Timestamps are those of ``time.time_ns()``. Nothing else may profile meanwhile: torch has one
-    profiler.
+    Files that torch maps into memory are in it, whole, until ``leave_out_mappings``. Memory that was allocated before,
+    or by others (numpy), is not. Timestamps are those of ``time.time_ns()``. Nothing else may profile meanwhile: torch
+    has one profiler.
 
     The profiler sees one thread. A collective's buffer whose last reference a gloo thread drops is freed unseen, and
     would count for good. Such a *ghost* shows when its address is given out again, or when nobody holds it at the end
@@ -61,9 +60,14 @@ class AllocationTimeline:
                 self._ghosts.append((self._born_ns[address], size))
 
     def holds(self, address: int) -> bool:
-        """Whether ``address`` is inside a block that was still live at the end."""
-        place = bisect.bisect_right(self._left, (address, sys.maxsize)) - 1
-        return place >= 0 and address < sum(self._left[place])
+        """Whether a block that was still live at the end begins at ``address``."""
+        return address in self._born_ns
+
+    def leave_out_mappings(self, addresses: Collection[int]) -> None:
+        """Forgets the blocks that ``addresses`` lie within: files, of which a model may use the smaller part."""
+        for block, size in self._left:
+            if any(block < address < block + size for address in addresses):
+                self._ghosts.append((self._born_ns[block], size))
 
     def ghost_bytes(self, begin_ns: int, end_ns: int) -> int:
         """Bytes that arose in the interval and were freed unseen: so much less its peak may have been."""

@@ -80,7 +80,7 @@ def fine_tune_job(
 ) -> FineTuneJob:
     """The job that trains ``candidate`` exactly as it was planned."""
     directory, gguf_file = split_gguf(model_path)
-    _check_trainable(candidate, gguf_file=gguf_file)
+    _check_trainable(candidate)
     training = candidate.scenario.training
     return FineTuneJob(
         model_path=directory,
@@ -136,7 +136,7 @@ def _lora(candidate: Candidate) -> Lora:
     return Lora(rank=training.lora_rank, alpha=alpha, targets=lora_target_modules(candidate))
 
 
-def _check_trainable(candidate: Candidate, *, gguf_file: str) -> None:
+def _check_trainable(candidate: Candidate) -> None:
     """What the built-in fine-tune does not do, it refuses before anything starts."""
     training = candidate.scenario.training
     if candidate.model.task != "causal-lm":
@@ -153,7 +153,6 @@ def _check_trainable(candidate: Candidate, *, gguf_file: str) -> None:
         "cut cross-entropy": (training.loss is Loss.CCE, "--loss plain"),
         "fp8": (training.precision is Precision.FP8, "--precision bf16"),
         "selective checkpointing": (training.checkpointing is Checkpointing.SELECTIVE, "--checkpointing full"),
-        "QLoRA of a GGUF file": (bool(gguf_file) and training.method is Method.QLORA, "--method lora"),
     }
     for name, (applies, advice) in refused.items():
         if applies:

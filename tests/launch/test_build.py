@@ -142,9 +142,3 @@ def test_the_built_in_refuses(scenario: dict[str, Any], model: dict[str, Any], m
     chosen = candidate(model=profile(**model), **scenario)
     with pytest.raises(IllegalScenarioError, match=message):
         build_command(chosen, cluster(num_gpus=1), target=BUILT_IN, run_dir="/r", launcher=LAUNCHER)
-
-
-def test_the_built_in_refuses_qlora_of_a_gguf_file() -> None:
-    target = BuiltIn(model_path="/m/a.gguf", data=BUILT_IN.data)
-    with pytest.raises(IllegalScenarioError, match="QLoRA of a GGUF file"):
-        build_command(candidate(method="qlora"), cluster(num_gpus=1), target=target, run_dir="/r", launcher=LAUNCHER)
