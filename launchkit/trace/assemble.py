@@ -28,7 +28,7 @@ from launchkit.program import (
     StepProgram,
     TensorRef,
 )
-from launchkit.trace.build import Stack
+from launchkit.trace.build import Stack, surroundings
 from launchkit.trace.fit import Fitter
 from launchkit.trace.recorder import AllocRecord, Log, Place
 
@@ -233,12 +233,9 @@ class _Builder:
         """Two traced layers between equal neighbours must have come out equal, or depth cannot be left out."""
         if len(stack.kinds) == len(stack.kept):
             return
-        seen: dict[tuple[str, ...], int] = {}
-        for j in range(1, len(stack.kept) - 1):
-            if not (stack.kept[j - 1] + 1 == stack.kept[j] == stack.kept[j + 1] - 1):
-                continue
-            triple = tuple(stack.kinds[stack.kept[j] + d] for d in (-1, 0, 1))
-            twin = seen.setdefault(triple, j)
+        seen: dict[tuple[object, ...], int] = {}
+        for j, case in _inner(stack).items():
+            twin = seen.setdefault(case, j)
             if traced[twin] != traced[j]:
                 raise TraceError(
                     f"layers {stack.kept[twin]} and {stack.kept[j]} of {name} are alike but differ in a step"
@@ -318,16 +315,10 @@ class _Builder:
 
     def _twin(self, stack: Stack, born: Place, slot: int, freed: Place) -> int | None:
         """The first traced layer of the same surroundings, if the same slot of all of them dies in ``freed``."""
-        kept, kinds = stack.kept, stack.kinds
-
-        def surroundings(j: int) -> tuple[str, ...] | None:
-            inner = 0 < j < len(kept) - 1 and kept[j - 1] + 1 == kept[j] == kept[j + 1] - 1
-            return tuple(kinds[kept[j] + d] for d in (-1, 0, 1)) if inner else None
-
-        mine = surroundings(born.layer)
-        if mine is None:
+        cases = _inner(stack)
+        if born.layer not in cases:
             return born.layer
-        alike = [j for j in range(len(kept)) if surroundings(j) == mine]
+        alike = [j for j, case in cases.items() if case == cases[born.layer]]
         dying = {
             tensor.place.layer
             for is_alloc, number in (*self.story.events.get(freed, ()), *self.story.events.get(Place("end", 0), ()))
@@ -344,27 +335,26 @@ class _Builder:
         same_stack = freed.stage.partition(".")[2] == stack.path
         if same_stack and abs(born.layer - freed.layer) <= 1:
             return TensorRef(born.stage, Anchor.RELATIVE, born.layer - freed.layer, slot)
-        if born.layer <= 1:
-            return TensorRef(born.stage, Anchor.FIRST, born.layer, slot)
+        if born.layer <= 1 or len(set(stack.kinds)) > 1:
+            return TensorRef(born.stage, Anchor.FIRST, stack.kept[born.layer], slot)
         return TensorRef(born.stage, Anchor.LAST, len(stack.kept) - 1 - born.layer, slot)
 
 
 def stand_ins(stack: Stack) -> tuple[int, ...]:
     """For each full-depth layer the index, among the kept ones, of the layer that stands for it."""
     kept, kinds = stack.kept, stack.kinds
-    position = {layer: j for j, layer in enumerate(kept)}
     if len(kinds) == len(kept):
         return tuple(range(len(kept)))
     if len(set(kinds)) == 1:
         return (0, *[1] * (len(kinds) - 2), len(kept) - 1)
-    between: dict[tuple[str, ...], int] = {}
-    for j in range(1, len(kept) - 1):
-        if kept[j - 1] + 1 == kept[j] == kept[j + 1] - 1:
-            between.setdefault(tuple(kinds[kept[j] + d] for d in (-1, 0, 1)), j)
-    edges = {0, 1, len(kinds) - 2, len(kinds) - 1}
-    return tuple(
-        position[i] if i in edges else between[tuple(kinds[i + d] for d in (-1, 0, 1))] for i in range(len(kinds))
-    )
+    cases = surroundings(kinds)
+    return tuple(kept.index(cases.index(case)) for case in cases)
+
+
+def _inner(stack: Stack) -> dict[int, tuple[object, ...]]:
+    """The surroundings of those kept layers that were traced between their own neighbours, by index among the kept."""
+    kept, cases = stack.kept, surroundings(stack.kinds)
+    return {j: cases[kept[j]] for j in range(1, len(kept) - 1) if kept[j - 1] + 1 == kept[j] == kept[j + 1] - 1}
 
 
 def parameter(name: str, shape: Sequence[int], itemsize: int, *, trainable: bool, lora_rank: int) -> Parameter:

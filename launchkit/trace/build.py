@@ -130,7 +130,7 @@ def build_on_meta(
     try:
         with torch.device("meta"), _no_initialisation():
             model = model_class._from_config(config, attn_implementation=str(attention), dtype=dtype)
-    except (ValueError, ImportError) as error:
+    except Exception as error:  # constructors raise many exception types
         raise TraceError(
             f"{model_class.__name__} cannot be built with {attention} attention: {_first_line(error)}"
         ) from None
@@ -171,23 +171,26 @@ def layer_kinds(config: PreTrainedConfig, stack: nn.ModuleList) -> tuple[str, ..
     return tuple(kinds)
 
 
-def choose_layers(kinds: Sequence[str]) -> tuple[int, ...]:
-    """Which layers to trace so that every (previous, own, next) triple of kinds occurs, with both ends.
+def surroundings(kinds: Sequence[str]) -> tuple[tuple[object, ...], ...]:
+    """What decides a layer's step besides its own kind: its neighbours' kinds, and whether it is the first or the last
+    of its kind, which is where what all of a kind share (a mask, rotary tables) comes to an end. Each end of the stack
+    is a case of its own."""
+    last = len(kinds) - 1
+    final = {kind: i for i, kind in enumerate(kinds)}
+    return tuple(
+        ("end", i) if i in (0, last) else (*kinds[i - 1 : i + 2], kinds.index(kind) == i, final[kind] == i)
+        for i, kind in enumerate(kinds)
+    )
 
-    The kept layers stay in order; a triple is covered by keeping a window of neighbours around its first
-    occurrence away from the ends.
-    """
+
+def choose_layers(kinds: Sequence[str]) -> tuple[int, ...]:
+    """Which layers to trace so that all surroundings occur: where they first do, with both neighbours."""
     count = len(kinds)
     if count <= _LAYERS_WHEN_UNIFORM or len(set(kinds)) == 1:
         return tuple(range(min(count, _LAYERS_WHEN_UNIFORM)))
-    kept = {0, 1, count - 2, count - 1}
-    seen: set[tuple[str, str, str]] = set()
-    for i in range(1, count - 1):
-        triple = (kinds[i - 1], kinds[i], kinds[i + 1])
-        if triple not in seen and 1 < i < count - 2:
-            seen.add(triple)
-            kept.update((i - 1, i, i + 1))
-    return tuple(sorted(kept))
+    cases = surroundings(kinds)
+    kept = {i + d for i, case in enumerate(cases) if cases.index(case) == i for d in (-1, 0, 1)}
+    return tuple(sorted(kept & set(range(count))))
 
 
 def cut(model: nn.Module, config: PreTrainedConfig) -> tuple[Stack, ...]:

@@ -20,9 +20,6 @@ from tests.trace.models import LLAMA, key
 
 POINTS = (Point(2, 64), Point(3, 64), Point(2, 96), Point(4, 160))
 FORWARD, BACKWARD = "forward.layers", "backward.layers"
-_ENDS_OF_A_KIND = pytest.mark.xfail(
-    strict=True, reason="the first and last layer of a kind, where what the kind shares dies, are taken for the others"
-)
 
 
 def stack(kinds: Sequence[str]) -> Stack:
@@ -58,7 +55,6 @@ def test_a_stand_in_is_of_the_same_kind_between_the_same_neighbours(kinds: str) 
     assert stand_ins(cut)[-1] == len(cut.kept) - 1
 
 
-@_ENDS_OF_A_KIND
 @given(kinds=st.text("sf", min_size=5, max_size=24))
 def test_a_stand_in_was_traced_between_its_own_neighbours(kinds: str) -> None:
     """Or what it says of them, such as which of their tensors it frees, is another kind's."""
@@ -70,7 +66,6 @@ def test_a_stand_in_was_traced_between_its_own_neighbours(kinds: str) -> None:
         assert neighbours <= set(cut.kept), layer
 
 
-@_ENDS_OF_A_KIND
 @given(kinds=st.text("sf", min_size=5, max_size=24))
 def test_the_first_and_the_last_of_a_kind_stand_for_no_other(kinds: str) -> None:
     """What all layers of a kind share, such as their mask, ends there."""

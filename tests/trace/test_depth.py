@@ -34,13 +34,10 @@ MIXED: Mapping[str, tuple[Mapping[str, Any], Mapping[str, Any]]] = {
         WINDOWED | CUDA_CHECKPOINTED | {"attention": Attention.EAGER},
     ),
 }
-_ENDS_OF_A_KIND = pytest.mark.xfail(
-    strict=True, reason="the first and last layer of a kind, where what the kind shares dies, are taken for the others"
-)
 POINTS = (Point(2, 96, 8), Point(5, 256, 4))
 
 
-@pytest.mark.parametrize("name", [*CASES, *(pytest.param(name, marks=_ENDS_OF_A_KIND) for name in MIXED)])
+@pytest.mark.parametrize("name", [*CASES, *MIXED])
 def test_depth_can_be_left_out(name: str) -> None:
     config, overrides = (CASES | MIXED)[name]
     wanted = key(**overrides)
