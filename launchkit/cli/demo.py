@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from pathlib import Path
 
@@ -10,12 +11,10 @@ import click
 from launchkit import api
 from launchkit.catalog.files import examples_directory
 from launchkit.cli.console import Console
-from launchkit.cli.files import write
-from launchkit.cli.launch import live_stream, report_run
+from launchkit.cli.launch import live_stream, report_run, write_configs
 from launchkit.cli.options import console_options
 from launchkit.cli.progress import progress_bar
 from launchkit.errors import LaunchkitError, MissingExtraError
-from launchkit.export.files import config_files
 from launchkit.hardware import Backend, Cluster
 from launchkit.plan import Plan
 from launchkit.process.run import RunOptions, launch_run
@@ -73,7 +72,11 @@ def make_model(directory: Path) -> Path:
     unfinished = directory.with_name(directory.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
-    make_tiny_model(unfinished, demo_data().read_text(encoding="utf-8").splitlines())
+    logging.disable(logging.WARNING)  # DeepSpeed, imported where it is installed, says that it finds no accelerator
+    try:
+        make_tiny_model(unfinished, demo_data().read_text(encoding="utf-8").splitlines())
+    finally:
+        logging.disable(logging.NOTSET)
     unfinished.rename(directory)
     return directory
 
@@ -104,8 +107,7 @@ def _train(plan: Plan, *, model: Path, max_steps: int, run_dir: str, console: Co
             stream=live_stream(console),
         ),
     )
-    for file in config_files(plan, plan.cluster):
-        write(Path(record.run_dir) / "configs" / file.name, file.text, force=False)
+    write_configs(plan, Path(record.run_dir) / "configs")
     report_run(record, console=console)
     console.document(record.document)
     if record.exit_code == 0 and record.strategy_is_live is False:

@@ -72,15 +72,16 @@ def clip_norm(candidate: Candidate) -> float:
 def autocast_format(scenario: Scenario) -> str:
     """Accelerate's ``mixed_precision``: ``no``, ``fp16``, ``bf16`` or ``fp8``.
 
-    FSDP upcasts trainable weights to fp32 as soon as mixed precision is on, so bf16 weights need ``no`` there;
-    DeepSpeed computes in the dtype of its weights, so that its bf16 is ``bf16`` whatever holds the states.
+    FSDP upcasts trainable weights to fp32 as soon as mixed precision is on, so a full fine-tune of bf16 weights needs
+    ``no`` there, where adapters are fp32 anyway and the frozen weights stay as they are. DeepSpeed computes in the dtype of its weights, so that its bf16 is ``bf16`` whatever holds the states.
     """
     precision, kind = scenario.training.precision, scenario.strategy.kind
     if precision not in _BF16_STATES:
         return {Precision.FP32: "no", Precision.FP16: "fp16", Precision.BF16: "bf16", Precision.FP8: "fp8"}[precision]
     if kind.zero_stage:
         return "bf16"
-    return "bf16" if precision is Precision.BF16_PARAMS and not kind.is_fsdp else "no"
+    upcasts = kind.is_fsdp and scenario.training.method is Method.FULL
+    return "bf16" if precision is Precision.BF16_PARAMS and not upcasts else "no"
 
 
 def attention_modules(model_type: str) -> tuple[str, ...]:

@@ -295,7 +295,8 @@ def _quiet() -> Iterator[None]:
     """transformers' and torch's chatter about a model that is only being looked at stays off the terminal."""
     level = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
-    logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
+    for name in ("torch._subclasses.fake_tensor", "bitsandbytes", "DeepSpeed"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:

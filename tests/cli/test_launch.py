@@ -11,6 +11,7 @@ from launchkit.cli import demo
 from launchkit.cli.console import Console
 from launchkit.cli.launch import report_run
 from launchkit.cli.main import main
+from launchkit.errors import LaunchkitError
 from launchkit.launch.record import RunRecord
 from launchkit.plan import Plan
 from launchkit.process.run import RunOptions
