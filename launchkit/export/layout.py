@@ -73,7 +73,8 @@ def autocast_format(scenario: Scenario) -> str:
     """Accelerate's ``mixed_precision``: ``no``, ``fp16``, ``bf16`` or ``fp8``.
 
     FSDP upcasts trainable weights to fp32 as soon as mixed precision is on, so a full fine-tune of bf16 weights needs
-    ``no`` there, where adapters are fp32 anyway and the frozen weights stay as they are. DeepSpeed computes in the dtype of its weights, so that its bf16 is ``bf16`` whatever holds the states.
+    ``no`` there; adapters are fp32 anyway, and frozen weights stay as they are. DeepSpeed computes in the dtype of its
+    weights, so that its bf16 is ``bf16`` whatever holds the states.
     """
     precision, kind = scenario.training.precision, scenario.strategy.kind
     if precision not in _BF16_STATES:
