@@ -49,13 +49,19 @@ def test_every_key_is_traced_once(script: types.ModuleType) -> None:
     texts = [key.text for key in script.trace_keys(ROW, PROFILE)]
     assert len(texts) == len(set(texts))
     assert "cuda/full/autocast-bf16/none/sdpa/plain/hf/bn" in texts
-    assert "cuda/qlora/bf16/full/sdpa/plain/trl/all-linear/b1" in texts
+    assert "cuda/qlora/bf16-autocast/full/sdpa/plain/hf/all-linear/b1/cast" in texts
     assert "cpu/full/fp32/none/sdpa/plain/loop/bn" in texts
 
 
 def test_large_models_are_not_traced_for_cpus(script: types.ModuleType) -> None:
     large = replace(ROW, num_parameters_published=8 * 10**9)
     assert {key.device.value for key in script.trace_keys(large, PROFILE)} == {"cuda"}
+
+
+def test_a_short_window_is_traced_on_both_sides(script: types.ModuleType) -> None:
+    windowed = {key.beyond_window for key in script.trace_keys(ROW, replace(PROFILE, sliding_window=512))}
+    unreachable = {key.beyond_window for key in script.trace_keys(ROW, replace(PROFILE, sliding_window=10**6))}
+    assert (windowed, unreachable) == ({False, True}, {False})
 
 
 def test_a_model_without_sdpa_is_traced_eager(script: types.ModuleType) -> None:
