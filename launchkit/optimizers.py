@@ -9,7 +9,7 @@ list over all tensors of one dtype.
 
 from __future__ import annotations
 
-import difflib
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -160,15 +160,24 @@ class Optimizer:
         states = self.variant(tensor).states
         return tuple(state.num_bytes(tensor) for state in states if state.is_on(place, device))
 
+    def total_state_bytes(
+        self, tensors: Sequence[LocalTensor], *, device: DeviceKind, place: Place = Place.DEVICE
+    ) -> int:
+        """Bytes of all states of ``tensors`` that live at ``place``; tensors alike, one per layer, are read once."""
+        counts = Counter(tensors)
+        return sum(count * sum(self.state_bytes(t, device=device, place=place)) for t, count in counts.items())
+
     def host_state_bytes(self, tensors: Sequence[LocalTensor], *, device: DeviceKind) -> int:
         """Bytes of paged states, which live in host memory when the GPU has no room. Scalars are left out."""
-        return sum(sum(self.state_bytes(tensor, device=device, place=Place.PAGED)) for tensor in tensors)
+        return self.total_state_bytes(tensors, device=device, place=Place.PAGED)
 
 
 def find(name: str) -> Optimizer:
     """The row called ``name`` (or by the Trainer's alias of it)."""
     row = OPTIMIZERS.get(ALIASES.get(name, name))
     if row is None:
+        import difflib  # lazy: needed only on the way to an error
+
         close = difflib.get_close_matches(name, OPTIMIZERS, n=3, cutoff=0.4) or ["adamw_torch_fused"]
         raise IllegalScenarioError(f"unknown optimizer {name!r}; try --optimizer {', '.join(close)}")
     return row
@@ -208,8 +217,8 @@ def step_events(
 
 def traffic_bytes(optimizer: Optimizer, tensors: Sequence[LocalTensor], *, device: DeviceKind) -> int:
     """Bytes that one step must move: gradient read, parameter and states read and written. Omits temporaries."""
-    states = sum(sum(optimizer.state_bytes(tensor, device=device)) for tensor in tensors)
-    return 3 * sum(tensor.num_bytes for tensor in tensors) + 2 * states
+    weights = sum(count * tensor.num_bytes for tensor, count in Counter(tensors).items())
+    return 3 * weights + 2 * optimizer.total_state_bytes(tensors, device=device)
 
 
 def _updates(

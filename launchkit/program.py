@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
 from launchkit.errors import ProgramError
@@ -22,6 +23,8 @@ from launchkit.errors import ProgramError
 
 class Owner(StrEnum):
     """What a block of memory is for; the keys of ``at_peak`` in the JSON of ``estimate``."""
+
+    __hash__ = str.__hash__  # enum's own runs in Python, and every event is hashed with its owner
 
     WEIGHTS = "weights"
     GATHERED_WEIGHTS = "gathered_weights"
@@ -61,14 +64,17 @@ class Term(NamedTuple):
     lora_rank: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Size:
-    """A number of bytes (or FLOPs) as an exact polynomial with integer coefficients, over ``denominator``."""
+class Size(NamedTuple):
+    """A number of bytes (or FLOPs) as an exact polynomial with integer coefficients, over ``denominator``.
+
+    A named tuple, as events are, because rewrites make and compare them by the hundred thousand.
+    """
 
     terms: tuple[Term, ...]
     denominator: int = 1
 
     @classmethod
+    @lru_cache(maxsize=4096)  # rewrites write the same few sizes into every layer
     def constant(cls, value: int) -> Size:
         """A size that depends on nothing."""
         return cls((Term(value),) if value else ())
@@ -85,7 +91,7 @@ class Size:
     def is_constant(self) -> bool:
         return all(term[1:] == (0, 0, 0) for term in self.terms)
 
-    def __add__(self, other: Size) -> Size:
+    def __add__(self, other: Size) -> Size:  # type: ignore[override]  # sizes add up, they are not concatenated
         if self.denominator != 1 or other.denominator != 1:
             raise ProgramError("sizes over a denominator do not add; scale the sum instead")
         powers: dict[tuple[int, int, int], int] = {}
@@ -103,6 +109,8 @@ class Size:
 
 class Anchor(StrEnum):
     """How a ``TensorRef`` counts layers."""
+
+    __hash__ = str.__hash__  # as for Owner
 
     RELATIVE = "~"  # from the layer that holds the reference
     FIRST = "^"  # from the first layer of the named stage
@@ -250,6 +258,11 @@ class Section:
     kernels: tuple[Kernel, ...] = ()
     collectives: tuple[Collective, ...] = ()
     copies: tuple[Copy, ...] = ()
+
+    @cached_property
+    def gradients(self) -> tuple[Alloc, ...]:
+        """The allocations that bring the gradient of one of the group's parameters into being, in order."""
+        return tuple([event for event in self.events if isinstance(event, Alloc) and event.parameter >= 0])
 
 
 @dataclass(frozen=True, kw_only=True)

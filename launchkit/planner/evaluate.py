@@ -14,7 +14,7 @@ from launchkit.planner.host import checkpoint_bytes, host_load_peak_bytes, host_
 from launchkit.program import Owner, Point, StepProgram
 from launchkit.scenario import DeviceKind, Method, Scenario, StrategyKind, TraceKey
 from launchkit.simulate.clock import Job, simulate_time
-from launchkit.simulate.memory import MemoryReading, simulate_memory
+from launchkit.simulate.memory import MemoryReading, read_memory, simulate_memory
 from launchkit.simulate.overheads import (
     ByteRange,
     communicator_buffers,
@@ -133,7 +133,7 @@ def sketch(bench: Bench, scenario: Scenario) -> Candidate:
     Its reserved memory is the allocated with the share that the allocator run of the chosen one adds left out; the
     fragmentation it will have is within the error band of every estimate.
     """
-    reading = simulate_memory(bench.program(scenario), point_of(scenario), device_kind=DeviceKind.CPU)
+    reading = read_memory(bench.program(scenario), point_of(scenario))
     return candidate_of(bench, scenario, reading)
 
 

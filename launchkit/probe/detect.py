@@ -7,13 +7,13 @@ from pathlib import Path
 
 from launchkit.detection import Detection, Host
 from launchkit.probe.host import detect_host
-from launchkit.probe.nvml import read_nvml
-from launchkit.probe.torch_devices import read_torch
 from launchkit.probe.visible import visible_gpus
 
 
 def detect(directory: Path | None = None) -> Detection:
     """Looks at GPUs, host memory and the free disk of ``directory`` (default: the current one)."""
+    from launchkit.probe.nvml import read_nvml  # lazy: not wanted by who names the GPUs to plan for
+
     host = detect_host(directory)
     reading = read_nvml()
     if not reading.gpus:
@@ -35,6 +35,8 @@ def detect(directory: Path | None = None) -> Detection:
 
 
 def _without_nvidia(host: Host, *, problem: str) -> Detection:
+    from launchkit.probe.torch_devices import read_torch  # lazy, as above
+
     gpus = read_torch(host)
     if not gpus:
         return Detection(host=host, notes=(f"no GPU found: {problem or 'the NVIDIA driver lists none'}",))

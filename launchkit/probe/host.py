@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import psutil
-
 from launchkit.detection import Host
 
 # Control group v1 says "no limit" with the largest page-aligned number, about 2**63.
@@ -15,6 +13,8 @@ _UNLIMITED_BYTES = 2**60
 
 def detect_host(directory: Path | None = None) -> Host:
     """This machine as processes started here will find it; free disk is that of ``directory`` (default: this one)."""
+    import psutil  # lazy: not wanted by who names the GPUs to plan for
+
     memory = psutil.virtual_memory()
     return Host(
         memory_bytes=memory.total,
@@ -65,4 +65,6 @@ def _lines(path: Path) -> list[str]:
 def _num_usable_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
+    import psutil  # lazy, as above
+
     return psutil.cpu_count() or 1

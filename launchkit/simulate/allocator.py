@@ -169,7 +169,7 @@ class _Block:
 
     __slots__ = ("address", "allocated", "born", "expandable", "mapped", "next", "pool", "previous", "size")
 
-    def __init__(self, *, address: int, size: int, pool: _Pool, expandable: bool = False) -> None:
+    def __init__(self, address: int, size: int, pool: _Pool, expandable: bool = False) -> None:
         self.address = address
         self.size = size
         self.pool = pool
@@ -192,7 +192,7 @@ class _Block:
     def split(self, size: int) -> _Block:
         """Cut off all beyond ``size`` and return it. The lower part stays this object, here and in ``absorb``, so
         that a segment is known by its first block."""
-        rest = _Block(address=self.address + size, size=self.size - size, pool=self.pool, expandable=self.expandable)
+        rest = _Block(self.address + size, self.size - size, self.pool, self.expandable)
         rest.mapped = self.mapped
         rest.previous, rest.next = self, self.next
         if self.next is not None:
@@ -236,6 +236,10 @@ class _Pool:
         key = block.size << _ADDRESS_BITS | block.address
         del self.keys[bisect_left(self.keys, key)]
         del self.blocks[key]
+
+    def take(self, index: int) -> _Block:
+        """Take out the block at ``index`` of ``keys``."""
+        return self.blocks.pop(self.keys.pop(index))
 
     def discard(self, block: _Block) -> None:
         """Take out a block, mapped or not."""
@@ -352,9 +356,11 @@ class CachingAllocator:
         if index == len(pool.keys):
             return None
         block = pool.at(index)
+        limit = self.settings.max_split_size_bytes
+        if limit is None and not block.expandable:
+            return pool.take(index)
         if block.expandable:
             block = _least_expandable(pool, index)
-        limit = self.settings.max_split_size_bytes
         if limit is not None:
             if size < limit <= block.size:
                 return None
@@ -404,7 +410,7 @@ class CachingAllocator:
         return self.capacity_bytes is None or self.reserved_bytes + num_bytes <= self.capacity_bytes
 
     def _new_segment(self, pool: _Pool, num_bytes: int) -> _Block:
-        block = _Block(address=self._take_addresses(num_bytes), size=num_bytes, pool=pool)
+        block = _Block(self._take_addresses(num_bytes), num_bytes, pool)
         self._segments[block.address] = block
         self._reserve(num_bytes)
         return block
@@ -491,7 +497,7 @@ class CachingAllocator:
         # 9/8 of the device's memory: pages unmapped at the start of a segment may be mapped again at its end.
         capacity = self.capacity_bytes or DEFAULT_ADDRESS_SPACE_BYTES
         num_bytes = round_up(max(capacity * 9 // 8, size), pool.segment_bytes)
-        block = _Block(address=self._take_addresses(num_bytes), size=num_bytes, pool=pool, expandable=True)
+        block = _Block(self._take_addresses(num_bytes), num_bytes, pool, expandable=True)
         block.mapped = False
         self._segments[block.address] = block
         pool.unmapped[block.address] = block
@@ -574,17 +580,13 @@ def _segment_bytes(size: int) -> int:
     return round_up(size, LARGE_ROUNDING_BYTES)
 
 
-def _is_mergeable(block: _Block, neighbour: _Block | None) -> bool:
-    return neighbour is not None and not neighbour.allocated and neighbour.mapped is block.mapped
-
-
 def _merged(block: _Block) -> _Block:
     """``block`` as one with its free neighbours that are mapped as it is; these leave their pool."""
     lower, upper = block.previous, block.next
-    if upper is not None and _is_mergeable(block, upper):
+    if upper is not None and not upper.allocated and upper.mapped is block.mapped:
         upper.pool.discard(upper)
         block.absorb(upper)
-    if lower is not None and _is_mergeable(block, lower):
+    if lower is not None and not lower.allocated and lower.mapped is block.mapped:
         lower.pool.discard(lower)
         lower.absorb(block)
         return lower

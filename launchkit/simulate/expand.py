@@ -20,12 +20,7 @@ class MemoryEvent(NamedTuple):
     stage: int
 
 
-class _Key(NamedTuple):
-    """The absolute name of a tensor: the stage's index, the layer, the slot."""
-
-    stage: int
-    layer: int
-    slot: int
+_Key = tuple[int, int, int]  # the absolute name of a tensor: the stage's index, the layer, the slot
 
 
 def expand(program: StepProgram, point: Point) -> Iterator[MemoryEvent]:
@@ -64,26 +59,37 @@ class _Expansion:
 
     def events(self) -> Iterator[MemoryEvent]:
         for event in persistent_events(self.program, self.point):
-            self.live[_Key(PERSISTENT_STAGE, event.tensor, 0)] = event
+            self.live[PERSISTENT_STAGE, event.tensor, 0] = event
             yield event
         self.num_tensors = len(self.live)
         for index, stage in enumerate(self.program.stages):
             for layer in stage.order():
                 yield from self._layer(index, stage, layer)
 
-    def _layer(self, index: int, stage: Stage, layer: int) -> Iterator[MemoryEvent]:
+    def _layer(self, index: int, stage: Stage, layer: int) -> list[MemoryEvent]:
+        """One layer's events. The loop is written out: a long step has a hundred thousand of them."""
+        found: list[MemoryEvent] = []
+        live = self.live
         number = stage.layers[layer]
         for event, num_bytes in zip(self.program.sections[number].events, self._sizes(number), strict=True):
             if isinstance(event, Alloc):
-                allocated = self._allocate(_Key(index, layer, event.slot), num_bytes, event.owner)
+                key = (index, layer, event.slot)
+                if key in live or num_bytes < 0:
+                    raise self._refused(key, num_bytes)
+                made = live[key] = MemoryEvent(self.num_tensors, num_bytes, event.owner, index)
+                self.num_tensors += 1
                 if num_bytes:
-                    yield allocated
+                    found.append(made)
             elif isinstance(event, Free):
-                freed = self._free(event.ref, num_bytes, stage=index, layer=layer)
+                key = self._resolve(event.ref, layer)
+                freed = live.pop(key, None)
+                if freed is None or freed.delta_bytes != num_bytes:
+                    raise self._unfreed(key, freed, num_bytes, where=f"{stage.name}[{layer}]")
                 if num_bytes:
-                    yield freed
+                    found.append(MemoryEvent(freed.tensor, -num_bytes, freed.owner, index))
             else:
-                yield from self._free_all(event.owner, stage=index)
+                found += self._free_all(event.owner, stage=index)
+        return found
 
     def _sizes(self, number: int) -> Sequence[int]:
         """The size of each event of a section, worked out once for all its layers."""
@@ -91,28 +97,20 @@ class _Expansion:
             self.sizes[number] = [_event_bytes(event, self.point) for event in self.program.sections[number].events]
         return self.sizes[number]
 
-    def _allocate(self, key: _Key, num_bytes: int, owner: Owner) -> MemoryEvent:
+    def _refused(self, key: _Key, num_bytes: int) -> ProgramError:
+        """Why a storage cannot come into being."""
         if key in self.live:
-            raise ProgramError(f"{self._name(key)} is allocated while it is live; trace the model again")
-        if num_bytes < 0:
-            raise ProgramError(f"{self._name(key)} has {num_bytes} bytes at {_text(self.point)}; trace the model again")
-        event = MemoryEvent(self.num_tensors, num_bytes, owner, key.stage)
-        self.num_tensors += 1
-        self.live[key] = event
-        return event
+            return ProgramError(f"{self._name(key)} is allocated while it is live; trace the model again")
+        return ProgramError(f"{self._name(key)} has {num_bytes} bytes at {_text(self.point)}; trace the model again")
 
-    def _free(self, ref: TensorRef, num_bytes: int, *, stage: int, layer: int) -> MemoryEvent:
-        key = self._resolve(ref, layer)
-        event = self.live.pop(key, None)
-        if event is None:
-            where = f"{self.program.stages[stage].name}[{layer}]"
-            raise ProgramError(f"{where} frees {self._name(key)}, which is not live there; trace the model again")
-        if event.delta_bytes != num_bytes:
-            raise ProgramError(
-                f"{self.program.stages[stage].name}[{layer}] frees {num_bytes} bytes of {self._name(key)}, which has "
-                f"{event.delta_bytes} at {_text(self.point)}; trace the model again"
-            )
-        return MemoryEvent(event.tensor, -num_bytes, event.owner, stage)
+    def _unfreed(self, key: _Key, found: MemoryEvent | None, num_bytes: int, *, where: str) -> ProgramError:
+        """Why a storage cannot die."""
+        if found is None:
+            return ProgramError(f"{where} frees {self._name(key)}, which is not live there; trace the model again")
+        return ProgramError(
+            f"{where} frees {num_bytes} bytes of {self._name(key)}, which has {found.delta_bytes} at "
+            f"{_text(self.point)}; trace the model again"
+        )
 
     def _free_all(self, owner: Owner, *, stage: int) -> Iterator[MemoryEvent]:
         for key in [key for key, event in self.live.items() if event.owner is owner]:
@@ -122,17 +120,19 @@ class _Expansion:
 
     def _resolve(self, ref: TensorRef, layer: int) -> _Key:
         """What ``StepProgram.resolve`` says, with the stage as its index."""
-        index = self.indices.get(ref.stage)
+        stage, anchor, distance, slot = ref
+        index = self.indices.get(stage)
         if index is None:
-            raise ProgramError(f"the program has no stage {ref.stage!r}; trace the model again")
-        if ref.anchor is Anchor.RELATIVE:
-            return _Key(index, layer + ref.layer, ref.slot)
-        if ref.anchor is Anchor.FIRST:
-            return _Key(index, ref.layer, ref.slot)
-        return _Key(index, len(self.program.stages[index].layers) - 1 - ref.layer, ref.slot)
+            raise ProgramError(f"the program has no stage {stage!r}; trace the model again")
+        if anchor is Anchor.RELATIVE:
+            return index, layer + distance, slot
+        if anchor is Anchor.FIRST:
+            return index, distance, slot
+        return index, len(self.program.stages[index].layers) - 1 - distance, slot
 
     def _name(self, key: _Key) -> str:
-        return f"tensor {self.program.stages[key.stage].name}[{key.layer}].{key.slot}"
+        stage, layer, slot = key
+        return f"tensor {self.program.stages[stage].name}[{layer}].{slot}"
 
 
 def _event_bytes(event: Event, point: Point) -> int:

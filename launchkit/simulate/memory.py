@@ -11,10 +11,8 @@ from launchkit.errors import OutOfMemoryError
 from launchkit.program import Owner, Phase, Point, StepProgram
 from launchkit.scenario import DeviceKind
 from launchkit.simulate.allocator import AllocatorSettings, CachingAllocator
-from launchkit.simulate.expand import PERSISTENT_STAGE, MemoryEvent, expand, persistent_events
-
-OWNERS = tuple(Owner)
-_OWNER_INDEX: Mapping[Owner, int] = {owner: index for index, owner in enumerate(OWNERS)}
+from launchkit.simulate.expand import PERSISTENT_STAGE, MemoryEvent, expand
+from launchkit.simulate.owners import OWNERS, read_owners
 
 
 class TimelinePoint(NamedTuple):
@@ -50,18 +48,17 @@ class MemoryReading:
     timeline: tuple[TimelinePoint, ...] = ()
 
 
-class _Change(NamedTuple):
-    """What one event of the step that is read did to the allocated bytes."""
+class _Changes(NamedTuple):
+    """What each event of the step that is read did to the allocated bytes, from nothing: the event, and the change."""
 
-    owner: int
-    delta_bytes: int
-    stage: int
+    events: Sequence[MemoryEvent]
+    deltas: list[int]
 
 
 class _Record(NamedTuple):
     """The changes of the step that is read, from nothing, and what was reserved."""
 
-    changes: list[_Change]
+    changes: _Changes
     reserved_peak_bytes: int
     reserved_first_step_bytes: int
     num_steps: int
@@ -87,43 +84,57 @@ def simulate_memory(
 
     On CPU nothing is rounded or cached: reserved equals allocated.
     """
-    persistent = list(persistent_events(program, point))
-    step = list(expand(program, point))[len(persistent) :]
+    events = list(expand(program, point))
+    num_persistent = sum(event.stage == PERSISTENT_STAGE for event in events)
     exceeds_capacity = False
     if device_kind is DeviceKind.CPU:
-        record = _count(persistent, step)
+        record = _count(events)
     else:
-        run = _CudaRun(program, persistent, step, is_eager=eager_optimizer_states)
+        run = _CudaRun(program, events, num_persistent=num_persistent, is_eager=eager_optimizer_states)
         try:
             record = run.record(CachingAllocator(settings=settings, capacity_bytes=capacity_bytes))
         except OutOfMemoryError:
             exceeds_capacity = True
             record = run.record(CachingAllocator(settings=settings))
-    timeline = _timeline(program, record.changes, num_persistent=len(persistent), num_points=num_timeline_points)
+    timeline = _timeline(program, record.changes, num_persistent=num_persistent, num_points=num_timeline_points)
     return replace(_summary(program, record), exceeds_capacity=exceeds_capacity, timeline=timeline)
 
 
-def _count(persistent: Iterable[MemoryEvent], step: Iterable[MemoryEvent]) -> _Record:
+def read_memory(program: StepProgram, point: Point) -> MemoryReading:
+    """What ``simulate_memory`` says of ``program`` on a CPU, in the time of its templates.
+
+    Omits: the checks of ``expand``.
+    """
+    (peak, stage), at_peak, end_bytes = read_owners(program, point)
+    return MemoryReading(
+        allocated_peak_bytes=peak,
+        reserved_peak_bytes=peak,
+        reserved_first_step_bytes=peak,
+        at_peak=dict(zip(OWNERS, at_peak, strict=True)),
+        peak_stage=stage,
+        peak_phase=program.stage(stage).phase if stage else Phase.FORWARD,
+        steady_bytes=end_bytes,
+        num_steps=1,
+    )
+
+
+def _count(events: Sequence[MemoryEvent]) -> _Record:
     """The record of an allocator that neither rounds nor caches."""
-    changes = [
-        _Change(_OWNER_INDEX[event.owner], event.delta_bytes, event.stage)
-        for events in (persistent, step)
-        for event in events
-    ]
-    peak = max(accumulate(change.delta_bytes for change in changes), default=0)
-    return _Record(changes, peak, peak, num_steps=1, num_retries=0)
+    deltas = [event.delta_bytes for event in events]
+    peak = max(accumulate(deltas), default=0)
+    return _Record(_Changes(events, deltas), peak, peak, num_steps=1, num_retries=0)
 
 
 class _CudaRun:
     """A program's events and how they repeat."""
 
     def __init__(
-        self, program: StepProgram, persistent: Sequence[MemoryEvent], step: Sequence[MemoryEvent], *, is_eager: bool
+        self, program: StepProgram, events: Sequence[MemoryEvent], *, num_persistent: int, is_eager: bool
     ) -> None:
-        self.persistent = persistent
-        self.step = step
-        num_persistent = len(persistent)
-        self.is_repeatable = sum(event.delta_bytes for event in step if event.tensor >= num_persistent) == 0
+        self.events = events
+        self.persistent = persistent = events[:num_persistent]
+        self.step = step = events[num_persistent:]
+        self.is_repeatable = sum([event.delta_bytes for event in step if event.tensor >= num_persistent]) == 0
         self.optimizer_stages = frozenset(
             index for index, stage in enumerate(program.stages) if stage.phase is Phase.OPTIMIZER
         )
@@ -153,20 +164,18 @@ class _CudaRun:
         _allocate(allocator, handles, self.late)
         _replay(allocator, handles, self.step[start:])
 
-    def _read(self, allocator: CachingAllocator, handles: dict[int, int]) -> list[_Change]:
+    def _read(self, allocator: CachingAllocator, handles: dict[int, int]) -> _Changes:
         """A step, with what it and the persistent storages take of the allocator."""
-        changes = [
-            _Change(_OWNER_INDEX[event.owner], allocator.size_of(handles[event.tensor]), PERSISTENT_STAGE)
-            for event in self.persistent
-        ]
-        for tensor, delta_bytes, owner, stage in self.step:
-            before = allocator.allocated_bytes
+        deltas = [allocator.size_of(handles[event.tensor]) for event in self.persistent]
+        before = allocator.allocated_bytes
+        for tensor, delta_bytes, _, _ in self.step:
             if delta_bytes > 0:
                 handles[tensor] = allocator.malloc(delta_bytes)
             else:
                 allocator.free(handles.pop(tensor))
-            changes.append(_Change(_OWNER_INDEX[owner], allocator.allocated_bytes - before, stage))
-        return changes
+            deltas.append(allocator.allocated_bytes - before)
+            before = allocator.allocated_bytes
+        return _Changes(self.events, deltas)
 
 
 def _allocate(allocator: CachingAllocator, handles: dict[int, int], events: Iterable[MemoryEvent]) -> None:
@@ -175,22 +184,22 @@ def _allocate(allocator: CachingAllocator, handles: dict[int, int], events: Iter
 
 
 def _replay(allocator: CachingAllocator, handles: dict[int, int], events: Iterable[MemoryEvent]) -> None:
-    for event in events:
-        if event.delta_bytes > 0:
-            handles[event.tensor] = allocator.malloc(event.delta_bytes)
+    for tensor, delta_bytes, _, _ in events:
+        if delta_bytes > 0:
+            handles[tensor] = allocator.malloc(delta_bytes)
         else:
-            allocator.free(handles.pop(event.tensor))
+            allocator.free(handles.pop(tensor))
 
 
 def _summary(program: StepProgram, record: _Record) -> MemoryReading:
-    changes = record.changes
-    levels = list(accumulate(change.delta_bytes for change in changes))
+    events, deltas = record.changes
+    levels = list(accumulate(deltas))
     peak = max(levels, default=0)
     last = levels.index(peak) if levels else -1
     at_peak = dict.fromkeys(OWNERS, 0)
-    for change in changes[: last + 1]:
-        at_peak[OWNERS[change.owner]] += change.delta_bytes
-    stage = changes[last].stage if levels else PERSISTENT_STAGE
+    for event, delta_bytes in zip(events[: last + 1], deltas, strict=False):
+        at_peak[event.owner] += delta_bytes
+    stage = events[last].stage if levels else PERSISTENT_STAGE
     return MemoryReading(
         allocated_peak_bytes=peak,
         reserved_peak_bytes=record.reserved_peak_bytes,
@@ -209,22 +218,23 @@ def _stage_name(program: StepProgram, stage: int) -> str:
 
 
 def _timeline(
-    program: StepProgram, changes: Sequence[_Change], *, num_persistent: int, num_points: int
+    program: StepProgram, changes: _Changes, *, num_persistent: int, num_points: int
 ) -> tuple[TimelinePoint, ...]:
     """At most ``num_points`` moments of the step: of each stretch of equally many events the highest."""
     if num_points <= 0:
         return ()
-    levels = list(accumulate(change.delta_bytes for change in changes))
-    stretch = max(1, -(-(len(changes) - num_persistent) // num_points))
+    num_events = len(changes.events)
+    levels = list(accumulate(changes.deltas))
+    stretch = max(1, -(-(num_events - num_persistent) // num_points))
     chosen = {
-        max(range(first, min(first + stretch, len(changes))), key=levels.__getitem__)
-        for first in range(num_persistent, len(changes), stretch)
+        max(range(first, min(first + stretch, num_events)), key=levels.__getitem__)
+        for first in range(num_persistent, num_events, stretch)
     }
-    live = [0] * len(OWNERS)
+    live = dict.fromkeys(OWNERS, 0)
     timeline: list[TimelinePoint] = []
-    for index, change in enumerate(changes):
-        live[change.owner] += change.delta_bytes
+    for index, (event, delta_bytes) in enumerate(zip(*changes, strict=True)):
+        live[event.owner] += delta_bytes
         if index in chosen:
-            name = _stage_name(program, change.stage)
-            timeline.append(TimelinePoint(index - num_persistent, name, tuple(live)))
+            name = _stage_name(program, event.stage)
+            timeline.append(TimelinePoint(index - num_persistent, name, tuple(live.values())))
     return tuple(timeline)

@@ -147,6 +147,7 @@ class _Compiler:
         events = [event for section in program.sections for event in section.events]
         self.tracked = sorted({event.owner for event in events if isinstance(event, FreeAll)})
         self.slots: dict[int, Mapping[int, Owner]] = {}  # by section: the owner of each slot
+        self.frees: dict[int, tuple[TensorRef, ...]] = {}  # by section: what it frees of tracked slots
         self.tracked_slots = self._find_tracked_slots()
         sizes = [persistent.size for persistent in program.persistent]
         sizes += [event.size for event in events if not isinstance(event, FreeAll)]
@@ -180,7 +181,7 @@ class _Compiler:
             run: _Run | None = None
             for layer in stage.order():
                 number = stage.layers[layer]
-                key = (number, tuple(self._owner_index(ref, layer) for ref in self._tracked_frees(number)))
+                key = (number, tuple([self._owner_index(ref, layer) for ref in self._tracked_frees(number)]))
                 template = templates.setdefault(key, len(templates))
                 if run is not None and run.template == template:
                     run = run._replace(num_layers=run.num_layers + 1)
@@ -194,6 +195,8 @@ class _Compiler:
     def _pieces(self, number: int, owners: tuple[int, ...]) -> Iterator[_Piece]:
         """Section ``number`` with ``owners`` for those of its frees that may concern a tracked owner."""
         freed = iter(owners)
+        num_sizes = len(self.indices)
+        tracked_index = {owner: index for index, owner in enumerate(self.tracked)}
         deltas: list[int] = []
         tracked: list[list[int]] = [[] for _ in self.tracked]
         for event in self.program.sections[number].events:
@@ -203,10 +206,10 @@ class _Compiler:
                 continue
             delta, owner = self.indices[event.size], -1
             if isinstance(event, Alloc):
-                owner = self._tracked_index(event.owner)
+                owner = tracked_index.get(event.owner, -1)
             else:
-                delta += len(self.indices)
-                if (event.ref.stage, event.ref.slot) in self.tracked_slots:
+                delta += num_sizes
+                if owners and (event.ref.stage, event.ref.slot) in self.tracked_slots:
                     owner = next(freed)
             deltas.append(delta)
             if owner >= 0:
@@ -226,17 +229,21 @@ class _Compiler:
             if owner in tracked
         )
 
-    def _tracked_frees(self, number: int) -> Iterator[TensorRef]:
-        if self.tracked_slots:
-            for event in self.program.sections[number].events:
-                if isinstance(event, Free) and (event.ref.stage, event.ref.slot) in self.tracked_slots:
-                    yield event.ref
+    def _tracked_frees(self, number: int) -> tuple[TensorRef, ...]:
+        if number not in self.frees:
+            events = self.program.sections[number].events if self.tracked_slots else ()
+            refs = [event.ref for event in events if isinstance(event, Free)]
+            self.frees[number] = tuple([ref for ref in refs if (ref.stage, ref.slot) in self.tracked_slots])
+        return self.frees[number]
 
     def _owner_index(self, ref: TensorRef, layer: int) -> int:
         """The tracked owner of what ``ref`` means in ``layer``; -1 for another owner's."""
         layers = self.stages[ref.stage].layers
-        index = {Anchor.RELATIVE: layer + ref.layer, Anchor.FIRST: ref.layer, Anchor.LAST: len(layers) - 1 - ref.layer}
-        absolute = index[ref.anchor]
+        absolute = ref.layer
+        if ref.anchor is Anchor.RELATIVE:
+            absolute += layer
+        elif ref.anchor is Anchor.LAST:
+            absolute = len(layers) - 1 - absolute
         owner = self.slots[layers[absolute]].get(ref.slot) if 0 <= absolute < len(layers) else None
         if owner is None:
             raise ProgramError(f"no layer {absolute} of {ref.stage} has a slot {ref.slot}; trace the model again")

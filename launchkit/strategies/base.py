@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple, TypeGuard
+from itertools import zip_longest
+from typing import NamedTuple, TypeGuard, TypeVar
 
 from launchkit.optimizers import (
     FP32_BYTES,
@@ -44,6 +46,8 @@ from launchkit.scenario import (
     Trainer,
     Training,
 )
+
+_T = TypeVar("_T", bound=Hashable)
 
 OPTIMIZER_STAGE = "optimizer"
 ROOT_GROUP = "root"
@@ -126,19 +130,22 @@ def optimizer_states(
     optimizer: Optimizer, tensors: Sequence[LocalTensor], *, device: DeviceKind
 ) -> tuple[Persistent, ...]:
     """States on the device as they lie there between steps, equal neighbours counted together."""
-    sizes = [size for tensor in tensors for size in optimizer.state_bytes(tensor, device=device)]
-    sizes.extend(optimizer.shared_state_bytes if tensors else ())
-    return tuple(persistent_run(sizes, Owner.OPTIMIZER_STATES))
+    sizes: Counter[int] = Counter()
+    for tensor, count in Counter(tensors).items():
+        for size in optimizer.state_bytes(tensor, device=device):
+            sizes[size] += count
+    sizes.update(optimizer.shared_state_bytes if tensors else ())
+    return tuple(_persistent(sizes, Owner.OPTIMIZER_STATES))
 
 
 def persistent_run(sizes: Iterable[int], owner: Owner) -> Iterator[Persistent]:
     """Storages of ``sizes`` bytes, in order of first appearance, with equal ones counted."""
-    counts: dict[int, int] = {}
-    for size in sizes:
-        if size:
-            counts[size] = counts.get(size, 0) + 1
-    for size, count in counts.items():
-        yield Persistent(Size.constant(size), owner, count)
+    return _persistent(Counter(sizes), owner)
+
+
+def _persistent(counts: Mapping[int, int], owner: Owner) -> Iterator[Persistent]:
+    """``counts`` storages of each size; empty ones are none."""
+    return (Persistent(Size.constant(size), owner, count) for size, count in counts.items() if size)
 
 
 def states_exist_before_step(optimizer: Optimizer, scenario: Scenario) -> bool:
@@ -165,6 +172,8 @@ def accumulate_gradients(program: StepProgram) -> StepProgram:
 
 def gradients_die_when_ready(stage: Stage, section: Section) -> Section:
     """``section`` with each parameter's gradient copied or added elsewhere as soon as it is complete."""
+    if not section.gradients:
+        return section
     events: list[Event] = []
     for event, ready in with_ready_gradients(section.events):
         events.append(event._replace(owner=Owner.TEMPORARIES, parameter=-1) if is_gradient(event) else event)
@@ -180,17 +189,16 @@ def with_ready_gradients(events: Sequence[Event]) -> Iterator[tuple[Event, tuple
     """
     pending: list[Alloc] = []
     freed = False
-    for place, event in enumerate(events):
-        following = events[place + 1] if place + 1 < len(events) else None
+    for event, following in zip_longest(events, events[1:]):
         if is_gradient(event):
             pending.append(event)
             freed = False
         freed = freed or isinstance(event, Free)
-        done = following is None or (freed and not isinstance(following, Free))
-        yield event, tuple(pending) if done else ()
-        if done:
+        if pending and (following is None or (freed and not isinstance(following, Free))):
+            yield event, tuple(pending)
             pending.clear()
-            freed = False
+        else:
+            yield event, ()
 
 
 def is_gradient(event: Event) -> TypeGuard[Alloc]:
@@ -212,20 +220,28 @@ def map_sections(program: StepProgram, phase: Phase, change: Callable[[Stage, Se
     return compact(replace(program, stages=tuple(stages), sections=tuple(sections)))
 
 
-def map_layers(program: StepProgram, phase: Phase, change: Callable[[Stage, int, Section], Section]) -> StepProgram:
-    """Like ``map_sections``, but ``change`` sees every layer, in execution order; layers that come out alike share
-    a section."""
+def map_layers(
+    program: StepProgram,
+    phase: Phase,
+    decide: Callable[[Stage, int, Section], _T],
+    change: Callable[[Stage, int, Section, _T], Section],
+) -> StepProgram:
+    """Like ``map_sections``, but layers may differ: ``decide`` says, for every layer in execution order, all that
+    ``change`` makes of it; layers of one section for which it says the same are changed once, and stay alike."""
     sections = list(program.sections)
-    numbers: dict[Section, int] = {}
     stages = []
     for stage in program.stages:
         if stage.phase is phase:
+            numbers: dict[tuple[int, Hashable], int] = {}
             layers = list(stage.layers)
             for layer in stage.order():
-                changed = change(stage, layer, program.section_of(stage, layer))
-                layers[layer] = numbers.setdefault(changed, len(sections))
-                if layers[layer] == len(sections):
-                    sections.append(changed)
+                section = program.section_of(stage, layer)
+                decision = decide(stage, layer, section)
+                key = (stage.layers[layer], decision)
+                if key not in numbers:
+                    numbers[key] = len(sections)
+                    sections.append(change(stage, layer, section, decision))
+                layers[layer] = numbers[key]
             stage = replace(stage, layers=tuple(layers))
         stages.append(stage)
     return compact(replace(program, stages=tuple(stages), sections=tuple(sections)))
@@ -234,7 +250,7 @@ def map_layers(program: StepProgram, phase: Phase, change: Callable[[Stage, int,
 def gradient_bytes(program: StepProgram, section: Section, *, rank: int) -> tuple[int, ...]:
     """Bytes of each parameter's gradient that ``section`` completes, in order of arrival."""
     parameters = program.groups[section.group].parameters
-    return tuple(parameters[event.parameter].num_bytes(rank) for event in section.events if is_gradient(event))
+    return tuple([parameters[event.parameter].num_bytes(rank) for event in section.gradients])
 
 
 def arriving_gradients(program: StepProgram, *, rank: int) -> Iterator[tuple[int, int]]:
@@ -245,7 +261,7 @@ def arriving_gradients(program: StepProgram, *, rank: int) -> Iterator[tuple[int
         for layer in stage.order():
             section = program.section_of(stage, layer)
             parameters = program.groups[section.group].parameters
-            for event in filter(is_gradient, section.events):
+            for event in section.gradients:
                 parameter = parameters[event.parameter]
                 yield parameter.itemsize, parameter.num_bytes(rank)
 
@@ -298,7 +314,7 @@ def clip_events(num_gradients: int, *, slot: int = 0) -> tuple[Event, ...]:
 
 
 def next_slot(events: Iterable[Event]) -> int:
-    return 1 + max((event.slot for event in events if isinstance(event, Alloc)), default=-1)
+    return 1 + max([event.slot for event in events if isinstance(event, Alloc)], default=-1)
 
 
 def with_optimizer(program: StepProgram, step: OptimizerStep, *, scenario: Scenario, device: DeviceKind) -> StepProgram:

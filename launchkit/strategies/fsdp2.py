@@ -21,6 +21,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
+from functools import cached_property
 from typing import NamedTuple
 
 from launchkit.hardware import Cluster
@@ -46,6 +47,7 @@ from launchkit.program import (
     Stage,
     StepProgram,
     TensorRef,
+    local,
 )
 from launchkit.scenario import (
     Compute,
@@ -239,24 +241,44 @@ class _Unit:
     parameters: tuple[_Sharded, ...]
     reshards: bool
 
-    @property
+    @cached_property
+    def copy_sizes(self) -> tuple[Size, ...]:
+        """The storages that the parameters are copied out to."""
+        return tuple(Size.constant(p.whole_bytes) for p in self.parameters)
+
+    @cached_property
+    def stored_bytes(self) -> int:
+        """The shards as they lie between steps."""
+        return sum(p.stored_bytes for p in self.parameters)
+
+    @cached_property
+    def cast_bytes(self) -> int:
+        """The shards in the dtype that they are gathered in."""
+        return sum(p.sent_bytes for p in self.parameters)
+
+    @cached_property
     def gathered_bytes(self) -> int:
         return sum(p.whole_bytes for p in self.parameters)
 
+    @cached_property
+    def recast_bytes(self) -> int:
+        """The part of ``cast_bytes`` whose dtype is another than that of the shards."""
+        return sum(p.sent_bytes for p in self.parameters if p.stored_itemsize != p.gathered_itemsize)
+
     def sent_bytes(self, *, offloads: bool) -> int:
         """Bytes of the flat input that shards are cast (or fetched) into before they are gathered."""
-        return sum(p.sent_bytes for p in self.parameters if offloads or p.stored_itemsize != p.gathered_itemsize)
+        return self.cast_bytes if offloads else self.recast_bytes
 
-    @property
+    @cached_property
     def trainable(self) -> tuple[_Sharded, ...]:
         return tuple(p for p in self.parameters if p.trainable)
 
-    @property
+    @cached_property
     def reduced_bytes(self) -> int:
         """The reduced shard in the dtype it is reduced in, the gathered one (as accelerate sets it)."""
         return sum(p.sent_bytes for p in self.trainable)
 
-    @property
+    @cached_property
     def gradient_bytes(self) -> int:
         """The reduced shard in the dtype of the shards."""
         return sum(p.stored_bytes for p in self.trainable)
@@ -494,17 +516,17 @@ class _Rewriter:
         return gathered
 
     def _copy_out(self, index: int, unit: _Unit, place: _Place, events: list[Event]) -> None:
-        for number, parameter in enumerate(unit.parameters):
-            self._alloc(place, _Slot.COPIES + number, parameter.whole_bytes, events, Owner.GATHERED_WEIGHTS)
+        first = self.first_slot + _Slot.COPIES
+        events += [Alloc(slot, size, Owner.GATHERED_WEIGHTS) for slot, size in enumerate(unit.copy_sizes, first)]
         self.copies_of[index] = place
 
     def _reshard(self, index: int, unit: _Unit, place: _Place, events: list[Event]) -> None:
         born = self.copies_of.pop(index, None)
         if born is None:
             return
-        for number, parameter in enumerate(unit.parameters):
-            live = _Live(born, self.first_slot + _Slot.COPIES + number, parameter.whole_bytes)
-            events.append(self._free(live, place))
+        stage, anchor, layer, first = self._ref(_Live(born, self.first_slot + _Slot.COPIES, 0), place)
+        sizes = enumerate(unit.copy_sizes, first)
+        events += [Free(TensorRef(stage, anchor, layer, slot), size) for slot, size in sizes]
 
     def _finish(self, index: int, visit: _Visit) -> None:
         """What follows a unit's backward: reshard, the previous reduce input, this unit's reduction."""
@@ -556,10 +578,10 @@ class _Rewriter:
             is_own = stage.name == visit.backward_end.stage or visit.unit.group == ROOT_GROUP
             if not is_own or (visit.unit.group == ROOT_GROUP and stage.stack):
                 continue
-            layer = visit.backward_end.layer
-            for event in self.program.section_of(stage, layer).events:
-                if is_gradient(event) and event.parameter in visit.unit.indices:
-                    yield _Place(stage.name, layer), event
+            place = _Place(stage.name, visit.backward_end.layer)
+            for event in self.program.section_of(stage, place.layer).gradients:
+                if event.parameter in visit.unit.indices:
+                    yield place, event
 
     def _pile(self, visit: _Visit) -> _Place:
         """Where the unit's accumulated gradients are said to come into being."""
@@ -599,14 +621,12 @@ class _Rewriter:
         return self.frames.setdefault(place, _Frame())
 
     def _clock_gather(self, unit: _Unit, frame: _Frame) -> None:
-        sent = sum(p.sent_bytes for p in unit.parameters)
-        stored = sum(p.stored_bytes for p in unit.parameters)
         if self.layout.offloads:
-            frame.copies.append(Copy(True, Size.constant(stored), Moment.BEFORE))
+            frame.copies.append(Copy(True, Size.constant(unit.stored_bytes), Moment.BEFORE))
         if self.layout.num_shards > 1 and unit.parameters:
             payload = Size.constant(unit.gathered_bytes)
             frame.collectives.append(Collective(CollectiveKind.ALL_GATHER, payload, Moment.BEFORE, self.layout.group))
-        moved = stored + sent + 2 * unit.gathered_bytes
+        moved = unit.stored_bytes + unit.cast_bytes + 2 * unit.gathered_bytes
         frame.kernels.append(Kernel(1, Size.constant(0), Size.constant(moved), False))
 
     def _clock_reduce(self, unit: _Unit, frame: _Frame) -> None:
@@ -641,12 +661,12 @@ class _Rewriter:
 
     def _framed(self, stage: Stage, section: Section, frame: _Frame) -> Section:
         events: list[Event] = []
-        for event in section.events:
-            if is_gradient(event) and self.layout.defers_reduction:
-                added = event._replace(owner=Owner.TEMPORARIES, parameter=-1)
-                events += (added, Free(TensorRef(stage.name, Anchor.RELATIVE, 0, event.slot), event.size))
-            else:
-                events.append(event)
+        for event in section.events if self.layout.defers_reduction else ():
+            events.append(event)
+            if is_gradient(event):
+                events[-1] = event._replace(owner=Owner.TEMPORARIES, parameter=-1)
+                events.append(Free(local(stage.name, event.slot), event.size))
+        events = events or list(section.events)
         if frame.after_logits:
             position = _after_logits(events)
             events[position:position] = frame.after_logits
@@ -723,5 +743,5 @@ def _unsharded_scales(program: StepProgram) -> Iterator[Persistent]:
 def _host_optimizer_bytes(trained: Sequence[LocalTensor], *, scenario: Scenario) -> int:
     """Gradients and optimizer states of one rank in host memory."""
     optimizer = find(scenario.training.optimizer)
-    states = sum(sum(optimizer.state_bytes(tensor, device=DeviceKind.CPU)) for tensor in trained)
+    states = optimizer.total_state_bytes(trained, device=DeviceKind.CPU)
     return states + sum(tensor.num_bytes for tensor in trained)

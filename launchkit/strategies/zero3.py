@@ -51,14 +51,15 @@ from launchkit.strategies.zero3_fetch import FetchSettings, ModuleUse, PlaceRead
 from launchkit.strategies.zero_job import (
     NORM_BYTES,
     REDUCE_STAGE,
+    Arrival,
     Bucket,
     EventList,
     Job,
     add_stage,
-    gradient_ref,
     host_optimizer_bytes,
     host_state_events,
     last_alloc_freed,
+    write_flush,
 )
 from launchkit.units import divide_up
 
@@ -78,13 +79,17 @@ class Gathered(NamedTuple):
     def at(self, stage: str, layer: int) -> PlaceReading:
         return self.readings.get(self.places[stage, layer], PlaceReading(0, 0))
 
+    def of(self, stage: Stage, layer: int, section: Section) -> PlaceReading:
+        """``at``, as ``map_layers`` asks for it."""
+        return self.at(stage.name, layer)
+
 
 def rewrite(job: Job) -> StepProgram:
     """The step of one rank under ZeRO-3."""
     gathered = gather_schedule(job)
-    program = map_layers(job.program, Phase.FORWARD, lambda *at: _gathering(job, gathered, *at))
-    program = map_layers(program, Phase.LOSS, lambda *at: _gathering(job, gathered, *at))
-    program = _reducing(job, program, gathered)
+    program = _reducing(job, gathered)
+    for phase in (Phase.FORWARD, Phase.LOSS):
+        program = map_layers(program, phase, gathered.of, lambda *layer: _gathering(job, *layer))
     program = replace(
         program,
         persistent=program.persistent + tuple(_storages(job)),
@@ -165,10 +170,14 @@ def gather_schedule(job: Job) -> Gathered:
     numels: list[int] = []
     uses = [ModuleUse(-1, ())]  # the model itself runs first, and prefetches
     places: dict[tuple[str, int], int] = {}
+    modules: dict[tuple[str, int], list[tuple[int, ...]]] = {}  # by stage and section, shared by layers alike
     for stage in job.program.stages:
         for layer in stage.order():
             place = places[stage.name, layer] = len(places)
-            for module in _modules(job, stage, layer):
+            forward = _forward_section(job, stage, layer)
+            if (stage.name, forward) not in modules:
+                modules[stage.name, forward] = _modules(job, stage, job.program.sections[forward])
+            for module in modules[stage.name, forward]:
                 numbers = tuple(_number(job, weights, numels, stage, layer, index) for index in module)
                 uses.append(ModuleUse(place, numbers))
     settings = FetchSettings(
@@ -192,14 +201,18 @@ def _number(
     return weights[key]
 
 
-def _modules(job: Job, stage: Stage, layer: int) -> list[tuple[int, ...]]:
-    """The modules with gathered weights that a layer runs, each as indices of its group's parameters.
+def _forward_section(job: Job, stage: Stage, layer: int) -> int:
+    """The number of the section whose weights a layer uses: the forward pass's, which names them."""
+    forward_name = stage.name.replace("backward", "forward", 1)
+    forward = next((other for other in job.program.stages if other.name == forward_name), stage)
+    return forward.layers[min(layer, len(forward.layers) - 1)]
+
+
+def _modules(job: Job, stage: Stage, section: Section) -> list[tuple[int, ...]]:
+    """The modules with gathered weights that ``section`` runs, each as indices of its group's parameters.
 
     A backward pass runs them in reverse, after a forward pass again where activations are checkpointed.
     """
-    forward_name = stage.name.replace("backward", "forward", 1)
-    forward = next((other for other in job.program.stages if other.name == forward_name), stage)
-    section = job.program.section_of(forward, min(layer, len(forward.layers) - 1))
     parameters = job.program.groups[section.group].parameters
     modules: dict[str, list[int]] = {}
     for index in section.uses:
@@ -216,13 +229,12 @@ def _module_name(parameter: Parameter) -> str:
     return parameter.name.rpartition(".")[0]
 
 
-def _gathering(job: Job, gathered: Gathered, stage: Stage, layer: int, section: Section) -> Section:
+def _gathering(job: Job, stage: Stage, layer: int, section: Section, reading: PlaceReading) -> Section:
     """``section`` with its gathered weights around it.
 
     Omits: where inside a layer each module's weights come and go; the most that any of its modules sees is held
     throughout.
     """
-    reading = gathered.at(stage.name, layer)
     if not reading.peak:
         return section
     slot = next_slot(section.events)
@@ -241,38 +253,49 @@ def _all_gather(job: Job, fetched: int) -> tuple[Collective, ...]:
     return (Collective(CollectiveKind.ALL_GATHER, Size.constant(fetched * job.itemsize), Moment.BEFORE),)
 
 
-def _reducing(job: Job, program: StepProgram, gathered: Gathered) -> StepProgram:
+def _reducing(job: Job, gathered: Gathered) -> StepProgram:
     """The backward pass: gathered weights, gradients into the bucket, full buckets scattered."""
-    bucket = Bucket(job.settings.reduce_bucket_size, itemsize=job.itemsize)
-    copies = _scatter_copies(job)
+    bucket = Bucket(job.settings.reduce_bucket_size)
 
-    def changed(stage: Stage, layer: int, section: Section) -> Section:
-        events = EventList(stage.name, slot=next_slot(section.events))
-        numel = 0
-        for event, ready in with_ready_gradients(section.events):
-            events.events.append(event)
-            for alloc in ready:
-                gradient = gradient_ref(job, stage, layer, section, alloc)
-                numel += gradient.numel
-                if bucket.flushes_before(gradient.numel):
-                    bucket.flush(events, copies=copies)
-                if bucket.take(gradient):
-                    events.events.append(Free(local(stage.name, alloc.slot), alloc.size))
+    def decide(stage: Stage, layer: int, section: Section) -> tuple[tuple[Arrival, ...], int, PlaceReading]:
+        gradients = job.arriving(stage, layer)
+        numel = sum([gradient.numel for gradient in gradients])
+        return tuple([bucket.take(gradient) for gradient in gradients]), numel, gathered.at(stage.name, layer)
+
+    def change(
+        stage: Stage, layer: int, section: Section, decision: tuple[tuple[Arrival, ...], int, PlaceReading]
+    ) -> Section:
+        arrivals, numel, reading = decision
         reduced = replace(
             section,
-            events=tuple(events.events),
+            events=_bucketed(job, stage, section, arrivals),
             collectives=section.collectives + _reduce_scatter(job, numel),
             copies=section.copies + _gradients_to_host(job, numel),
         )
-        return _gathering(job, gathered, stage, layer, reduced)
+        return _gathering(job, stage, layer, reduced, reading)
 
-    program = map_layers(program, Phase.BACKWARD, changed)
+    program = map_layers(job.program, Phase.BACKWARD, decide, change)
     events = EventList(REDUCE_STAGE)
     # The last hook flushes the bucket while the weights of the last module are still there.
     held = events.alloc(_last_gathered(job, gathered) * job.itemsize, Owner.GATHERED_WEIGHTS)
-    bucket.flush(events, copies=copies)
+    write_flush(events, bucket.flush(), itemsize=job.itemsize, copies=_scatter_copies(job))
     events.events.append(held)
     return add_stage(program, REDUCE_STAGE, Section(events=tuple(events.events)))
+
+
+def _bucketed(job: Job, stage: Stage, section: Section, arrivals: Iterable[Arrival]) -> tuple[Event, ...]:
+    """The events of ``section`` with what its gradients do as they arrive."""
+    events = EventList(stage.name, slot=next_slot(section.events))
+    following = iter(arrivals)
+    for event, ready in with_ready_gradients(section.events):
+        events.events.append(event)
+        for alloc in ready:
+            flush, is_copied = next(following)
+            if flush is not None:
+                write_flush(events, flush, itemsize=job.itemsize, copies=_scatter_copies(job))
+            if is_copied:
+                events.events.append(Free(local(stage.name, alloc.slot), alloc.size))
+    return tuple(events.events)
 
 
 def _last_gathered(job: Job, gathered: Gathered) -> int:

@@ -45,7 +45,6 @@ from launchkit.strategies.base import (
     accumulate_gradients,
     accumulates,
     gradient_storages,
-    is_gradient,
     map_layers,
     next_slot,
     with_optimizer,
@@ -54,15 +53,17 @@ from launchkit.strategies.base import (
 from launchkit.strategies.zero_job import (
     NORM_BYTES,
     REDUCE_STAGE,
+    Arrival,
     Bucket,
     EventList,
+    Flush,
     Job,
     add_stage,
     frozen_weights,
-    gradient_ref,
     host_optimizer_bytes,
     host_state_events,
     last_alloc_freed,
+    write_flush,
 )
 from launchkit.units import round_up
 
@@ -144,59 +145,88 @@ def _host_bytes(job: Job, flat: Flat) -> int:
     return host_optimizer_bytes(job, flat.partition) + (flat.partition + flat.largest_parameter) * job.itemsize
 
 
-def _reduced_as_it_arrives(job: Job, flat: Flat) -> StepProgram:
-    """Stage 2: each gradient goes into the bucket and dies; full buckets are flushed on the way."""
-    bucket = Bucket(job.settings.reduce_bucket_size, itemsize=job.itemsize)
-    opened: list[Free] = []
-    collected: list[Free] = []
+class _Arrivals(NamedTuple):
+    """What the gradients of one layer do. ``opens`` when the first of them allocates the bucket, ``collects`` when the
+    first flush among theirs allocates the buffer of this rank's gradients."""
 
-    def changed(stage: Stage, layer: int, section: Section) -> Section:
+    arrivals: tuple[Arrival, ...]
+    opens: bool
+    collects: bool
+
+
+class _EagerReduction:
+    """Stage 2: each gradient goes into the bucket and dies; full buckets are flushed on the way."""
+
+    def __init__(self, job: Job, flat: Flat) -> None:
+        self.job = job
+        self.flat = flat
+        self.bucket = Bucket(job.settings.reduce_bucket_size)
+        self.has_opened = self.has_collected = False
+        self.opened: list[Free] = []
+        self.collected: list[Free] = []
+
+    def decide(self, stage: Stage, layer: int, section: Section) -> _Arrivals:
+        arrivals = tuple([self.bucket.take(gradient) for gradient in self.job.arriving(stage, layer)])
+        opens = bool(arrivals) and not self.has_opened
+        collects = any(arrival.flush for arrival in arrivals) and not self.has_collected
+        self.has_opened |= opens
+        self.has_collected |= collects
+        return _Arrivals(arrivals, opens, collects)
+
+    def change(self, stage: Stage, layer: int, section: Section, decision: _Arrivals) -> Section:
         events = EventList(stage.name, slot=next_slot(section.events))
+        arrivals = iter(decision.arrivals)
         for event, ready in with_ready_gradients(section.events):
             events.events.append(event)
             for alloc in ready:
-                gradient = gradient_ref(job, stage, layer, section, alloc)
-                if not opened:
-                    opened.extend(_elsewhere(free, stage.name, layer) for free in _open_buckets(job, events))
-                if bucket.flushes_before(gradient.numel):
-                    bucket.flush(events)
-                    buffers = _collect(job, flat, events, collected)
-                    collected.extend(_elsewhere(free, stage.name, layer) for free in buffers)
-                if bucket.take(gradient):
+                flush, is_copied = next(arrivals)
+                if not self.opened:
+                    self.opened.extend(_elsewhere(free, stage.name, layer) for free in _open_buckets(self.job, events))
+                if flush is not None:
+                    self.flush(events, flush, stage=stage.name, layer=layer)
+                if is_copied:
                     events.events.append(Free(local(stage.name, alloc.slot), alloc.size))
-        return _with_reduction(job, replace(section, events=tuple(events.events)))
+        return _with_reduction(self.job, replace(section, events=tuple(events.events)))
 
-    program = map_layers(job.program, Phase.BACKWARD, changed)
+    def flush(self, events: EventList, flush: Flush, *, stage: str, layer: int) -> None:
+        write_flush(events, flush, itemsize=self.job.itemsize)
+        buffers = _collect(self.job, self.flat, events, self.collected)
+        self.collected.extend(_elsewhere(free, stage, layer) for free in buffers)
+
+
+def _reduced_as_it_arrives(job: Job, flat: Flat) -> StepProgram:
+    reduction = _EagerReduction(job, flat)
+    program = map_layers(job.program, Phase.BACKWARD, reduction.decide, reduction.change)
     events = EventList(REDUCE_STAGE)
-    bucket.flush(events)
-    collected.extend(_collect(job, flat, events, collected))
-    events.events.extend(opened)
+    reduction.flush(events, reduction.bucket.flush(), stage=REDUCE_STAGE, layer=0)
+    events.events.extend(reduction.opened)
     if accumulates(job.scenario):
-        events.events.extend(collected)
+        events.events.extend(reduction.collected)
     return add_stage(program, REDUCE_STAGE, Section(events=tuple(events.events), copies=_gradients_to_host(job, flat)))
 
 
 def _reduced_at_the_end(job: Job, flat: Flat) -> StepProgram:
     """Stage 1: the bucket is there from the first gradient on, but is filled after the last."""
     events = EventList(REDUCE_STAGE)
-    bucket = Bucket(job.settings.reduce_bucket_size, itemsize=job.itemsize)
+    bucket = Bucket(job.settings.reduce_bucket_size)
     gradients = tuple(job.gradients())
     if accumulates(job.scenario):
         program = accumulate_gradients(job.program)
-        bucket.elements = min(bucket.capacity, flat.total)
-        bucket.flush(events)
+        full = Flush(min(bucket.capacity, flat.total), ())
+        write_flush(events, full, itemsize=job.itemsize)
         _collect(job, flat, events, ())
         events.events.append(FreeAll(Owner.COMMUNICATION))
     else:
         program, opened = _with_bucket_opened(job)
         collected: list[Free] = []
         for gradient in gradients:
-            if bucket.flushes_before(gradient.numel):
-                bucket.flush(events)
+            flush, is_copied = bucket.take(gradient)
+            if flush is not None:
+                write_flush(events, flush, itemsize=job.itemsize)
                 collected.extend(_collect(job, flat, events, collected))
-            if bucket.take(gradient):
+            if is_copied:
                 events.events.append(Free(gradient.ref, gradient.size))
-        bucket.flush(events)
+        write_flush(events, bucket.flush(), itemsize=job.itemsize)
         _collect(job, flat, events, collected)
         events.events.extend(opened)
     section = Section(
@@ -210,9 +240,13 @@ def _reduced_at_the_end(job: Job, flat: Flat) -> StepProgram:
 def _with_bucket_opened(job: Job) -> tuple[StepProgram, list[Free]]:
     """The program with the bucket allocated at the first gradient, and the events that free it."""
     opened: list[Free] = []
+    first = next((gradient.ref for gradient in job.gradients()), None)
 
-    def changed(stage: Stage, layer: int, section: Section) -> Section:
-        if opened or not any(map(is_gradient, section.events)):
+    def opens(stage: Stage, layer: int, section: Section) -> bool:
+        return first is not None and (stage.name, layer) == (first.stage, first.layer)
+
+    def change(stage: Stage, layer: int, section: Section, is_first: bool) -> Section:
+        if not is_first:
             return section
         events = EventList(stage.name, slot=next_slot(section.events))
         for event, ready in with_ready_gradients(section.events):
@@ -221,7 +255,7 @@ def _with_bucket_opened(job: Job) -> tuple[StepProgram, list[Free]]:
                 opened.extend(_elsewhere(free, stage.name, layer) for free in _open_buckets(job, events))
         return replace(section, events=tuple(events.events))
 
-    return map_layers(job.program, Phase.BACKWARD, changed), opened
+    return map_layers(job.program, Phase.BACKWARD, opens, change), opened
 
 
 def _open_buckets(job: Job, events: EventList) -> list[Free]:
@@ -243,7 +277,7 @@ def _elsewhere(free: Free, stage: str, layer: int) -> Free:
 
 def _with_reduction(job: Job, section: Section) -> Section:
     parameters = job.program.groups[section.group].parameters
-    numel = sum(parameters[event.parameter].numel(job.rank) for event in section.events if is_gradient(event))
+    numel = sum(parameters[event.parameter].numel(job.rank) for event in section.gradients)
     return replace(section, collectives=section.collectives + _all_reduce(job, numel, Moment.AFTER))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import NamedTuple
 
 from launchkit.hardware import Cluster
@@ -24,7 +25,7 @@ from launchkit.program import (
     local,
 )
 from launchkit.scenario import DeviceKind, Precision, Scenario, State, ZeroSettings
-from launchkit.strategies.base import OPTIMIZER_STAGE, is_gradient, located_parameters, lora_rank
+from launchkit.strategies.base import OPTIMIZER_STAGE, located_parameters, lora_rank
 
 REDUCE_STAGE = "backward.reduce"
 NORM_BYTES = 8  # gradient norms are taken in fp64
@@ -55,7 +56,7 @@ class Job:
     def settings(self) -> ZeroSettings:
         return self.scenario.strategy.zero
 
-    @property
+    @cached_property
     def rank(self) -> int:
         return lora_rank(self.scenario)
 
@@ -80,20 +81,29 @@ class Job:
             for _ in range(place.copies):
                 yield place.parameter.numel(self.rank)
 
+    @cached_property
+    def _arriving(self) -> dict[int, tuple[tuple[int, Size, int], ...]]:
+        """By section: slot, size and elements of each gradient that it completes, in order."""
+        numels = {
+            name: tuple(parameter.numel(self.rank) for parameter in group.parameters)
+            for name, group in self.program.groups.items()
+        }
+        return {
+            number: tuple((slot, size, numels[section.group][index]) for slot, size, _, index in section.gradients)
+            for number, section in enumerate(self.program.sections)
+        }
+
+    def arriving(self, stage: Stage, layer: int) -> tuple[GradientRef, ...]:
+        """The gradients that a layer of one of ``program``'s stages completes, in order."""
+        rows = self._arriving[stage.layers[layer]]
+        return tuple([GradientRef(TensorRef(stage.name, Anchor.FIRST, layer, row[0]), *row[1:]) for row in rows])
+
     def gradients(self) -> Iterator[GradientRef]:
         """Every parameter's gradient in the order in which the backward pass completes them."""
         for stage in self.program.stages:
             if stage.phase is Phase.BACKWARD:
                 for layer in stage.order():
-                    section = self.program.section_of(stage, layer)
-                    for event in filter(is_gradient, section.events):
-                        yield gradient_ref(self, stage, layer, section, event)
-
-
-def gradient_ref(job: Job, stage: Stage, layer: int, section: Section, event: Alloc) -> GradientRef:
-    parameter = job.program.groups[section.group].parameters[event.parameter]
-    ref = TensorRef(stage.name, Anchor.FIRST, layer, event.slot)
-    return GradientRef(ref, event.size, parameter.numel(job.rank))
+                    yield from self.arriving(stage, layer)
 
 
 class EventList:
@@ -121,36 +131,54 @@ class EventList:
         return self._slot - 1
 
 
+class Flush(NamedTuple):
+    """What one flush of the bucket reduces: the elements in it, and gradients that were too large for it."""
+
+    elements: int
+    oversized: tuple[GradientRef, ...]
+
+
+class Arrival(NamedTuple):
+    """What a gradient does: the bucket is flushed before it where it is full; copied into it, the gradient dies."""
+
+    flush: Flush | None
+    is_copied: bool
+
+
 class Bucket:
     """The reduce bucket of one backward pass: which gradients fit, and when it is flushed.
 
     A gradient larger than the bucket is not copied: it stays until the next one comes, and is reduced by itself.
     """
 
-    def __init__(self, capacity: int, *, itemsize: int) -> None:
+    def __init__(self, capacity: int) -> None:
         self.capacity = capacity
-        self.itemsize = itemsize
         self.elements = 0
         self.oversized: list[GradientRef] = []
 
-    def flushes_before(self, numel: int) -> bool:
-        return self.elements > 0 and self.elements + numel > self.capacity
-
-    def take(self, gradient: GradientRef) -> bool:
-        """Adds a gradient; false when it is too large to be copied, so that it stays."""
+    def take(self, gradient: GradientRef) -> Arrival:
+        """Adds a gradient, after a flush where it does not fit any more."""
+        overflows = self.elements > 0 and self.elements + gradient.numel > self.capacity
+        flush = self.flush() if overflows else None
         self.elements += gradient.numel
-        if gradient.numel > self.capacity:
+        is_oversized = gradient.numel > self.capacity
+        if is_oversized:
             self.oversized.append(gradient)
-            return False
-        return True
+        return Arrival(flush, not is_oversized)
 
-    def flush(self, events: EventList, *, copies: int = 1) -> None:
-        """Reduces what there is: a flat copy of it (``copies`` of them where the backend makes its own)."""
-        frees = [events.alloc(self.elements * self.itemsize, Owner.COMMUNICATION) for _ in range(copies)]
-        events.events.extend(reversed(frees))
-        events.events.extend(Free(gradient.ref, gradient.size) for gradient in self.oversized)
+    def flush(self) -> Flush:
+        """Empties the bucket."""
+        flush = Flush(self.elements, tuple(self.oversized))
         self.oversized.clear()
         self.elements = 0
+        return flush
+
+
+def write_flush(events: EventList, flush: Flush, *, itemsize: int, copies: int = 1) -> None:
+    """Reduces what was in the bucket: a flat copy of it (``copies`` of them where the backend makes its own)."""
+    frees = [events.alloc(flush.elements * itemsize, Owner.COMMUNICATION) for _ in range(copies)]
+    events.events.extend(reversed(frees))
+    events.events.extend(Free(gradient.ref, gradient.size) for gradient in flush.oversized)
 
 
 def frozen_weights(job: Job) -> Iterator[Persistent]:

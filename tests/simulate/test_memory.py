@@ -26,7 +26,7 @@ from launchkit.program import (
 from launchkit.scenario import DeviceKind
 from launchkit.simulate.allocator import AllocatorSettings
 from launchkit.simulate.expand import expand
-from launchkit.simulate.memory import simulate_memory
+from launchkit.simulate.memory import read_memory, simulate_memory
 from launchkit.simulate.reading import compile_program
 from launchkit.units import MIB
 from tests.simulate.programs import random_program, section, tiny_program
@@ -158,6 +158,25 @@ def test_laws(seed: int, micro_batch: int, expandable: bool) -> None:
     assert cpu.allocated_peak_bytes == compile_program(program).peak(point).num_bytes
     assert cuda.allocated_peak_bytes >= compile_program(program).peak(point, granularity_bytes=512).num_bytes
     assert len(cpu.timeline) <= 7
+    assert read_memory(program, point) == replace(cpu, timeline=())
+
+
+def test_an_owner_is_told_apart_within_one_section() -> None:
+    """A slot that is a temporary first and an activation later in the same layer is split as it is lived."""
+    size = Size.constant(100)
+    events = (
+        Alloc(0, size, Owner.TEMPORARIES),
+        Free(local("forward", 0), size),
+        Alloc(0, size, Owner.ACTIVATIONS),
+    )
+    program = replace(
+        tiny_program(),
+        sections=(section(*events),),
+        stages=(Stage(name="forward", phase=Phase.FORWARD, layers=(0,) * 4),),
+    )
+    reading = read_memory(program, POINT)
+    assert reading == simulate_memory(program, POINT, device_kind=DeviceKind.CPU)
+    assert (reading.at_peak[Owner.ACTIVATIONS], reading.at_peak[Owner.TEMPORARIES]) == (300, 100)
 
 
 def test_the_timeline_keeps_the_peak() -> None:

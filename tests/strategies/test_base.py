@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from launchkit import strategies
 from launchkit.errors import IllegalScenarioError
-from launchkit.program import Alloc, Event, Free, Owner, Phase, Size, local
+from launchkit.program import Alloc, Event, Free, Owner, Phase, Section, Size, Stage, local
 from launchkit.scenario import Attention, Compute, DeviceKind
 from launchkit.strategies.base import (
     accumulate_gradients,
@@ -105,9 +106,23 @@ def test_gradients_arrive_from_the_last_layer_to_the_first() -> None:
 
 
 def test_unchanged_layers_share_their_section() -> None:
-    mapped = map_layers(program(), Phase.BACKWARD, lambda stage, layer, section: section)
+    mapped = map_layers(program(), Phase.BACKWARD, lambda *at: None, lambda stage, layer, section, _: section)
     assert mapped.sections == program().sections
     assert mapped.stages == program().stages
+
+
+def test_layers_of_one_decision_are_changed_once() -> None:
+    """The last layer is told apart; the two others share what was made of the first of them that runs."""
+    changed: list[tuple[str, int]] = []
+
+    def change(stage: Stage, layer: int, section: Section, is_last: bool) -> Section:
+        changed.append((stage.name, layer))
+        return replace(section, uses=(int(is_last),))
+
+    mapped = map_layers(program(), Phase.BACKWARD, lambda stage, layer, section: layer == 2, change)
+    stage = next(stage for stage in mapped.stages if stage.phase is Phase.BACKWARD and stage.stack)
+    assert [mapped.section_of(stage, layer).uses for layer in range(3)] == [(0,), (0,), (1,)]
+    assert [layer for name, layer in changed if name == stage.name] == [2, 1]
 
 
 def test_accumulated_gradients_leave_nothing_in_the_program() -> None:
