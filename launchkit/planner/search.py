@@ -66,6 +66,15 @@ _SPREAD_MANY: tuple[tuple[StrategyKind, Offload], ...] = (
 )
 
 
+# Engines that are not proposed for a method, though they can be asked for: ZeRO-1 and 2 shard gradients and optimizer
+# states, of which adapters have next to none, and bitsandbytes' 4-bit weights are not sharded by ZeRO-3 either.
+_WITHOUT_PURPOSE = {
+    Method.FULL: (),
+    Method.LORA: (StrategyKind.ZERO1, StrategyKind.ZERO2),
+    Method.QLORA: (StrategyKind.ZERO1, StrategyKind.ZERO2, StrategyKind.ZERO3),
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Option:
     """The best batch found for one method, strategy and offload. ``live_bytes`` are its allocated peak by the cheap
@@ -166,8 +175,8 @@ class Search:
         for strategy in self.strategies():
             if (strategy.offload is not Offload.NONE) is not offload:
                 continue
-            if method is Method.QLORA and strategy.kind.zero_stage and self.request.strategy is None:
-                continue  # ZeRO has nothing to shard but the adapters' states
+            if strategy.kind in _WITHOUT_PURPOSE[method] and self.request.strategy is None:
+                continue
             scenario = self.base(method, strategy)
             reason = self._batch_refusal(scenario)
             reason = reason or strategies.refusal(scenario, self._profile, self.bench.cluster_of(scenario))

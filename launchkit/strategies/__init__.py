@@ -92,8 +92,6 @@ def _hardware_refusal(scenario: Scenario, cluster: Cluster) -> str | None:
         return None
     if precision in (Precision.BF16, Precision.BF16_PARAMS, Precision.BF16_PURE) and not gpu.supports_bf16:
         return f"{gpu.name} has no bf16; use --precision fp16"
-    if precision is Precision.FP8 and not gpu.fp8_flops_per_s:
-        return f"{gpu.name} has no fp8; use --precision bf16"
     return None
 
 

@@ -56,7 +56,7 @@ def trace_points(key: TraceKey, *, window: int = 0) -> tuple[Point, ...]:
         points = tuple(point._replace(seq_len=point.seq_len + -(-window // 32) * 32) for point in points)
     if key.method is Method.FULL:
         return tuple(point._replace(lora_rank=0) for point in points)
-    ranked = points[0]._replace(seq_len=points[0].seq_len + 128, lora_rank=16)
+    ranked = points[0]._replace(seq_len=points[0].seq_len + 64, lora_rank=16)
     return (*points[:-1], ranked, points[-1])
 
 
