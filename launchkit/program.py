@@ -93,18 +93,11 @@ class Size(NamedTuple):
 
     def __add__(self, other: Size) -> Size:  # type: ignore[override]  # sizes add up, they are not concatenated
         if self.denominator != 1 or other.denominator != 1:
-            raise ProgramError("sizes over a denominator do not add; scale the sum instead")
+            raise ProgramError("sizes over a denominator do not add; divide their sum instead")
         powers: dict[tuple[int, int, int], int] = {}
         for term in (*self.terms, *other.terms):
             powers[term[1:]] = powers.get(term[1:], 0) + term.coefficient
         return Size(tuple(Term(value, *key) for key, value in sorted(powers.items()) if value))
-
-    def scaled(self, numerator: int, denominator: int = 1) -> Size:
-        """``self × numerator / denominator``."""
-        return Size(
-            tuple(Term(term.coefficient * numerator, *term[1:]) for term in self.terms),
-            self.denominator * denominator,
-        )
 
 
 class Anchor(StrEnum):

@@ -115,17 +115,7 @@ class Flag:
         raise UsageError(f"{self.option} {value!r} is no text; give it a value, such as {self.default or 'a path'}")
 
     def _parse_switch(self, value: object) -> bool:
-        words = {
-            "1": True,
-            "true": True,
-            "yes": True,
-            "on": True,
-            "0": False,
-            "false": False,
-            "no": False,
-            "off": False,
-        }
-        switch = words.get(str(value).strip().lower())
+        switch = SWITCHES.get(str(value).strip().lower())
         if switch is None:
             raise UsageError(f"{self.option} {value!r} is neither on nor off; write true or false")
         return switch

@@ -12,6 +12,7 @@ from typing import Any
 from launchkit.hardware import Backend, Cluster, Gpu, Node
 from launchkit.model import ModelProfile
 from launchkit.plan import Candidate, Estimate, Plan, StepTime
+from launchkit.program import FreeAll, Owner, Phase, Section, Stage, StepProgram
 from launchkit.scenario import (
     Attention,
     Batch,
@@ -92,6 +93,16 @@ def profile(**overrides: Any) -> ModelProfile:
         "attentions": tuple(Attention),
     }
     return ModelProfile(**(values | overrides))
+
+
+def smallest_program() -> StepProgram:
+    """A step that allocates nothing."""
+    return StepProgram(
+        stages=(Stage(name="forward.0", phase=Phase.FORWARD, layers=(0,)),),
+        sections=(Section(events=(FreeAll(Owner.GRADIENTS),)),),
+        groups={},
+        group_counts={},
+    )
 
 
 def scenario(**overrides: Any) -> Scenario:

@@ -7,14 +7,25 @@ from dataclasses import replace
 
 from launchkit import __version__
 from launchkit.errors import IllegalScenarioError
-from launchkit.hardware import Cluster
+from launchkit.hardware import Cluster, format_gpus
 from launchkit.model import ModelProfile, ModelSource
 from launchkit.plan import Candidate, Plan, Rejected, Suggestion
 from launchkit.planner.evaluate import Bench, judge, sketch
 from launchkit.planner.host import host_has_room
 from launchkit.planner.search import Option, Refused, Search
 from launchkit.request import Request, decisions
-from launchkit.scenario import Attention, Checkpointing, Loss, Method, Offload, Precision, StrategyKind
+from launchkit.scenario import (
+    Attention,
+    Checkpointing,
+    DeviceKind,
+    Loss,
+    Method,
+    Offload,
+    Precision,
+    Scenario,
+    StrategyKind,
+)
+from launchkit.units import GIB
 
 # Two step times closer than this are equal as far as the clock knows; the simpler engine wins then.
 SAME_SPEED = 0.10
@@ -35,7 +46,7 @@ def plan(source: ModelSource, *, cluster: Cluster, request: Request) -> Plan:
         reasons = dict.fromkeys(item.reason for item in refused)
         raise IllegalScenarioError("; ".join(reasons) or "nothing is left to choose from; give fewer flags")
     chosen, chosen_option = _verified(bench, options)
-    fitting = [o for o in _best_of_each(options) if o.fits and o is not chosen_option]
+    fitting = [o for o in _best_of_each_method_first(_ranking(options)) if o.fits and o is not chosen_option]
     alternatives = _alternatives(bench, fitting) if chosen else ()
     losers = [option for option in options if not option.fits]
     return Plan(
@@ -46,7 +57,7 @@ def plan(source: ModelSource, *, cluster: Cluster, request: Request) -> Plan:
         alternatives=alternatives,
         rejected=_rejected(bench, losers),
         suggestions=_suggestions(search, chosen, losers),
-        assumptions=_assumptions(chosen or sketch(bench, min(options, key=_need).scenario), source.profile),
+        assumptions=_assumptions(chosen.scenario if chosen else min(options, key=_need).scenario, source.profile),
         notes=_notes(request, cluster, source.profile, chosen),
         num_considered=search.num_considered,
         versions={"launchkit": __version__, **source.profile.versions},
@@ -102,9 +113,8 @@ def _ranking(options: Sequence[Option]) -> list[Option]:
     return ranked
 
 
-def _best_of_each(options: Sequence[Option]) -> list[Option]:
-    """Alternatives worth showing: the best of every other method first, then the other strategies."""
-    ranked = _ranking(options)
+def _best_of_each_method_first(ranked: Sequence[Option]) -> list[Option]:
+    """What is worth showing: of ranked options the best of every method, then the others."""
     first_of_method: dict[Method, Option] = {}
     for option in ranked:
         first_of_method.setdefault(option.scenario.training.method, option)
@@ -118,13 +128,8 @@ def _alternatives(bench: Bench, options: Sequence[Option]) -> tuple[Candidate, .
 
 def _rejected(bench: Bench, options: Sequence[Option]) -> tuple[Rejected, ...]:
     """Those that need too much, the nearest to fitting of each method first, with what weighs most in them."""
-    shown = sorted(options, key=_need)
-    by_method: dict[Method, Option] = {}
-    for option in shown:
-        by_method.setdefault(option.scenario.training.method, option)
-    leading = list(by_method.values())
-    rest = [option for option in shown if option not in leading]
-    candidates = [sketch(bench, option.scenario) for option in [*leading, *rest][:SHOWN_REJECTED]]
+    shown = _best_of_each_method_first(sorted(options, key=_need))[:SHOWN_REJECTED]
+    candidates = [sketch(bench, option.scenario) for option in shown]
     return tuple(Rejected(candidate=candidate, reason=_reason(bench, candidate)) for candidate in candidates)
 
 
@@ -133,9 +138,9 @@ def _reason(bench: Bench, candidate: Candidate) -> str:
     scenario = candidate.scenario
     offloads = scenario.strategy.offload is not Offload.NONE
     if offloads and not host_has_room(bench.program(scenario), cluster=bench.cluster_of(scenario)):
-        return f"host memory {candidate.estimate.host_peak_bytes / 1024**3:.1f}"
+        return f"host memory {candidate.estimate.host_peak_bytes / GIB:.1f}"
     owner, num_bytes = max(candidate.estimate.at_peak.items(), key=lambda item: item[1])
-    return f"{owner.replace('_', ' ')} {num_bytes / 1024**3:.1f}"
+    return f"{owner.replace('_', ' ')} {num_bytes / GIB:.1f}"
 
 
 def _need(option: Option) -> int:
@@ -198,41 +203,34 @@ def _rescues(search: Search, nearest: Option) -> Iterable[Suggestion]:
 
 def _more_gpus(search: Search, nearest: Option) -> Iterable[Suggestion]:
     cluster = search.bench.cluster
+    if cluster.gpu.device_kind is DeviceKind.CPU:
+        return
     strategy = nearest.scenario.strategy
-    if cluster.gpu.device_kind == "cpu" or strategy.kind in (StrategyKind.SINGLE, StrategyKind.DDP):
+    if strategy.kind in (StrategyKind.SINGLE, StrategyKind.DDP):
         strategy = replace(strategy, kind=StrategyKind.FSDP2)
     for factor in (2, 4, 8, 16, 32, 64):
         wider = _widened(cluster, factor)
-        if wider is None or wider.num_gpus > 1024:
+        if wider.num_gpus > 1024:
             return
         bench = Bench(source=search.bench.source, cluster=wider)
         other = Search(bench=bench, request=search.request)
         scenario = other.base(nearest.scenario.training.method, strategy)
         live = bench.live_peak_bytes(scenario)
         if live <= other.room_bytes(scenario):
-            flags = (
-                f"--gpus {wider.text.replace('× ', 'x').replace('×', 'x').replace(' ', '-')} --strategy {strategy.kind}"
-            )
+            flags = f"--gpus {format_gpus(wider)} --strategy {strategy.kind}"
             yield Suggestion(flags=flags, saved_bytes=nearest.live_bytes - live, time_factor=0.0)
             return
 
 
-def _widened(cluster: Cluster, factor: int) -> Cluster | None:
+def _widened(cluster: Cluster, factor: int) -> Cluster:
     """``factor`` times the GPUs: in the node up to eight, in more nodes beyond."""
     in_node = min(max(8, cluster.node.num_gpus), cluster.node.num_gpus * factor)
     nodes = cluster.num_nodes * cluster.node.num_gpus * factor // in_node
-    if cluster.gpu.device_kind == "cpu":
-        return None
-    return replace(
-        cluster,
-        num_nodes=nodes,
-        node=replace(cluster.node, num_gpus=in_node),
-        network_bytes_per_s=cluster.network_bytes_per_s or 12.5e9,
-    )
+    return replace(cluster, num_nodes=nodes, node=replace(cluster.node, num_gpus=in_node, name=""))
 
 
-def _assumptions(candidate: Candidate, profile: ModelProfile) -> tuple[str, ...]:
-    training, batch = candidate.scenario.training, candidate.scenario.batch
+def _assumptions(scenario: Scenario, profile: ModelProfile) -> tuple[str, ...]:
+    training, batch = scenario.training, scenario.batch
     attention = {
         Attention.SDPA: "SDPA attention",
         Attention.EAGER: "eager attention",
@@ -257,7 +255,7 @@ def _notes(request: Request, cluster: Cluster, profile: ModelProfile, chosen: Ca
     notes = [*profile.notes, *decisions(request, model=profile)]
     if chosen and chosen.estimate.host_load_peak_bytes > cluster.node.host_memory_bytes > 0:
         need, have = chosen.estimate.host_load_peak_bytes, cluster.node.host_memory_bytes
-        notes.append(f"loading takes {need / 1024**3:.0f} GiB of host memory, the node has {have / 1024**3:.0f}")
+        notes.append(f"loading takes {need / GIB:.0f} GiB of host memory, the node has {have / GIB:.0f}")
     if chosen and not chosen.step.validated:
         notes.append("times are the clock's and were not checked on this hardware; use them to rank")
     return tuple(notes)

@@ -21,7 +21,6 @@ class Ink(StrEnum):
     BAD = "1;31"
     LABEL = "36"
     BAR = "34"
-    FAINT = "2"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -126,10 +126,6 @@ class EventList:
         if num_bytes:
             self.events.append(self.alloc(num_bytes, owner))
 
-    @property
-    def last_slot(self) -> int:
-        return self._slot - 1
-
 
 class Flush(NamedTuple):
     """What one flush of the bucket reduces: the elements in it, and gradients that were too large for it."""

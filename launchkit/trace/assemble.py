@@ -77,7 +77,7 @@ def assemble(model: TracedModel, logs: Sequence[Log], points: Sequence[Point]) -
     fitter = Fitter(points)
     story = _read(logs, fitter)
     kernels = _read_kernels(logs, fitter)
-    builder = _Builder(model, story, kernels, logs[0].uses, logs[0].gradients)
+    builder = _Builder(model, story, kernels, logs[0].uses)
     inputs = tuple(
         Persistent(fitter.fit([log.inputs[i] for log in logs], what="an input"), Owner.INPUTS)
         for i in range(len(logs[0].inputs))
@@ -202,7 +202,6 @@ class _Builder:
         story: _Story,
         kernels: Mapping[Place, tuple[Kernel, ...]],
         uses: Mapping[Place, set[int]],
-        gradients: Mapping[int, str],
     ) -> None:
         self.model = model
         self.story = story
@@ -212,6 +211,7 @@ class _Builder:
         self.last_stage = next(name for name in reversed(story.order) if name != "end")
         self.sections: list[Section] = []
         self._numbers: dict[Section, int] = {}
+        self._dying: dict[Place, Mapping[tuple[str, int], set[int]]] = {}
 
     def stages(self) -> tuple[Stage, ...]:
         return tuple(self._stage(name) for name in self.story.order if name != "end")
@@ -319,14 +319,19 @@ class _Builder:
         if born.layer not in cases:
             return born.layer
         alike = [j for j, case in cases.items() if case == cases[born.layer]]
-        dying = {
-            tensor.place.layer
-            for is_alloc, number in (*self.story.events.get(freed, ()), *self.story.events.get(Place("end", 0), ()))
-            if not is_alloc
-            for tensor in (self.story.tensors[number],)
-            if tensor.place.stage == born.stage and tensor.slot == slot
-        }
+        dying = self._layers_dying(freed).get((born.stage, slot), set())
         return alike[0] if dying.issuperset(alike) else None
+
+    def _layers_dying(self, freed: Place) -> Mapping[tuple[str, int], set[int]]:
+        """The traced layers of which each slot dies in ``freed`` or at the step's end, by stage and slot."""
+        if freed not in self._dying:
+            dying: dict[tuple[str, int], set[int]] = {}
+            for is_alloc, number in (*self.story.events.get(freed, ()), *self.story.events.get(Place("end", 0), ())):
+                if not is_alloc:
+                    tensor = self.story.tensors[number]
+                    dying.setdefault((tensor.place.stage, tensor.slot), set()).add(tensor.place.layer)
+            self._dying[freed] = dying
+        return self._dying[freed]
 
     def _ref(self, born: Place, slot: int, freed: Place) -> TensorRef:
         stack = self.stacks.get(born.stage.partition(".")[2])

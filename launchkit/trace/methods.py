@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from launchkit.errors import TraceError
+from launchkit.recipe import RECIPES
 from launchkit.scenario import Compute, Method, TraceKey
 from launchkit.trace.quantised import prepare_for_kbit_training, quantise_linears
 
@@ -43,7 +44,9 @@ def apply_method(model: nn.Module, key: TraceKey, *, lora_rank: int) -> nn.Modul
         prepare_for_kbit_training(model, upcast=not key.cast_adapters)
     task = {"CausalLM": "CAUSAL_LM", "SequenceClassification": "SEQ_CLS", "ConditionalGeneration": None}
     task_type = next((t for suffix, t in task.items() if type(model).__name__.endswith(suffix)), None)
-    config = LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, target_modules=targets, task_type=task_type)
+    config = LoraConfig(
+        r=lora_rank, lora_alpha=RECIPES[key.method].lora_alpha(lora_rank), target_modules=targets, task_type=task_type
+    )
     return get_peft_model(model, config, autocast_adapter_dtype=not key.cast_adapters)
 
 

@@ -75,7 +75,6 @@ class StepRecorder(TorchDispatchMode):
         self._numbers: dict[int, int] = {}
         self._next = 0
         self._flops: dict[Any, Callable[..., int]] = {**flop_registry, **flop_formulas()}
-        self._finalizers: list[weakref.finalize[..., Any]] = []
         for tensor in known:
             self._number_of(tensor.untyped_storage())
         self._parameters = {self.number(p): i for i, p in enumerate(parameters)}

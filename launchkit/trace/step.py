@@ -35,7 +35,6 @@ class Progress:
         self.built = built
         self.handles: list[Any] = []
         self.gap = 0
-        self.entered: set[str] = set()
         for stack in built.stacks:
             blocks = built.blocks(stack)
             for layer, block in enumerate(blocks):
@@ -47,7 +46,6 @@ class Progress:
 
     def begin(self) -> None:
         self.gap = 0
-        self.entered = set()
         self.recorder.place = Place("forward.0", 0)
 
     def begin_backward(self) -> None:

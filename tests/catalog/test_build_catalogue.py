@@ -12,25 +12,12 @@ from pathlib import Path
 import pytest
 
 from launchkit.catalog.index import ModelRow, models_directory, read_rows
-from launchkit.model import ModelProfile
 from launchkit.scenario import Attention
+from tests.builders import profile
 
 SCRIPT = Path(__file__).resolve().parent.parent.parent / "scripts" / "build-catalogue"
 ROW = ModelRow(id="a/b", config={"model_type": "llama"}, source="a test", num_parameters_published=1000, trace=True)
-PROFILE = ModelProfile(
-    name="a/b",
-    source="traced",
-    fingerprint="f",
-    model_type="llama",
-    architecture="LlamaForCausalLM",
-    num_parameters=1000,
-    hidden_size=1,
-    num_layers=1,
-    vocab_size=1,
-    max_position_embeddings=1,
-    block_classes=("LlamaDecoderLayer",),
-    attentions=(Attention.SDPA, Attention.EAGER),
-)
+PROFILE = profile(num_parameters=1000, attentions=(Attention.SDPA, Attention.EAGER))
 
 
 @pytest.fixture(scope="module")

@@ -10,30 +10,11 @@ from pathlib import Path
 import pytest
 
 from launchkit.catalog.cache import TraceCache, cache_directory, toolchain_versions, write_atomically
-from launchkit.model import ModelProfile
-from launchkit.program import FreeAll, Owner, Phase, Section, Stage, StepProgram
 from launchkit.scenario import Attention, Checkpointing, Compute, DeviceKind, Loss, Method, TraceKey, Trainer
+from tests.builders import profile, smallest_program
 
-PROFILE = ModelProfile(
-    name="a/b",
-    source="traced",
-    fingerprint="f",
-    model_type="llama",
-    architecture="LlamaForCausalLM",
-    num_parameters=1,
-    hidden_size=1,
-    num_layers=1,
-    vocab_size=1,
-    max_position_embeddings=1,
-    block_classes=("LlamaDecoderLayer",),
-    attentions=(Attention.SDPA,),
-)
-PROGRAM = StepProgram(
-    stages=(Stage(name="forward.0", phase=Phase.FORWARD, layers=(0,)),),
-    sections=(Section(events=(FreeAll(Owner.GRADIENTS),)),),
-    groups={},
-    group_counts={},
-)
+PROFILE = profile(attentions=(Attention.SDPA,))
+PROGRAM = smallest_program()
 KEY = TraceKey(
     device=DeviceKind.CPU,
     method=Method.LORA,

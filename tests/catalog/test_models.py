@@ -23,8 +23,9 @@ from launchkit.hub.local import ModelFiles
 from launchkit.hub.safetensors import StoredWeights
 from launchkit.hub.validate import validate_config
 from launchkit.model import ModelProfile
-from launchkit.program import FreeAll, Owner, Phase, Section, Stage, StepProgram
+from launchkit.program import StepProgram
 from launchkit.scenario import Attention, Checkpointing, Compute, DeviceKind, Loss, Method, TraceKey, Trainer
+from tests.builders import profile, smallest_program
 
 CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -36,26 +37,15 @@ CONFIG: dict[str, Any] = {
     "torch_dtype": "float32",
     "vocab_size": 100,
 }
-PROFILE = ModelProfile(
+PROFILE = profile(
     name="first/name",
-    source="catalogue",
     fingerprint=fingerprint(CONFIG),
-    model_type="llama",
-    architecture="LlamaForCausalLM",
     num_parameters=1_000_000,
     hidden_size=64,
-    num_layers=2,
     vocab_size=100,
-    max_position_embeddings=2048,
-    block_classes=("LlamaDecoderLayer",),
     attentions=(Attention.SDPA,),
 )
-PROGRAM = StepProgram(
-    stages=(Stage(name="forward.0", phase=Phase.FORWARD, layers=(0,)),),
-    sections=(Section(events=(FreeAll(Owner.GRADIENTS),)),),
-    groups={},
-    group_counts={},
-)
+PROGRAM = smallest_program()
 KEY = TraceKey(
     device=DeviceKind.CUDA,
     method=Method.FULL,
