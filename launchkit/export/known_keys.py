@@ -132,7 +132,9 @@ AXOLOTL = _keys(
     hub_revision hub_strategy image_resize_algorithm image_size include_tkps include_tokens_per_second
     is_falcon_derived_model is_llama_derived_model is_mistral_derived_model is_preprocess is_qwen_derived_model
     jagged_restart_anneal_steps jagged_restart_steps jagged_restart_warmup_steps kto_desirable_weight
-    kto_undesirable_weight large_head_attention layer_offloading learning_rate lisa_layers_attribute lisa_n_layers
+    kto_undesirable_weight large_head_attention layer_offloading learning_rate liger_cross_entropy
+    liger_fused_linear_cross_entropy liger_glu_activation liger_kernel_impl liger_layer_norm liger_rms_norm
+    liger_rms_norm_gated liger_rope liger_swiglu liger_use_token_scaling lisa_layers_attribute lisa_n_layers
     lisa_step_interval llama4_linearized_experts load_best_model_at_end load_in_4bit load_in_8bit local_rank
     logging_steps lora_alpha lora_alpha_pattern lora_dropout lora_embedding_kernel lora_fan_in_fan_out
     lora_mlp_kernel lora_model_dir lora_modules_to_save lora_o_kernel lora_on_cpu lora_qkv_kernel lora_r

@@ -121,6 +121,12 @@ def test_files_agree_with_each_other(values: dict[str, Any], cluster: Any) -> No
         assert {"fsdp_offload_params", "fsdp_transformer_layer_cls_to_wrap"} <= shared
 
 
+@pytest.mark.parametrize("loss", list(Loss))
+def test_the_keys_of_every_loss_are_known(loss: Loss) -> None:
+    config = configs_of(candidate(loss=loss), cluster())["axolotl.yaml"]
+    assert [finding.text for finding in lint_axolotl(config)] == []
+
+
 @given(SCENARIOS, CLUSTERS)
 def test_no_file_of_ours_has_a_finding(values: dict[str, Any], cluster: Any) -> None:
     configs = configs_of(candidate(**values), cluster)
