@@ -165,7 +165,9 @@ def test_a_reader_that_goes_away_is_no_error() -> None:
 
 def test_ctrl_c_is_one_line_and_130() -> None:
     wait = (
-        "import sys, time; from launchkit.cli import explain, main;"
+        # what starts this test may have SIGINT ignored, as a shell does for its background jobs
+        "import signal, sys, time; signal.signal(signal.SIGINT, signal.default_int_handler);"
+        "from launchkit.cli import explain, main;"
         "explain.find_term = lambda name: (print('ready', flush=True), time.sleep(30));"
         "sys.exit(main.main(['explain', 'logits']))"
     )
