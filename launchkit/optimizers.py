@@ -47,11 +47,7 @@ class LocalTensor(NamedTuple):
 
 def local_tensor(parameter: Parameter, *, lora_rank: int = 0, itemsize: int = 0, in_block: bool = True) -> LocalTensor:
     """``parameter`` unsharded, the LoRA rank put in; ``itemsize`` where it is held in another dtype."""
-    shape = parameter.shape
-    if parameter.lora_rank_power:
-        axis = shape.index(1)
-        shape = (*shape[:axis], lora_rank, *shape[axis + 1 :])
-    return LocalTensor(shape, itemsize or parameter.itemsize, in_block)
+    return LocalTensor(parameter.sizes(lora_rank), itemsize or parameter.itemsize, in_block)
 
 
 class Extent(StrEnum):

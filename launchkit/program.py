@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import cached_property, lru_cache
+from math import prod
 from typing import Any, NamedTuple
 
 from launchkit.errors import ProgramError
@@ -202,23 +203,27 @@ class Parameter:
 
     ``shape`` is the logical shape (what a shard divides); ``num_bytes`` what its storage takes on an
     unsharded device in the dtype in force (4-bit weights are packed, with their scales in ``extra_bytes``).
-    ``lora_rank_power`` is 1 where one dimension of the shape is the LoRA rank, given there as 1.
+    ``lora_rank_axis`` is the dimension that is a multiple of the LoRA rank; the shape gives it at rank 1.
     """
 
     name: str
     shape: tuple[int, ...]
     itemsize: int
     trainable: bool = True
-    lora_rank_power: int = 0
+    lora_rank_axis: int | None = None
     packed_bytes: int = 0
     extra_bytes: int = 0
 
+    def sizes(self, lora_rank: int = 0) -> tuple[int, ...]:
+        """The shape, with the LoRA rank put in."""
+        axis = self.lora_rank_axis
+        if axis is None:
+            return self.shape
+        return (*self.shape[:axis], self.shape[axis] * lora_rank, *self.shape[axis + 1 :])
+
     def numel(self, lora_rank: int = 0) -> int:
         """Logical elements, with the LoRA rank put in."""
-        product = 1
-        for size in self.shape:
-            product *= size
-        return product * (lora_rank if self.lora_rank_power else 1)
+        return prod(self.sizes(lora_rank))
 
     def num_bytes(self, lora_rank: int = 0) -> int:
         """Bytes of the unsharded storage, without ``extra_bytes``."""

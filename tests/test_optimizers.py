@@ -233,7 +233,7 @@ def test_steady_steps_leave_nothing_behind(name: str, first: bool, itemsize: int
 
 
 def test_local_tensor_puts_the_lora_rank_in() -> None:
-    parameter = Parameter(name="lora_A", shape=(1, 64), itemsize=2, lora_rank_power=1)
+    parameter = Parameter(name="lora_A", shape=(1, 64), itemsize=2, lora_rank_axis=0)
     assert local_tensor(parameter, lora_rank=16, itemsize=4) == LocalTensor((16, 64), 4)
 
 

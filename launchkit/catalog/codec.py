@@ -11,7 +11,7 @@ Reading a variant parses the lines it names and no others, so a file of eighty v
     section   {"group", "uses", "events", "kernels", …}                          events as lists, told apart by length:
                   [slot, size, owner, parameter] alloc · [origin, slot, size] free · [origin, slot] free of the size
                   that the section itself allocated under that slot · [owner] free all
-    group     [name, [[name, shape, itemsize, trainable, lora_rank_power, packed_bytes, extra_bytes], …]]
+    group     [name, [[name, shape, itemsize, trainable, lora_rank_axis, packed_bytes, extra_bytes], …]]
     variant   {"stages", "sections", "groups", "group_counts", "persistent", …}  sections and groups as line numbers
 """
 
@@ -303,20 +303,20 @@ def _parameter_row(parameter: Parameter) -> list[Any]:
         parameter.shape,
         parameter.itemsize,
         int(parameter.trainable),
-        parameter.lora_rank_power,
+        parameter.lora_rank_axis,
         parameter.packed_bytes,
         parameter.extra_bytes,
     ]
 
 
 def _parameter(row: list[Any]) -> Parameter:
-    name, shape, itemsize, trainable, lora_rank_power, packed_bytes, extra_bytes = row
+    name, shape, itemsize, trainable, lora_rank_axis, packed_bytes, extra_bytes = row
     return Parameter(
         name=name,
         shape=tuple(shape),
         itemsize=itemsize,
         trainable=bool(trainable),
-        lora_rank_power=lora_rank_power,
+        lora_rank_axis=lora_rank_axis,
         packed_bytes=packed_bytes,
         extra_bytes=extra_bytes,
     )

@@ -289,10 +289,7 @@ def _sharded(parameter: Parameter, layout: _Layout, *, in_block: bool) -> _Shard
     if parameter.packed_bytes:
         packed = divide_up(parameter.packed_bytes, layout.num_shards)
         return _Sharded((packed,), parameter.trainable, 1, 1, packed * layout.num_shards, 0, in_block)
-    dims = parameter.shape or (1,)
-    if parameter.lora_rank_power:
-        axis = dims.index(1)
-        dims = (*dims[:axis], layout.rank, *dims[axis + 1 :])
+    dims = parameter.sizes(layout.rank) or (1,)
     shape = (divide_up(dims[0], layout.num_shards), *dims[1:])
     stored = layout.trainable_itemsize if parameter.trainable else layout.frozen_itemsize
     gathered = layout.gathered_itemsize or parameter.itemsize

@@ -6,6 +6,7 @@ Layers that were cut away get the section of a traced layer between the same nei
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -363,12 +364,12 @@ def _inner(stack: Stack) -> dict[int, tuple[object, ...]]:
 
 
 def parameter(name: str, shape: Sequence[int], itemsize: int, *, trainable: bool, lora_rank: int) -> Parameter:
-    """A parameter's row; a dimension that is the LoRA rank is divided by it."""
-    dims = list(shape)
-    if lora_rank and ".lora_" in f".{name}":
-        axis = next((i for i, d in enumerate(dims) if d % lora_rank == 0 and d // lora_rank in (1,)), None)
-        if axis is None:
-            axis = next(i for i, d in enumerate(dims) if d % lora_rank == 0)
+    """A parameter's row; an adapter's dimension that goes with the LoRA rank is given for rank 1.
+
+    PEFT's A matrices have the rank first, its B matrices second: of fused experts, times how many there are.
+    """
+    dims, axis = list(shape), None
+    if lora_rank and (matrix := re.search(r"\blora_(?:embedding_)?([AB])\b", name)):
+        axis = "AB".index(matrix[1])
         dims[axis] //= lora_rank
-        return Parameter(name=name, shape=tuple(dims), itemsize=itemsize, trainable=trainable, lora_rank_power=1)
-    return Parameter(name=name, shape=tuple(dims), itemsize=itemsize, trainable=trainable)
+    return Parameter(name=name, shape=tuple(dims), itemsize=itemsize, trainable=trainable, lora_rank_axis=axis)

@@ -92,7 +92,7 @@ parameters = st.builds(
     shape=st.lists(counts, max_size=3).map(tuple),
     itemsize=st.integers(1, 8),
     trainable=st.booleans(),
-    lora_rank_power=st.integers(0, 1),
+    lora_rank_axis=st.none(),
     packed_bytes=counts,
     extra_bytes=counts,
 )

@@ -119,8 +119,8 @@ def block_parameters(method: Method, item: int) -> tuple[Parameter, ...]:
     packed = ROWS * WIDTH // 2 if method is Method.QLORA else 0
     base = Parameter(name="weight", shape=(ROWS, WIDTH), itemsize=item, trainable=False, packed_bytes=packed)
     adapters = [
-        Parameter(name=f"lora_{name}", shape=shape, itemsize=4, lora_rank_power=1)
-        for name, shape in (("A", (1, WIDTH)), ("B", (ROWS, 1)))
+        Parameter(name=f"lora_{name}", shape=shape, itemsize=4, lora_rank_axis=axis)
+        for name, shape, axis in (("A", (1, WIDTH), 0), ("B", (ROWS, 1), 1))
     ]
     return (base, *adapters)
 

@@ -55,7 +55,7 @@ def program(*, num_layers: int = 3, itemsize: int = 4, tied: bool = False, lora:
     root_gradients: tuple[Event, ...] = (gradient(0, 1, 40 * itemsize),)
     if lora:
         block = [parameter("w", 5, 4, itemsize=itemsize, trainable=False)]
-        block.append(parameter("lora_A", 1, 4, itemsize=itemsize, lora_rank_power=1))
+        block.append(parameter("lora_A", 1, 4, itemsize=itemsize, lora_rank_axis=0))
         backward_block = [gradient(0, 1, 3 * 4 * itemsize)]
         root_gradients = ()
     root = [parameter("embed", 10, 4, itemsize=itemsize, trainable=not lora)]

@@ -135,20 +135,24 @@ def test_deaths_with_no_birth_between_have_no_order() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "shape", "rank", "expected", "power"),
+    ("name", "shape", "rank", "expected", "axis"),
     [
-        ("q_proj.lora_A.default.weight", (8, 32), 8, (1, 32), 1),
+        ("q_proj.lora_A.default.weight", (8, 32), 8, (1, 32), 0),
         ("q_proj.lora_B.default.weight", (32, 8), 8, (32, 1), 1),
-        ("q_proj.lora_B.default.weight", (8, 8), 8, (1, 8), 1),
-        ("q_proj.base_layer.weight", (8, 32), 8, (8, 32), 0),
-        ("q_proj.weight", (8, 32), 0, (8, 32), 0),
+        ("q_proj.lora_B.default.weight", (8, 8), 8, (8, 1), 1),
+        ("q_proj.base_layer.weight", (8, 32), 8, (8, 32), None),
+        ("q_proj.weight", (8, 32), 0, (8, 32), None),
+        ("mlp.experts.base_layer.lora_A.default.weight", (2048, 64), 8, (256, 64), 0),
+        ("mlp.experts.base_layer.lora_B.default.weight", (1024, 2048), 8, (1024, 256), 1),
+        ("embed_tokens.lora_embedding_B.default", (64, 8), 8, (64, 1), 1),
+        ("q_proj.lora_magnitude_vector.default.weight", (32,), 8, (32,), None),
     ],
 )
 def test_the_rank_is_taken_out_of_an_adapter(
-    name: str, shape: tuple[int, ...], rank: int, expected: tuple[int, ...], power: int
+    name: str, shape: tuple[int, ...], rank: int, expected: tuple[int, ...], axis: int | None
 ) -> None:
     row = parameter(name, shape, 4, trainable=True, lora_rank=rank)
-    assert (row.shape, row.lora_rank_power) == (expected, power)
+    assert (row.shape, row.lora_rank_axis) == (expected, axis)
 
 
 @pytest.mark.filterwarnings("ignore")
