@@ -191,6 +191,8 @@ class Search:
     def best_batch(self, least: Scenario) -> Option:
         """The fastest batch and checkpointing that fit, from the least demanding one upwards."""
         option = self._read(least)
+        if not option.fits and _keeps_whole_gradients(least):
+            option = self._read(self._without_accumulation(least))
         if not option.fits:
             return option
         found = [self._timed(option)]
@@ -204,13 +206,18 @@ class Search:
                     training=replace(least.training, checkpointing=checkpointing),
                     batch=self._batch(micro_batch, least.batch.seq_len, least.strategy),
                 )
-                if scenario == least:
+                if scenario == option.scenario:
                     continue
-                option = self._read(scenario)
-                if not option.fits:
+                larger = self._read(scenario)
+                if not larger.fits:
                     break
-                found.append(self._timed(option))
+                found.append(self._timed(larger))
         return min(found, key=lambda option: (option.seconds, option.live_bytes))
+
+    def _without_accumulation(self, scenario: Scenario) -> Scenario:
+        """The same global batch in one pass, where that is a micro-batch to be tried."""
+        *_, largest = self._micro_batches(scenario)
+        return replace(scenario, batch=self._batch(largest, scenario.batch.seq_len, scenario.strategy))
 
     def _micro_batches(self, scenario: Scenario) -> Iterator[int]:
         """Micro-batches to try, smallest first; those that keep the global batch whole."""
@@ -265,6 +272,13 @@ class Search:
 
     def _timed(self, option: Option) -> Option:
         return replace(option, step=step_time(self.bench, option.scenario))
+
+
+def _keeps_whole_gradients(scenario: Scenario) -> bool:
+    """Whether micro-batches are added up in gradients that are not sharded, which one large micro-batch does without:
+    FSDP under accelerate's ``no_sync``. Adapters have too few gradients for that to matter."""
+    accumulates = scenario.batch.gradient_accumulation_steps > 1
+    return accumulates and scenario.strategy.kind.is_fsdp and scenario.training.method is Method.FULL
 
 
 def default_precision(method: Method, cluster: Cluster) -> Precision:
