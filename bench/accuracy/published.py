@@ -1,0 +1,254 @@
+"""Published GPU runs beside what ``launchkit estimate`` says of them: ``published.json`` here.
+
+``python -m bench.accuracy.published FOLDER`` reads ``measurements.jsonl`` (runs with a measured peak) and
+``outcomes.jsonl`` (runs of which only the outcome is known) in FOLDER. A row is predicted when its configuration can
+be said in launchkit's flags; one that cannot is listed with the reason. Rows of another implementation of the model
+are compared too, but apart: there the kernels of the step differ, not only its sharding.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from launchkit.api import estimate
+from launchkit.errors import LaunchkitError
+from launchkit.plan import Candidate
+
+RESULTS = Path(__file__).with_name("published.json")
+GIB = 2**30
+
+MODELS = {
+    "TinyLlama/TinyLlama-1.1B": "TinyLlama/TinyLlama-1.1B-Chat-v1.0",
+    "huggyllama/llama-7b": "meta-llama/Llama-2-7b-hf",
+    "mistralai/Mistral-7B-v0.2": "mistralai/Mistral-7B-v0.3",
+    "mistralai/Mixtral-8x7B-Instruct-v0.1": "mistralai/Mixtral-8x7B-v0.1",
+    "bert-large-uncased": "google-bert/bert-large-uncased",
+    "gpt2-large": "openai-community/gpt2-large",
+    "gpt2-medium": "openai-community/gpt2-medium",
+}
+GPUS = {
+    "A100-SXM4-40GB": "A100-40GB",
+    "H100-80GB HBM3": "H100",
+    "H100-80GB": "H100",
+    "A800-80GB": "A800",
+    "A10G-24GB": "A10G",
+}
+PRECISIONS = {
+    "fp32": "fp32",
+    "fp16_amp": "fp16",
+    "bf16_pure": "bf16-pure",
+    "bf16_params_autocast": "bf16-params",
+    "fsdp_bf16_mp_fp32_master": "bf16",
+    "zero_bf16": "bf16",
+    "zero_fp16": "fp16",
+    "zero_bf16/fp16 (16-bit + fp32 master; exact dtype not in the excerpt)": "bf16",
+}
+LOSSES = {
+    "HF eager (logits upcast to fp32)": "plain",
+    "HF eager (fp32 logits)": "plain",
+    "HF (fp32 logits) assumed": "plain",
+    "classification loss (2 labels)": "plain",
+    "CE full logits": "plain",
+    "CE": "plain",
+    "chunked_cross_entropy chunk_size=0 (full logits)": "plain",
+    "liger fused linear cross-entropy": "liger",
+}
+OPTIMIZERS = {
+    "adamw_torch (foreach)": "adamw_torch",
+    'adamw_torch (optimizer="AdamW" defaults)': "adamw_torch",
+    "adamw_torch": "adamw_torch",
+    "adamw_torch/hf": "adamw_torch",
+    "adamw": "adamw_torch",
+    "adam (DeepSpeed FusedAdam, inferred)": "adamw_torch_fused",
+    "adam (DeepSpeedCPUAdam)": "adamw_torch_fused",
+    "adafactor": "adafactor",
+    "bnb Adam8bit": "adamw_bnb_8bit",
+}
+STRATEGIES = {
+    "single": "single",
+    "ddp": "ddp",
+    "fsdp_full_shard": "fsdp",
+    "fsdp2_full_shard": "fsdp2",
+    "zero2": "zero2",
+    "zero3": "zero3",
+}
+OFFLOADS = {"none": "none", None: "none", "optimizer cpu": "optimizer", "params+optimizer cpu": "all"}
+CHECKPOINTINGS = {"full": "full", "none": "none", None: "none"}
+ATTENTIONS = {
+    "flash_attention_2": "flash_attention_2",
+    "sdpa (flash kernel)": "sdpa",
+    "sdpa (flash)": "sdpa",
+    "sdpa": "sdpa",
+    "eager": "eager",
+    "not in excerpt (memory fits flash/sdpa)": "sdpa",
+}
+# Metric of the row, and the field of an estimate that means the same.
+METRICS = {
+    "allocated": "allocated_peak_bytes",
+    "active": "allocated_peak_bytes",
+    "reserved": "reserved_peak_bytes",
+    "device": "device_peak_bytes",
+}
+SAME_IMPLEMENTATION = ("fms-acceleration", "ZeRO gist", "HF transformers docs")
+
+
+class NotComparable(Exception):
+    """Why a row's configuration cannot be said in launchkit's flags."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A published run and its prediction, in bytes. ``measured_bytes`` is 0 where only the outcome is known."""
+
+    id: str
+    source: str
+    group: str
+    bench: str
+    confidence: str
+    metric: str
+    flags: Mapping[str, Any] = field(default_factory=dict)
+    measured_bytes: int = 0
+    ran_out: bool = False
+    predicted_bytes: int = 0
+    low_bytes: int = 0
+    high_bytes: int = 0
+    fits: bool = False
+    may_fit: bool = False
+    skipped: str = ""
+
+    @property
+    def error_percent(self) -> float:
+        return 100.0 * (self.predicted_bytes - self.measured_bytes) / self.measured_bytes
+
+
+def said(table: Mapping[Any, str], value: Any, *, what: str) -> str:
+    """The flag's value for a row's field."""
+    if value not in table:
+        raise NotComparable(f"{what} {value}")
+    return table[value]
+
+
+def flags_of(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row's configuration as the flags of ``launchkit estimate``. Raises ``NotComparable``."""
+    quantised = row["quant"] is not None
+    if quantised and row["quant"] != "nf4":
+        raise NotComparable(f"weights {row['quant']}")
+    if row["compile"] not in (False, None):
+        raise NotComparable(f"compiled by {row['compile']}")
+    if not row["micro_batch"] or not row["seq_len"]:
+        raise NotComparable("no micro-batch or length given")
+    precision = "bf16-params" if quantised else said(PRECISIONS, row["precision"], what="precision")
+    loss = "plain" if row["loss_impl"] is None else said(LOSSES, row["loss_impl"], what="loss")
+    num_gpus = row["n_gpus"]
+    flags = {
+        "gpus": f"{num_gpus}x{GPUS.get(row['gpu'], row['gpu']).replace(' ', '-')}",
+        "strategy": said(STRATEGIES, row["strategy"], what="strategy"),
+        "offload": said(OFFLOADS, row["offload"], what="offload"),
+        "method": row["method"],
+        "precision": precision,
+        "optimizer": said(OPTIMIZERS, row["optimizer"], what="optimizer"),
+        "micro_batch": row["micro_batch"],
+        "global_batch": row["micro_batch"] * (row["grad_accum"] or 1) * num_gpus,
+        "seq_len": row["seq_len"],
+        "checkpointing": said(CHECKPOINTINGS, row["checkpointing"], what="checkpointing"),
+        "attention": said(ATTENTIONS, row["attn"], what="attention"),
+        "loss": loss,
+        "trainer": "loop" if row["source_group"] == "litgpt" else "hf",
+    }
+    if row["method"] not in ("full", "lora", "qlora"):
+        raise NotComparable(f"method {row['method']}")
+    return flags | (lora_flags(row["lora"]) if row["method"] != "full" else {})
+
+
+def lora_flags(lora: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Rank, targets and dropout of a row's adapters."""
+    if not lora or not isinstance(lora.get("targets"), list):
+        raise NotComparable("adapters not described")
+    return {"lora_rank": lora["r"], "lora_targets": ",".join(lora["targets"])}
+
+
+def compare(row: Mapping[str, Any]) -> Row:
+    """One row with its prediction, or with the reason why there is none."""
+    metric = row["metric_class"]
+    compared = Row(
+        id=row["id"],
+        source=row["source"],
+        group="transformers" if row["source_group"] in SAME_IMPLEMENTATION else row["source_group"],
+        bench="".join(name for name in row["bench"] if len(name) == 1),
+        confidence=row["confidence"],
+        metric=metric,
+        measured_bytes=round((row["peak_gib"] or 0) * GIB),
+        ran_out="OOM" in row["measured_kind"],
+    )
+    try:
+        if metric not in METRICS and metric != "outcome":
+            raise NotComparable(f"metric {metric}")
+        flags = flags_of(row)
+        candidate = estimate(MODELS.get(row["model"], row["model"]), **flags)
+    except (NotComparable, LaunchkitError) as reason:
+        return with_fields(compared, skipped=str(reason))
+    return with_fields(compared, flags={"model": candidate.model.name, **flags}, **figures(candidate, metric))
+
+
+def figures(candidate: Candidate, metric: str) -> dict[str, Any]:
+    """The predicted value of a metric with its range, which is the device's, moved to the metric's level."""
+    found = candidate.estimate
+    predicted = getattr(found, METRICS.get(metric, "device_peak_bytes"))
+    return {
+        "predicted_bytes": predicted,
+        "low_bytes": predicted * found.device_peak_low_bytes // found.device_peak_bytes,
+        "high_bytes": predicted * found.device_peak_high_bytes // found.device_peak_bytes,
+        "fits": found.fits,
+        "may_fit": found.device_peak_low_bytes <= found.device_usable_bytes,
+    }
+
+
+def with_fields(row: Row, **fields: Any) -> Row:
+    return Row(**{**asdict(row), **fields})
+
+
+def read(path: Path) -> Iterator[dict[str, Any]]:
+    yield from (json.loads(line) for line in path.read_text().splitlines() if line.strip())
+
+
+def percentiles(errors: Iterable[float]) -> str:
+    """Count, median, 90th percentile and worst of absolute errors in per cent."""
+    ordered = sorted(abs(error) for error in errors)
+    if not ordered:
+        return "| 0 | – | – | – |"
+    middle, ninetieth = ordered[len(ordered) // 2], ordered[min(len(ordered) - 1, int(0.9 * len(ordered)))]
+    return f"| {len(ordered)} | {middle:.1f} % | {ninetieth:.1f} % | {ordered[-1]:.1f} % |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("folder", type=Path, help="where measurements.jsonl and outcomes.jsonl are")
+    parser.add_argument("--only", default="", help="rows whose id contains this")
+    arguments = parser.parse_args()
+    old = {row["id"]: row for row in json.loads(RESULTS.read_text())} if RESULTS.exists() else {}
+    for name in ("measurements.jsonl", "outcomes.jsonl"):
+        for row in read(arguments.folder / name):
+            if arguments.only in row["id"]:
+                compared = compare(row)
+                old[row["id"]] = asdict(compared)
+                print(text(compared), flush=True)
+                RESULTS.write_text(json.dumps(sorted(old.values(), key=lambda r: r["id"]), indent=1) + "\n")
+
+
+def text(row: Row) -> str:
+    """One line for the terminal."""
+    if row.skipped:
+        return f"{row.id}  –  {row.skipped}"
+    if not row.measured_bytes:
+        verdict = "fits" if row.fits else "may fit" if row.may_fit else "does not fit"
+        return f"{row.id}  {'ran out' if row.ran_out else 'ran'}  predicted: {verdict}"
+    return f"{row.id}  {row.measured_bytes / GIB:.2f}  {row.predicted_bytes / GIB:.2f}  {row.error_percent:+.1f} %"
+
+
+if __name__ == "__main__":
+    main()
