@@ -94,6 +94,31 @@ FSDP2 = (
     Cell(name="fsdp2-hf-accumulation-fp32", config=LLAMA, trainer="hf", gradient_accumulation_steps=2, **_FSDP),
 )
 
+_FSDP1: dict[str, Any] = {"strategy": "fsdp", "num_processes": 2}
+
+FSDP1 = (
+    Cell(name="fsdp1-fp32", config=LLAMA, **_FSDP1),
+    Cell(name="fsdp1-fp32-checkpointing", config=LLAMA, checkpointing="full", **_FSDP1),
+    Cell(name="fsdp1-bf16", config=LLAMA, precision="bf16", **_FSDP1),
+    Cell(name="fsdp1-bf16-checkpointing", config=LLAMA, precision="bf16", checkpointing="full", **_FSDP1),
+    Cell(name="fsdp1-lora-bf16", config=LLAMA, method="lora", precision="bf16", **_FSDP1),
+    Cell(name="fsdp1-lora-fp32", config=LLAMA, method="lora", **_FSDP1),
+    Cell(name="fsdp1-lora-fp32-checkpointing", config=LLAMA, method="lora", checkpointing="full", **_FSDP1),
+    Cell(name="fsdp1-tied-fp32", config=TIED, **_FSDP1),
+    Cell(name="fsdp1-tied-bf16", config=TIED, precision="bf16", **_FSDP1),
+    Cell(name="fsdp1-gpt2-fp32", config=GPT2, **_FSDP1),
+    Cell(name="fsdp1-shard-grad-op", config=LLAMA, sharding="shard_grad_op", **_FSDP1),
+    Cell(name="fsdp1-no-shard", config=LLAMA, sharding="no_shard", **_FSDP1),
+    Cell(name="fsdp1-flat-fp32", config=LLAMA, use_orig_params=False, **_FSDP1),
+    Cell(name="fsdp1-flat-bf16", config=LLAMA, use_orig_params=False, precision="bf16", **_FSDP1),
+    Cell(name="fsdp1-uneven-3", config=UNEVEN, strategy="fsdp", num_processes=3),
+    Cell(name="fsdp1-uneven-flat-3", config=UNEVEN, strategy="fsdp", num_processes=3, use_orig_params=False),
+    Cell(name="fsdp1-accumulation", config=LLAMA, gradient_accumulation_steps=2, **_FSDP1),
+    Cell(name="fsdp1-wide-bf16", config=WIDE, precision="bf16", seq_len=16, **_FSDP1),
+    Cell(name="fsdp1-wide-adamw", config=WIDE, optimizer="adamw_torch", seq_len=16, **_FSDP1),
+    Cell(name="fsdp1-bf16-pure", config=LLAMA, precision="bf16-pure", **_FSDP1),
+)
+
 ZERO = (
     *(
         Cell(name=f"zero{stage}-{dtype}", config=LLAMA, strategy=f"zero{stage}", num_processes=2, precision=dtype)
@@ -111,7 +136,7 @@ ZERO = (
     ),
 )
 
-CELLS = (*SINGLE, *DDP, *FSDP2, *ZERO)
+CELLS = (*SINGLE, *DDP, *FSDP1, *FSDP2, *ZERO)
 
 
 def find(pattern: str) -> tuple[Cell, ...]:
