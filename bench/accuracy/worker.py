@@ -173,6 +173,9 @@ def batches(cell: Cell, vocab_size: int) -> Iterator[dict[str, torch.Tensor]]:
 def resident_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
     """Bytes of this rank's parameters, buffers, gradients and optimizer states."""
     tensors = [*model.parameters(), *model.buffers(), *(p.grad for p in model.parameters() if p.grad is not None)]
+    # under use_orig_params these outlive zero_grad
+    flat = [module._flat_param for module in model.modules() if getattr(module, "_has_params", False)]
+    tensors += [parameter.grad for parameter in flat if parameter.grad is not None]
     tensors += [t for state in optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor)]
     storages = {}
     for tensor in tensors:
@@ -183,7 +186,7 @@ def resident_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
 
 
 def run_loop(cell: Cell) -> list[int]:
-    """The plain step of ``--trainer loop``, on one process, DDP or FSDP2. Under FSDP2, what is resident at the start of
+    """The plain step of ``--trainer loop``, on one process, DDP or FSDP. Under FSDP, what is resident at the start of
     each step and at the end; elsewhere nothing, as no ghosts arise."""
     model = build_model(cell)
     vocab_size = model.config.vocab_size
@@ -268,6 +271,20 @@ def run_deepspeed(cell: Cell) -> list[int]:
     return []
 
 
+FSDP_VARIABLES: dict[str, Callable[[Cell], dict[str, str]]] = {
+    "fsdp": lambda cell: {
+        "FSDP_VERSION": "1",
+        "FSDP_SHARDING_STRATEGY": cell.sharding.upper(),
+        "FSDP_BACKWARD_PREFETCH": "BACKWARD_PRE",
+        "FSDP_USE_ORIG_PARAMS": str(cell.use_orig_params).lower(),
+    },
+    "fsdp2": lambda cell: {
+        "FSDP_VERSION": "2",
+        "FSDP_RESHARD_AFTER_FORWARD": str(cell.sharding == "full_shard").lower(),
+    },
+}
+
+
 def shard_through_accelerate(cell: Cell, model: nn.Module) -> None:
     """What ``accelerate launch`` would say in the environment, on processes that count as devices."""
     from launchkit.finetune import cpu_fsdp
@@ -276,8 +293,7 @@ def shard_through_accelerate(cell: Cell, model: nn.Module) -> None:
     os.environ |= {
         "ACCELERATE_USE_FSDP": "true",
         "ACCELERATE_MIXED_PRECISION": "bf16" if cell.is_mixed else "no",
-        "FSDP_VERSION": "2",
-        "FSDP_RESHARD_AFTER_FORWARD": str(cell.sharding == "full_shard").lower(),
+        **FSDP_VARIABLES[cell.strategy](cell),
         "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
         "FSDP_TRANSFORMER_CLS_TO_WRAP": ",".join(wrapped_classes(cell, model)),
         "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
@@ -285,13 +301,13 @@ def shard_through_accelerate(cell: Cell, model: nn.Module) -> None:
 
 
 def run_hf(cell: Cell) -> list[int]:
-    """``transformers.Trainer`` with its defaults, on one process, DDP or FSDP2."""
+    """``transformers.Trainer`` with its defaults, on one process, DDP or FSDP."""
     import tempfile
 
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
     model = build_model(cell)
-    is_sharded = cell.strategy == "fsdp2"
+    is_sharded = cell.strategy in FSDP_VARIABLES
     if is_sharded:
         shard_through_accelerate(cell, model)
     vocab_size = model.config.vocab_size

@@ -148,7 +148,7 @@ def shard_group_size(strategy: Strategy, cluster: Cluster) -> int:
 
 def rewrite(program: StepProgram, *, scenario: Scenario, cluster: Cluster) -> StepProgram:
     """What the first rank, the largest, does in a step."""
-    layout = _Layout.of(scenario, cluster)
+    layout = Layout.of(scenario, cluster)
     units = _units(program, layout)
     rewritten = _Rewriter(program, layout, units).run()
     parameters = [p for unit, count in _counted(program, units) for _ in range(count) for p in unit.parameters]
@@ -156,7 +156,7 @@ def rewrite(program: StepProgram, *, scenario: Scenario, cluster: Cluster) -> St
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Layout:
+class Layout:
     """How one scenario shards and in which dtypes, as numbers. Item sizes of 0 mean the parameter's own."""
 
     num_shards: int
@@ -173,7 +173,7 @@ class _Layout:
     copies_on_wire: bool  # gloo
 
     @classmethod
-    def of(cls, scenario: Scenario, cluster: Cluster) -> _Layout:
+    def of(cls, scenario: Scenario, cluster: Cluster) -> Layout:
         training, strategy = scenario.training, scenario.strategy
         num_shards = shard_group_size(strategy, cluster)
         in_loop = training.trainer is Trainer.LOOP
@@ -279,7 +279,7 @@ class _Unit:
         return sum(p.stored_bytes for p in self.trainable)
 
 
-def _sharded(parameter: Parameter, layout: _Layout, *, in_block: bool) -> _Sharded:
+def _sharded(parameter: Parameter, layout: Layout, *, in_block: bool) -> _Sharded:
     """The first rank's shard of ``parameter``: ``ceil(rows / shards)`` rows. 4-bit weights shard as packed bytes."""
     if parameter.packed_bytes:
         packed = divide_up(parameter.packed_bytes, layout.num_shards)
@@ -295,7 +295,7 @@ def _sharded(parameter: Parameter, layout: _Layout, *, in_block: bool) -> _Shard
     )
 
 
-def _unit(program: StepProgram, layout: _Layout, *, group: str, indices: Sequence[int], reshards: bool) -> _Unit:
+def _unit(program: StepProgram, layout: Layout, *, group: str, indices: Sequence[int], reshards: bool) -> _Unit:
     rows = program.groups[group].parameters
     in_block = group != ROOT_GROUP
     parameters = tuple(_sharded(rows[index], layout, in_block=in_block) for index in indices)
@@ -313,7 +313,7 @@ class _Units:
     tail: _Unit | None = None
 
 
-def _units(program: StepProgram, layout: _Layout) -> _Units:
+def _units(program: StepProgram, layout: Layout) -> _Units:
     """Source: accelerate 1.15 ``fsdp2_prepare_model``, which carves up the root unless embedding and head are tied."""
     blocks = {
         name: _unit(program, layout, group=name, indices=range(len(group.parameters)), reshards=layout.reshards)
@@ -363,7 +363,7 @@ class _Slot(IntEnum):
 class _Rewriter(FramedProgram):
     """Walks the units in the order in which the engine meets them and notes what each adds to each section."""
 
-    def __init__(self, program: StepProgram, layout: _Layout, units: _Units) -> None:
+    def __init__(self, program: StepProgram, layout: Layout, units: _Units) -> None:
         super().__init__(
             map_sections(program, Phase.BACKWARD, gradients_die_when_ready) if layout.defers_reduction else program
         )
@@ -565,7 +565,7 @@ def _with_state(
     program: StepProgram,
     parameters: Iterable[_Sharded],
     units: _Units,
-    layout: _Layout,
+    layout: Layout,
     *,
     scenario: Scenario,
     cluster: Cluster,
@@ -573,10 +573,10 @@ def _with_state(
     """``program`` with the shards, the optimizer on them and what earlier micro-batches left."""
     shards = list(parameters)
     trained = tuple(LocalTensor(p.shape, p.stored_itemsize, p.in_block) for p in shards if p.trainable)
-    persistent = [*program.persistent, *_unsharded_scales(program)]
+    persistent = [*program.persistent, *unsharded_scales(program)]
     on_host = 0
     if layout.offloads:
-        on_host = sum(p.stored_bytes for p in shards) + _host_optimizer_bytes(trained, scenario=scenario)
+        on_host = sum(p.stored_bytes for p in shards) + host_optimizer_bytes(trained, scenario=scenario)
     else:
         persistent += persistent_run((p.stored_bytes for p in shards), Owner.WEIGHTS)
         if layout.accumulates and not layout.defers_reduction:
@@ -591,7 +591,7 @@ def _with_state(
     return with_optimizer(program, step, scenario=scenario, device=cluster.gpu.device_kind)
 
 
-def _unsharded_scales(program: StepProgram) -> Iterator[Persistent]:
+def unsharded_scales(program: StepProgram) -> Iterator[Persistent]:
     """Scales of 4-bit weights are no parameters: every rank keeps them all."""
     for name, group in program.groups.items():
         for parameter in group.parameters:
@@ -600,7 +600,7 @@ def _unsharded_scales(program: StepProgram) -> Iterator[Persistent]:
                 yield Persistent(size, Owner.WEIGHTS, program.group_counts[name])
 
 
-def _host_optimizer_bytes(trained: Sequence[LocalTensor], *, scenario: Scenario) -> int:
+def host_optimizer_bytes(trained: Sequence[LocalTensor], *, scenario: Scenario) -> int:
     """Gradients and optimizer states of one rank in host memory."""
     optimizer = find(scenario.training.optimizer)
     states = optimizer.total_state_bytes(trained, device=DeviceKind.CPU)
