@@ -120,10 +120,19 @@ class Sharding(StrEnum):
         return self in (Sharding.HYBRID_SHARD, Sharding.HYBRID_SHARD_ZERO2)
 
 
+class CommHook(StrEnum):
+    """In which dtype DDP's buckets are reduced: their own, or a 16-bit copy."""
+
+    NONE = "none"
+    FP16 = "fp16"
+    BF16 = "bf16"
+
+
 @dataclass(frozen=True, kw_only=True)
 class DdpSettings:
     """``DistributedDataParallel``'s arguments that cost memory or time. Source: its signature, torch 2.13
-    (``bucket_cap_mb=25``, ``_DEFAULT_FIRST_BUCKET_BYTES`` = 1 MiB)."""
+    (``bucket_cap_mb=25``, ``_DEFAULT_FIRST_BUCKET_BYTES`` = 1 MiB), and ``register_comm_hook``. The first bucket is
+    smaller only while the cap is the default."""
 
     bucket_cap_bytes: int = 25 * 1024**2
     first_bucket_bytes: int = 1024**2
@@ -131,6 +140,7 @@ class DdpSettings:
     find_unused_parameters: bool = False
     static_graph: bool = False
     broadcast_buffers: bool = True
+    comm_hook: CommHook = CommHook.NONE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,6 +153,7 @@ class FsdpSettings:
     cpu_ram_efficient_loading: bool = True
     limit_all_gathers: bool = True
     backward_prefetch: bool = True
+    forward_prefetch: bool = False
     use_orig_params: bool = True
     shard_group_size: int = 0  # ranks per shard group under hybrid sharding; 0: one node
 
@@ -281,6 +292,7 @@ class TraceKey:
     single_sequence: bool = False  # a micro-batch of 1 is a program of its own
     beyond_window: bool = False  # and so is a sequence at least as long as the model's sliding window
     cast_adapters: bool = False  # an engine casts adapters to 16 bits with the rest, which PEFT would keep in fp32
+    flat_gradients: bool = False  # FSDP1 flattens a block's frozen weights with its adapters: all get gradients
 
     @property
     def canonical(self) -> TraceKey:
@@ -320,4 +332,6 @@ class TraceKey:
             parts.append("windowed")
         if self.cast_adapters:
             parts.append("cast")
+        if self.flat_gradients:
+            parts.append("flat")
         return "/".join(str(part) for part in parts)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 
@@ -13,7 +13,8 @@ class Cell:
     """What ``bench.accuracy.measure`` runs. Values are spelled as the flags of ``launchkit estimate``.
 
     ``config`` is a ``config.json`` as a mapping; ``reduce_dtype`` is FSDP's (``bf16`` as accelerate sets it, or
-    ``fp32``); ``use_cache`` None leaves the model's own default, which keeps keys and values of a training step.
+    ``fp32``), ``use_orig_params`` FSDP1's; ``ddp`` holds DDP's arguments, and as ``comm_hook`` the name of a hook;
+    ``use_cache`` None leaves the model's own default, which keeps keys and values of a training step.
     """
 
     name: str
@@ -34,6 +35,8 @@ class Cell:
     sharding: str = "full_shard"
     shard_group_size: int = 0
     reduce_dtype: str = "bf16"
+    use_orig_params: bool = True
+    ddp: Mapping[str, Any] = field(default_factory=dict)
     max_grad_norm: float = 0.0
     num_steps: int = 3
     use_cache: bool | None = False

@@ -11,19 +11,24 @@ import json
 import statistics
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from bench.accuracy.cell import Cell
 from bench.accuracy.cells import CELLS, find
 from bench.accuracy.measure import ROOT, measure
-from launchkit.api import estimate
+from launchkit import planner
+from launchkit.api import find_cluster, find_source
 from launchkit.errors import LaunchkitError
+from launchkit.plan import Estimate
+from launchkit.request import Request, resolve
+from launchkit.scenario import CommHook
 
 RESULTS = Path(__file__).with_name("results.json")
 PAGE = ROOT / "docs" / "accuracy.md"
 STATES = ("first", "steady")
+FSDP = ("fsdp", "fsdp2", "hsdp")
 FLAGS = ("method", "precision", "checkpointing", "attention", "optimizer", "trainer", "micro_batch", "seq_len")
 
 INTRODUCTION = """# Predicted beside measured
@@ -49,7 +54,7 @@ def predict(cell: Cell, state: str) -> dict[str, Any]:
     flags |= {"strategy": cell.strategy, "state": state, "gpus": gpus(cell)}
     if cell.method == "lora":
         flags |= {"lora_rank": cell.lora_rank, "lora_targets": cell.lora_targets}
-    if cell.strategy in ("fsdp2", "hsdp"):
+    if cell.strategy in FSDP:
         flags["fsdp_sharding"] = cell.sharding
     if cell.gradient_accumulation_steps > 1:
         flags["global_batch"] = cell.micro_batch * cell.gradient_accumulation_steps * cell.num_processes
@@ -57,10 +62,22 @@ def predict(cell: Cell, state: str) -> dict[str, Any]:
         path = Path(folder) / "config.json"
         path.write_text(json.dumps(cell.config))
         try:
-            found = estimate(str(path), **flags).estimate
+            found = predicted(str(path), Request.from_flags(flags), cell)
         except LaunchkitError as error:
             return {"error": str(error)}
     return {"peak_bytes": found.allocated_peak_bytes, "stage": found.peak_stage}
+
+
+def predicted(model: str, request: Request, cell: Cell) -> Estimate:
+    """The estimate of the request with the cell's own settings of the engine, which no flag says."""
+    cluster = find_cluster(request.gpus)
+    source = find_source(model, request)
+    scenario = resolve(request, model=source.profile, cluster=cluster).scenario
+    hook = CommHook(cell.ddp.get("comm_hook", CommHook.NONE))
+    ddp = replace(scenario.strategy.ddp, **{**cell.ddp, "comm_hook": hook})
+    fsdp = replace(scenario.strategy.fsdp, use_orig_params=cell.use_orig_params, shard_group_size=cell.shard_group_size)
+    scenario = replace(scenario, strategy=replace(scenario.strategy, ddp=ddp, fsdp=fsdp))
+    return planner.estimate(source, cluster=cluster, scenario=scenario).estimate
 
 
 def gpus(cell: Cell) -> str:
@@ -85,7 +102,7 @@ def update(cells: Sequence[Cell], results: Mapping[str, Any], *, again: bool, re
     updated = dict(results)
     for cell in cells:
         old = {} if again else updated.get(cell.name, {})
-        noisy = cell.strategy in ("fsdp2", "hsdp")
+        noisy = cell.strategy in FSDP
         entry = {
             "measured": old.get("measured") or measured(cell, repeats=repeats if noisy else 1),
             "predicted": {state: predict(cell, state) for state in STATES},

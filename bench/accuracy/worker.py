@@ -30,6 +30,8 @@ from bench.accuracy.cell import Cell
 MARK = "launchkit::"
 BYTES_PER_TOKEN = 8  # of the last batch's ids, which the generator of batches still holds
 
+FSDP = ("fsdp", "fsdp2", "hsdp")
+
 OPTIMIZERS: dict[str, tuple[str, dict[str, Any]]] = {
     "adamw_torch_fused": ("AdamW", {"fused": True}),
     "adamw_torch": ("AdamW", {}),
@@ -75,7 +77,7 @@ def build_optimizer(cell: Cell, model: nn.Module) -> torch.optim.Optimizer:
 
 def autocast(cell: Cell) -> contextlib.AbstractContextManager[Any]:
     """Autocast where ``--trainer loop`` has it: mixed precision without an engine that casts by itself."""
-    engine_casts = cell.strategy in ("fsdp2", "hsdp") or cell.strategy.startswith("zero")
+    engine_casts = cell.strategy in FSDP or cell.strategy.startswith("zero")
     on = cell.precision == "bf16-params" or (cell.is_mixed and not engine_casts)
     return torch.autocast("cpu", dtype=torch.bfloat16) if on else contextlib.nullcontext()
 
@@ -113,6 +115,54 @@ def shard(cell: Cell, model: nn.Module) -> nn.Module:
     return model
 
 
+def shard_flat(cell: Cell, model: nn.Module) -> nn.Module:
+    """``FullyShardedDataParallel`` around every block and the root, with accelerate's defaults."""
+    from functools import partial
+
+    from torch.distributed.fsdp import BackwardPrefetch, FullyShardedDataParallel, MixedPrecision, ShardingStrategy
+    from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
+
+    names = wrapped_classes(cell, model)
+    classes = {type(module) for module in model.modules() if type(module).__name__ in names}
+    reduce_dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[cell.reduce_dtype]
+    policy = MixedPrecision(param_dtype=torch.bfloat16, reduce_dtype=reduce_dtype, buffer_dtype=torch.bfloat16)
+    # the member is spelled with an underscore, since torch does not document it
+    sharding = "_HYBRID_SHARD_ZERO2" if cell.sharding == "hybrid_shard_zero2" else cell.sharding.upper()
+    return FullyShardedDataParallel(
+        model,
+        process_group=shard_groups(cell),
+        sharding_strategy=ShardingStrategy[sharding],
+        auto_wrap_policy=partial(transformer_auto_wrap_policy, transformer_layer_cls=classes),
+        mixed_precision=policy if cell.is_mixed else None,
+        backward_prefetch=BackwardPrefetch.BACKWARD_PRE,
+        use_orig_params=cell.use_orig_params,
+        device_id=torch.device("cpu"),
+    )
+
+
+def shard_groups(cell: Cell) -> Any:
+    """This rank's shard group and its group of replicas, under hybrid sharding; else None, which means all ranks."""
+    size = cell.shard_group_size or cell.num_processes
+    if not cell.sharding.startswith("hybrid"):
+        return None
+    ranks = torch.arange(cell.num_processes).reshape(-1, size)
+    shards, _ = dist.new_subgroups_by_enumeration(ranks.tolist())
+    replicas, _ = dist.new_subgroups_by_enumeration(ranks.T.tolist())
+    return shards, replicas
+
+
+def replicate(cell: Cell, model: nn.Module) -> nn.Module:
+    """``DistributedDataParallel`` with the cell's arguments."""
+    from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+
+    arguments = dict(cell.ddp)
+    hook = arguments.pop("comm_hook", "")
+    wrapped = nn.parallel.DistributedDataParallel(model, **arguments)
+    if hook:
+        wrapped.register_comm_hook(None, getattr(default_hooks, f"{hook}_compress_hook"))
+    return wrapped
+
+
 def batches(cell: Cell, vocab_size: int) -> Iterator[dict[str, torch.Tensor]]:
     """One micro-batch after another, labels in a tensor of their own as collators make them."""
     while True:
@@ -123,6 +173,9 @@ def batches(cell: Cell, vocab_size: int) -> Iterator[dict[str, torch.Tensor]]:
 def resident_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
     """Bytes of this rank's parameters, buffers, gradients and optimizer states."""
     tensors = [*model.parameters(), *model.buffers(), *(p.grad for p in model.parameters() if p.grad is not None)]
+    # under use_orig_params these outlive zero_grad
+    flat = [module._flat_param for module in model.modules() if getattr(module, "_has_params", False)]
+    tensors += [parameter.grad for parameter in flat if parameter.grad is not None]
     tensors += [t for state in optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor)]
     storages = {}
     for tensor in tensors:
@@ -133,14 +186,16 @@ def resident_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
 
 
 def run_loop(cell: Cell) -> list[int]:
-    """The plain step of ``--trainer loop``, on one process, DDP or FSDP2. Under FSDP2, what is resident at the start of
+    """The plain step of ``--trainer loop``, on one process, DDP or FSDP. Under FSDP, what is resident at the start of
     each step and at the end; elsewhere nothing, as no ghosts arise."""
     model = build_model(cell)
     vocab_size = model.config.vocab_size
     if cell.strategy in ("fsdp2", "hsdp"):
         model = shard(cell, model)
+    elif cell.strategy == "fsdp":
+        model = shard_flat(cell, model)
     elif cell.strategy == "ddp":
-        model = nn.parallel.DistributedDataParallel(model)
+        model = replicate(cell, model)
     optimizer = build_optimizer(cell, model)
     data = batches(cell, vocab_size)
     resident = []
@@ -164,7 +219,7 @@ def run_loop(cell: Cell) -> list[int]:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
     resident.append(resident_bytes(model, optimizer) + BYTES_PER_TOKEN * cell.micro_batch * cell.seq_len)
-    return resident if cell.strategy in ("fsdp2", "hsdp") else []
+    return resident if cell.strategy in FSDP else []
 
 
 def gradient_sync(cell: Cell, model: nn.Module, *, last: bool) -> contextlib.AbstractContextManager[Any]:
@@ -216,6 +271,20 @@ def run_deepspeed(cell: Cell) -> list[int]:
     return []
 
 
+FSDP_VARIABLES: dict[str, Callable[[Cell], dict[str, str]]] = {
+    "fsdp": lambda cell: {
+        "FSDP_VERSION": "1",
+        "FSDP_SHARDING_STRATEGY": cell.sharding.upper(),
+        "FSDP_BACKWARD_PREFETCH": "BACKWARD_PRE",
+        "FSDP_USE_ORIG_PARAMS": str(cell.use_orig_params).lower(),
+    },
+    "fsdp2": lambda cell: {
+        "FSDP_VERSION": "2",
+        "FSDP_RESHARD_AFTER_FORWARD": str(cell.sharding == "full_shard").lower(),
+    },
+}
+
+
 def shard_through_accelerate(cell: Cell, model: nn.Module) -> None:
     """What ``accelerate launch`` would say in the environment, on processes that count as devices."""
     from launchkit.finetune import cpu_fsdp
@@ -224,8 +293,7 @@ def shard_through_accelerate(cell: Cell, model: nn.Module) -> None:
     os.environ |= {
         "ACCELERATE_USE_FSDP": "true",
         "ACCELERATE_MIXED_PRECISION": "bf16" if cell.is_mixed else "no",
-        "FSDP_VERSION": "2",
-        "FSDP_RESHARD_AFTER_FORWARD": str(cell.sharding == "full_shard").lower(),
+        **FSDP_VARIABLES[cell.strategy](cell),
         "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
         "FSDP_TRANSFORMER_CLS_TO_WRAP": ",".join(wrapped_classes(cell, model)),
         "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
@@ -233,13 +301,13 @@ def shard_through_accelerate(cell: Cell, model: nn.Module) -> None:
 
 
 def run_hf(cell: Cell) -> list[int]:
-    """``transformers.Trainer`` with its defaults, on one process, DDP or FSDP2."""
+    """``transformers.Trainer`` with its defaults, on one process, DDP or FSDP."""
     import tempfile
 
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
     model = build_model(cell)
-    is_sharded = cell.strategy == "fsdp2"
+    is_sharded = cell.strategy in FSDP_VARIABLES
     if is_sharded:
         shard_through_accelerate(cell, model)
     vocab_size = model.config.vocab_size

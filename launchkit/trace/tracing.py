@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -127,6 +127,8 @@ def _build(settings: PreTrainedConfig, key: TraceKey, *, lora_rank: int) -> _Tra
         _enable_checkpointing(model)
     prefix = _prefix(whole, model)
     traced = _describe(model, stacks, prefix=prefix, config=settings, lora_rank=lora_rank)
+    if key.flat_gradients:
+        _train_with_adapters([model.get_submodule(f"{prefix}{s.path}.{j}") for s in stacks for j in range(len(s.kept))])
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     to_fake(model, mode)
     built = Built(model=model, config=settings, stacks=stacks, task=task, prefix=prefix)
@@ -136,6 +138,14 @@ def _build(settings: PreTrainedConfig, key: TraceKey, *, lora_rank: int) -> _Tra
 def _enable_checkpointing(model: nn.Module) -> None:
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
+
+
+def _train_with_adapters(blocks: Sequence[nn.Module]) -> None:
+    """What is flattened with something that is trained is a view of a tensor that requires a gradient."""
+    for block in blocks:
+        if any(parameter.requires_grad for parameter in block.parameters()):
+            for parameter in block.parameters():
+                parameter.requires_grad = parameter.is_floating_point()
 
 
 def _prefix(whole: nn.Module, model: nn.Module) -> str:
