@@ -286,10 +286,11 @@ class TraceKey:
     def canonical(self) -> TraceKey:
         """The key of the program that serves this one too.
 
-        fp16 and bf16 take the same bytes. The trainers differ in a step only where accelerate widens the outputs of
-        an autocast forward, so without autocast every trainer's step is the plain loop's. 4-bit weights compute in
-        16 bits whatever the others are held in. FlashAttention 2 holds what CUDA's flash kernel under SDPA holds, and
-        needs no mask for a window.
+        fp16 and bf16 take the same bytes. TRL's trainer has a head of its own, which computes its loss in chunks
+        whatever is asked for. The others differ in a step only where accelerate widens the outputs of an autocast
+        forward, so without autocast, and where a fused head puts out no logits, their step is the plain loop's.
+        4-bit weights compute in 16 bits whatever the others are held in. FlashAttention 2 holds what CUDA's flash
+        kernel under SDPA holds, and needs no mask for a window.
         """
         compute = _SAME_BYTES.get(self.compute, self.compute)
         if self.method is Method.QLORA and compute is Compute.AUTOCAST_BF16:
@@ -297,9 +298,18 @@ class TraceKey:
         attention, beyond_window = self.attention, self.beyond_window
         if attention is Attention.FLASH_ATTENTION_2:
             attention, beyond_window = Attention.SDPA, False
+        trainer, loss = self._canonical_head(compute)
+        return replace(
+            self, compute=compute, trainer=trainer, loss=loss, attention=attention, beyond_window=beyond_window
+        )
+
+    def _canonical_head(self, compute: Compute) -> tuple[Trainer, Loss]:
+        """Whose head turns the hidden states into a loss, and which."""
+        if self.trainer is Trainer.TRL:
+            return Trainer.TRL, Loss.LIGER if self.loss is Loss.LIGER else Loss.CHUNKED
         autocast = compute in (Compute.AUTOCAST_BF16, Compute.BF16_AUTOCAST)
-        trainer = Trainer.HF if autocast and self.trainer is not Trainer.LOOP else Trainer.LOOP
-        return replace(self, compute=compute, trainer=trainer, attention=attention, beyond_window=beyond_window)
+        widens = autocast and self.trainer is not Trainer.LOOP and self.loss is Loss.PLAIN
+        return Trainer.HF if widens else Trainer.LOOP, self.loss
 
     @property
     def text(self) -> str:

@@ -32,6 +32,8 @@ GEMMA3: dict[str, Any] = {
 }
 # Wide and short: its peak is the optimizer's, not the activations'.
 WIDE: dict[str, Any] = LLAMA | {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 3}
+# The head outweighs the blocks: its peak is the loss's, over two of TRL's tiles of the vocabulary.
+VOCABULARY: dict[str, Any] = LLAMA | {"num_hidden_layers": 2, "vocab_size": 40_000, "tie_word_embeddings": True}
 
 _FSDP: dict[str, Any] = {"strategy": "fsdp2", "num_processes": 2}
 
@@ -55,6 +57,13 @@ SINGLE = (
     Cell(name="single-gemma3-fp32", config=GEMMA3, attention="eager"),
     Cell(name="single-hf-fp32", config=LLAMA, trainer="hf"),
     Cell(name="single-hf-bf16", config=LLAMA, trainer="hf", precision="bf16"),
+    Cell(name="single-trl-fp32", config=LLAMA, trainer="trl"),
+    Cell(name="single-trl-fp32-b1", config=LLAMA, trainer="trl", micro_batch=1, seq_len=160),
+    Cell(name="single-trl-bf16", config=LLAMA, trainer="trl", precision="bf16"),
+    Cell(name="single-trl-bf16-pure", config=LLAMA, trainer="trl", precision="bf16-pure"),
+    Cell(name="single-trl-vocabulary", config=VOCABULARY, trainer="trl", checkpointing="full", seq_len=256),
+    Cell(name="single-trl-lora-bf16", config=LLAMA, trainer="trl", method="lora", precision="bf16"),
+    Cell(name="single-hf-lora-bf16", config=LLAMA, trainer="hf", method="lora", precision="bf16"),
 )
 
 DDP = (

@@ -232,11 +232,35 @@ def shard_through_accelerate(cell: Cell, model: nn.Module) -> None:
     }
 
 
-def run_hf(cell: Cell) -> list[int]:
-    """``transformers.Trainer`` with its defaults, on one process, DDP or FSDP2."""
+def make_trainer(cell: Cell, model: nn.Module, rows: list[dict[str, list[int]]], **values: Any) -> Any:
+    """``transformers.Trainer``, or TRL's ``SFTTrainer`` on rows that are tokens already."""
+    from transformers import Trainer, TrainingArguments
+
+    callbacks = values.pop("callbacks")
+    if cell.trainer == "hf":
+        return Trainer(model=model, args=TrainingArguments(**values), train_dataset=rows, callbacks=callbacks)
+    from datasets import Dataset
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+    from trl import SFTConfig, SFTTrainer
+
+    words = Tokenizer(models.WordLevel({"<pad>": 0, "<eos>": 1}, unk_token="<pad>"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>")
+    arguments = SFTConfig(**values, max_length=None, dataset_kwargs={"skip_prepare_dataset": True})
+    return SFTTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+        callbacks=callbacks,
+    )
+
+
+def run_trainer(cell: Cell) -> list[int]:
+    """The trainer of transformers or TRL with its defaults, on one process, DDP or FSDP2."""
     import tempfile
 
-    from transformers import Trainer, TrainerCallback, TrainingArguments
+    from transformers import TrainerCallback
 
     model = build_model(cell)
     is_sharded = cell.strategy == "fsdp2"
@@ -265,7 +289,11 @@ def run_hf(cell: Cell) -> list[int]:
                 resident.append(resident_bytes(others["model"], others["optimizer"]))
 
     with tempfile.TemporaryDirectory() as folder:
-        arguments = TrainingArguments(
+        trainer = make_trainer(
+            cell,
+            model,
+            rows,
+            callbacks=[Marks()],
             output_dir=folder,
             use_cpu=not is_sharded,
             max_steps=cell.num_steps,
@@ -281,13 +309,13 @@ def run_hf(cell: Cell) -> list[int]:
             report_to=[],
             disable_tqdm=True,
         )
-        Trainer(model=model, args=arguments, train_dataset=rows, callbacks=[Marks()]).train()
+        trainer.train()
     return resident if is_sharded else []
 
 
 def runner(cell: Cell) -> Callable[[Cell], list[int]]:
-    if cell.trainer == "hf":
-        return run_hf
+    if cell.trainer != "loop":
+        return run_trainer
     return run_deepspeed if cell.strategy.startswith("zero") else run_loop
 
 
