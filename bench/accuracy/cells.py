@@ -64,6 +64,9 @@ SINGLE = (
     Cell(name="single-trl-vocabulary", config=VOCABULARY, trainer="trl", checkpointing="full", seq_len=256),
     Cell(name="single-trl-lora-bf16", config=LLAMA, trainer="trl", method="lora", precision="bf16"),
     Cell(name="single-hf-lora-bf16", config=LLAMA, trainer="hf", method="lora", precision="bf16"),
+    Cell(name="single-hf-evaluation", config=LLAMA, trainer="hf", evaluation_micro_batch=8),
+    Cell(name="single-hf-evaluation-bf16", config=LLAMA, trainer="hf", precision="bf16", evaluation_micro_batch=8),
+    Cell(name="single-trl-evaluation", config=LLAMA, trainer="trl", evaluation_micro_batch=8),
 )
 
 DDP = (
@@ -100,6 +103,7 @@ FSDP2 = (
     Cell(name="fsdp2-hf-fp32", config=LLAMA, trainer="hf", **_FSDP),
     Cell(name="fsdp2-hf-bf16", config=LLAMA, trainer="hf", precision="bf16", **_FSDP),
     Cell(name="fsdp2-hf-tied-bf16", config=TIED, trainer="hf", precision="bf16", **_FSDP),
+    Cell(name="fsdp2-hf-evaluation", config=LLAMA, trainer="hf", evaluation_micro_batch=8, **_FSDP),
     Cell(name="fsdp2-hf-accumulation-fp32", config=LLAMA, trainer="hf", gradient_accumulation_steps=2, **_FSDP),
 )
 

@@ -268,9 +268,12 @@ def run_trainer(cell: Cell) -> list[int]:
         shard_through_accelerate(cell, model)
     vocab_size = model.config.vocab_size
     data = batches(cell, vocab_size)
+    num_batches = cell.num_steps * cell.gradient_accumulation_steps * cell.num_processes
+    if cell.evaluation_micro_batch:
+        num_batches = max(num_batches, 2 * cell.evaluation_micro_batch * cell.num_processes // cell.micro_batch)
     rows = [
         {name: tensor[row].tolist() for name, tensor in batch.items()}
-        for batch in (next(data) for _ in range(cell.num_steps * cell.gradient_accumulation_steps * cell.num_processes))
+        for batch in (next(data) for _ in range(num_batches))
         for row in range(cell.micro_batch)
     ]
 
@@ -303,6 +306,7 @@ def run_trainer(cell: Cell) -> list[int]:
             optim=cell.optimizer,
             bf16=cell.precision in ("bf16", "bf16-params") and not is_sharded,
             max_grad_norm=cell.max_grad_norm or 1.0,
+            per_device_eval_batch_size=cell.evaluation_micro_batch or 8,
             dataloader_pin_memory=False,
             save_strategy="no",
             logging_strategy="no",
@@ -310,6 +314,10 @@ def run_trainer(cell: Cell) -> list[int]:
             disable_tqdm=True,
         )
         trainer.train()
+        if cell.evaluation_micro_batch:
+            gc.collect()
+            with record_function(f"{MARK}evaluation"):
+                trainer.evaluate(trainer.train_dataset)
     return resident if is_sharded else []
 
 
@@ -371,6 +379,8 @@ def summarise(cell: Cell, prof: Any, *, resident: list[int], timeline: bool) -> 
         "live_between_steps_bytes": live(last[0]) - ghosts[-2],
         "ghost_bytes": ghosts,
     }
+    if "evaluation" in spans:
+        result["evaluation_peak_bytes"] = peak(spans["evaluation"][0]) - ghosts[-1]
     if timeline:
         result["timeline"] = [
             {

@@ -237,8 +237,7 @@ def _liger_gradients(
         return
     if logits.dtype == torch.float32:
         with one_pass(tile):
-            factor = logits.t()
-        grad_weight += torch.mm(factor, rows)  # no kernel accumulates fp32 in place here: a second one of its size
+            grad_weight += torch.mm(logits.t(), rows)  # no kernel adds fp32 products in place: a second one of its size
         return
     launch("addmm", flops=2 * hidden.numel() * len(weight), num_bytes=2 * grad_weight.numel() * grad_weight.itemsize)
 
