@@ -65,14 +65,31 @@ class Term(NamedTuple):
     lora_rank: int = 0
 
 
+class Tiles(NamedTuple):
+    """How a loop over rows cuts them, where one pass stands for all: at most ``most`` rows at a time, or as many as the
+    power of two at or above a ``parts``-th of them; one of the two is 0."""
+
+    row_bytes: int
+    most: int = 0
+    parts: int = 0
+
+    def rows(self, num_rows: int) -> int:
+        """Rows of the first pass over ``num_rows``, which is never smaller than a later one."""
+        if self.most:
+            return min(num_rows, self.most)
+        return min(num_rows, 1 << (max(1, -(-num_rows // self.parts)) - 1).bit_length())
+
+
 class Size(NamedTuple):
     """A number of bytes (or FLOPs) as an exact polynomial with integer coefficients, over ``denominator``.
 
+    With ``tiles`` the polynomial counts rows, and the size is that of the tile which a loop over them holds at a time.
     A named tuple, as events are, because rewrites make and compare them by the hundred thousand.
     """
 
     terms: tuple[Term, ...]
     denominator: int = 1
+    tiles: Tiles | None = None
 
     @classmethod
     @lru_cache(maxsize=4096)  # rewrites write the same few sizes into every layer
@@ -86,6 +103,8 @@ class Size(NamedTuple):
         total = 0
         for coefficient, batch_power, length_power, rank_power in self.terms:
             total += coefficient * batch**batch_power * length**length_power * rank**rank_power
+        if self.tiles is not None:
+            return self.tiles.row_bytes * self.tiles.rows(total)
         return total if self.denominator == 1 else -(-total // self.denominator)
 
     @property
@@ -93,8 +112,8 @@ class Size(NamedTuple):
         return all(term[1:] == (0, 0, 0) for term in self.terms)
 
     def __add__(self, other: Size) -> Size:  # type: ignore[override]  # sizes add up, they are not concatenated
-        if self.denominator != 1 or other.denominator != 1:
-            raise ProgramError("sizes over a denominator do not add; divide their sum instead")
+        if self.denominator != 1 or other.denominator != 1 or self.tiles or other.tiles:
+            raise ProgramError("sizes over a denominator or of tiles do not add; divide their sum instead")
         powers: dict[tuple[int, int, int], int] = {}
         for term in (*self.terms, *other.terms):
             powers[term[1:]] = powers.get(term[1:], 0) + term.coefficient

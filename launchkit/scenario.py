@@ -293,25 +293,48 @@ class TraceKey:
     beyond_window: bool = False  # and so is a sequence at least as long as the model's sliding window
     cast_adapters: bool = False  # an engine casts adapters to 16 bits with the rest, which PEFT would keep in fp32
     flat_gradients: bool = False  # FSDP1 flattens a block's frozen weights with its adapters: all get gradients
+    evaluation: bool = False  # the forward pass and loss of an evaluation, without gradients
+    packed: bool = False  # rows of several sequences each, which a mask keeps apart
 
     @property
     def canonical(self) -> TraceKey:
         """The key of the program that serves this one too.
 
-        fp16 and bf16 take the same bytes. The trainers differ in a step only where accelerate widens the outputs of
-        an autocast forward, so without autocast every trainer's step is the plain loop's. 4-bit weights compute in
-        16 bits whatever the others are held in. FlashAttention 2 holds what CUDA's flash kernel under SDPA holds, and
-        needs no mask for a window.
+        fp16 and bf16 take the same bytes. TRL's trainer has a head of its own, which computes its loss in chunks
+        whatever is asked for. The others differ in a step only where accelerate widens the outputs of an autocast
+        forward, so without autocast, and where a fused head puts out no logits, their step is the plain loop's; but of
+        Liger's kernels Axolotl is told to take the loss alone.
+        4-bit weights compute in 16 bits whatever the others are held in. FlashAttention 2 holds what CUDA's flash
+        kernel under SDPA holds, and needs no mask for a window or for packed sequences. An evaluation keeps nothing
+        that checkpointing could spare.
         """
         compute = _SAME_BYTES.get(self.compute, self.compute)
         if self.method is Method.QLORA and compute is Compute.AUTOCAST_BF16:
             compute = Compute.BF16_AUTOCAST
-        attention, beyond_window = self.attention, self.beyond_window
+        attention, beyond_window, packed = self.attention, self.beyond_window, self.packed
         if attention is Attention.FLASH_ATTENTION_2:
-            attention, beyond_window = Attention.SDPA, False
+            attention, beyond_window, packed = Attention.SDPA, False, False
+        trainer, loss = self._canonical_head(compute)
+        return replace(
+            self,
+            compute=compute,
+            checkpointing=Checkpointing.NONE if self.evaluation else self.checkpointing,
+            trainer=trainer,
+            loss=loss,
+            attention=attention,
+            beyond_window=beyond_window,
+            packed=packed,
+        )
+
+    def _canonical_head(self, compute: Compute) -> tuple[Trainer, Loss]:
+        """Whose head turns the hidden states into a loss, and which."""
+        if self.trainer is Trainer.TRL:
+            return Trainer.TRL, Loss.LIGER if self.loss is Loss.LIGER else Loss.CHUNKED
         autocast = compute in (Compute.AUTOCAST_BF16, Compute.BF16_AUTOCAST)
-        trainer = Trainer.HF if autocast and self.trainer is not Trainer.LOOP else Trainer.LOOP
-        return replace(self, compute=compute, trainer=trainer, attention=attention, beyond_window=beyond_window)
+        if self.loss is Loss.LIGER and self.trainer is Trainer.AXOLOTL:
+            return Trainer.AXOLOTL, self.loss
+        widens = autocast and self.trainer is not Trainer.LOOP and self.loss is Loss.PLAIN
+        return Trainer.HF if widens else Trainer.LOOP, self.loss
 
     @property
     def text(self) -> str:
@@ -334,4 +357,8 @@ class TraceKey:
             parts.append("cast")
         if self.flat_gradients:
             parts.append("flat")
+        if self.evaluation:
+            parts.append("evaluation")
+        if self.packed:
+            parts.append("packed")
         return "/".join(str(part) for part in parts)

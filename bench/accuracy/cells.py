@@ -32,6 +32,8 @@ GEMMA3: dict[str, Any] = {
 }
 # Wide and short: its peak is the optimizer's, not the activations'.
 WIDE: dict[str, Any] = LLAMA | {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 3}
+# The head outweighs the blocks: its peak is the loss's, over two of TRL's tiles of the vocabulary.
+VOCABULARY: dict[str, Any] = LLAMA | {"num_hidden_layers": 2, "vocab_size": 40_000, "tie_word_embeddings": True}
 
 # More than 100 million parameters: several buckets of DDP's, and weights that dwarf what does not scale with them.
 LARGE: dict[str, Any] = LLAMA | {
@@ -65,6 +67,16 @@ SINGLE = (
     Cell(name="single-gemma3-fp32", config=GEMMA3, attention="eager"),
     Cell(name="single-hf-fp32", config=LLAMA, trainer="hf"),
     Cell(name="single-hf-bf16", config=LLAMA, trainer="hf", precision="bf16"),
+    Cell(name="single-trl-fp32", config=LLAMA, trainer="trl"),
+    Cell(name="single-trl-fp32-b1", config=LLAMA, trainer="trl", micro_batch=1, seq_len=160),
+    Cell(name="single-trl-bf16", config=LLAMA, trainer="trl", precision="bf16"),
+    Cell(name="single-trl-bf16-pure", config=LLAMA, trainer="trl", precision="bf16-pure"),
+    Cell(name="single-trl-vocabulary", config=VOCABULARY, trainer="trl", checkpointing="full", seq_len=256),
+    Cell(name="single-trl-lora-bf16", config=LLAMA, trainer="trl", method="lora", precision="bf16"),
+    Cell(name="single-hf-lora-bf16", config=LLAMA, trainer="hf", method="lora", precision="bf16"),
+    Cell(name="single-hf-evaluation", config=LLAMA, trainer="hf", evaluation_micro_batch=8),
+    Cell(name="single-hf-evaluation-bf16", config=LLAMA, trainer="hf", precision="bf16", evaluation_micro_batch=8),
+    Cell(name="single-trl-evaluation", config=LLAMA, trainer="trl", evaluation_micro_batch=8),
 )
 
 DDP = (
@@ -127,6 +139,7 @@ FSDP2 = (
     Cell(name="fsdp2-hf-fp32", config=LLAMA, trainer="hf", **_FSDP),
     Cell(name="fsdp2-hf-bf16", config=LLAMA, trainer="hf", precision="bf16", **_FSDP),
     Cell(name="fsdp2-hf-tied-bf16", config=TIED, trainer="hf", precision="bf16", **_FSDP),
+    Cell(name="fsdp2-hf-evaluation", config=LLAMA, trainer="hf", evaluation_micro_batch=8, **_FSDP),
     Cell(name="fsdp2-hf-accumulation-fp32", config=LLAMA, trainer="hf", gradient_accumulation_steps=2, **_FSDP),
 )
 

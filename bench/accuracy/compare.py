@@ -22,12 +22,14 @@ from launchkit import planner
 from launchkit.api import find_cluster, find_source
 from launchkit.errors import LaunchkitError
 from launchkit.plan import Estimate
+from launchkit.planner.evaluate import Bench, evaluation_peak
 from launchkit.request import Request, resolve
 from launchkit.scenario import CommHook
+from launchkit.simulate.memory import MemoryReading
 
 RESULTS = Path(__file__).with_name("results.json")
 PAGE = ROOT / "docs" / "accuracy.md"
-STATES = ("first", "steady")
+STATES = ("first", "steady", "evaluation")
 FSDP = ("fsdp", "fsdp2", "hsdp")
 FLAGS = ("method", "precision", "checkpointing", "attention", "optimizer", "trainer", "micro_batch", "seq_len")
 
@@ -35,7 +37,8 @@ INTRODUCTION = """# Predicted beside measured
 
 Peak bytes of torch's own allocator, by `torch.profiler(profile_memory=True)`, in real training steps of small random
 models on CPU (several processes over gloo), and what `launchkit estimate` says of the same scenario. *First* is the
-first step, in which the optimizer's states come into being; *steady* the third. Of several ranks the largest counts.
+first step, in which the optimizer's states come into being; *steady* the third; *evaluation* the trainer's
+`evaluate()` behind it. Of several ranks the largest counts.
 Under FSDP2 the profiler misses the freeing of some of gloo's buffers, which then stay in its counter: the range is what
 that leaves open. The error is against the nearest end of it, and nothing where the prediction lies within.
 Under ZeRO nearly all of these bytes are DeepSpeed's buckets, which have their full size whatever the model's: there a
@@ -51,7 +54,9 @@ Reproduce a row with `python -m bench.accuracy.compare --measure --only NAME`.
 def predict(cell: Cell, state: str) -> dict[str, Any]:
     """What ``launchkit estimate`` says: peak bytes and where, or the reason why it says nothing."""
     flags: dict[str, Any] = {name: value for name, value in asdict(cell).items() if name in FLAGS}
-    flags |= {"strategy": cell.strategy, "state": state, "gpus": gpus(cell)}
+    flags |= {"strategy": cell.strategy, "gpus": gpus(cell)}
+    if state != "evaluation":
+        flags["state"] = state
     if cell.method == "lora":
         flags |= {"lora_rank": cell.lora_rank, "lora_targets": cell.lora_targets}
     if cell.strategy in FSDP:
@@ -62,6 +67,9 @@ def predict(cell: Cell, state: str) -> dict[str, Any]:
         path = Path(folder) / "config.json"
         path.write_text(json.dumps(cell.config))
         try:
+            if state == "evaluation":
+                reading = evaluated(str(path), Request.from_flags(flags), micro_batch=cell.evaluation_micro_batch)
+                return {"peak_bytes": reading.allocated_peak_bytes, "stage": reading.peak_stage}
             found = predicted(str(path), Request.from_flags(flags), cell)
         except LaunchkitError as error:
             return {"error": str(error)}
@@ -80,6 +88,19 @@ def predicted(model: str, request: Request, cell: Cell) -> Estimate:
     return planner.estimate(source, cluster=cluster, scenario=scenario).estimate
 
 
+def evaluated(model: str, request: Request, *, micro_batch: int) -> MemoryReading:
+    """What the planner says of an evaluation behind a step of the same scenario."""
+    cluster = find_cluster(request.gpus)
+    source = find_source(model, request)
+    scenario = resolve(request, model=source.profile, cluster=cluster).scenario
+    return evaluation_peak(Bench(source=source, cluster=cluster), scenario, micro_batch=micro_batch)
+
+
+def states(cell: Cell) -> tuple[str, ...]:
+    """What is measured of a cell."""
+    return STATES if cell.evaluation_micro_batch else STATES[:2]
+
+
 def gpus(cell: Cell) -> str:
     """The cell's processes as a GPU spec."""
     return "cpu" if cell.num_processes == 1 else f"{cell.num_processes}xcpu"
@@ -88,7 +109,7 @@ def gpus(cell: Cell) -> str:
 def measured(cell: Cell, *, repeats: int) -> dict[str, list[int]]:
     """The ranges of the first and of the steady peak."""
     found = measure(cell, repeats=repeats)
-    return {state: found[f"{state}_peak_bytes"] for state in STATES}
+    return {state: found[f"{state}_peak_bytes"] for state in states(cell)}
 
 
 def error_percent(predicted: int, low: int, high: int) -> float:
@@ -105,10 +126,10 @@ def update(cells: Sequence[Cell], results: Mapping[str, Any], *, again: bool, re
         noisy = cell.strategy in FSDP
         entry = {
             "measured": old.get("measured") or measured(cell, repeats=repeats if noisy else 1),
-            "predicted": {state: predict(cell, state) for state in STATES},
+            "predicted": {state: predict(cell, state) for state in states(cell)},
         }
         updated[cell.name] = entry
-        print(cell.name, *(row_text(entry, state) for state in STATES), sep="  ", flush=True)
+        print(cell.name, *(row_text(entry, state) for state in states(cell)), sep="  ", flush=True)
         RESULTS.write_text(json.dumps(updated, indent=1, sort_keys=True) + "\n")
     return updated
 
@@ -134,7 +155,7 @@ def table(results: Mapping[str, Any], cells: Sequence[Cell]) -> str:
         if cell.name not in results:
             continue
         entry = results[cell.name]
-        for state in STATES:
+        for state in states(cell):
             low, high = entry["measured"][state]
             span = mib(low) if mib(low) == mib(high) else f"{mib(low)} – {mib(high)}"
             predicted, error = entry["predicted"][state], row_error(entry, state)
@@ -153,7 +174,7 @@ def summary(results: Mapping[str, Any], cells: Sequence[Cell]) -> str:
     lines = ["| strategy | rows | median | 90th percentile | worst |", "|---|---|---|---|---|"]
     by_strategy: dict[str, list[float]] = {}
     for cell in cells:
-        for state in STATES if cell.name in results else ():
+        for state in states(cell) if cell.name in results else ():
             error = row_error(results[cell.name], state)
             if error is not None:
                 for name in (cell.strategy, "all"):

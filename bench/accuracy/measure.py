@@ -96,10 +96,12 @@ def measure(cell: Cell, *, repeats: int = 1, timeline: bool = False) -> dict[str
     """The largest rank's peaks of the first and of the last step, as ranges over ghosts (see the worker) and
     ``repeats``, and everything beneath."""
     runs = [run_once(cell, timeline=timeline) for _ in range(repeats)]
+    evaluations = [max(rank["evaluation_peak_bytes"] for rank in run) for run in runs if cell.evaluation_micro_batch]
     return {
         "name": cell.name,
         "first_peak_bytes": peak_range(runs, step=0),
         "steady_peak_bytes": peak_range(runs, step=-1),
+        "evaluation_peak_bytes": [min(evaluations, default=0), max(evaluations, default=0)],
         "live_between_steps_bytes": max(rank["live_between_steps_bytes"] for run in runs for rank in run),
         "runs": runs,
     }

@@ -300,11 +300,35 @@ def shard_through_accelerate(cell: Cell, model: nn.Module) -> None:
     }
 
 
-def run_hf(cell: Cell) -> list[int]:
-    """``transformers.Trainer`` with its defaults, on one process, DDP or FSDP."""
+def make_trainer(cell: Cell, model: nn.Module, rows: list[dict[str, list[int]]], **values: Any) -> Any:
+    """``transformers.Trainer``, or TRL's ``SFTTrainer`` on rows that are tokens already."""
+    from transformers import Trainer, TrainingArguments
+
+    callbacks = values.pop("callbacks")
+    if cell.trainer == "hf":
+        return Trainer(model=model, args=TrainingArguments(**values), train_dataset=rows, callbacks=callbacks)
+    from datasets import Dataset
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+    from trl import SFTConfig, SFTTrainer
+
+    words = Tokenizer(models.WordLevel({"<pad>": 0, "<eos>": 1}, unk_token="<pad>"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>")
+    arguments = SFTConfig(**values, max_length=None, dataset_kwargs={"skip_prepare_dataset": True})
+    return SFTTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+        callbacks=callbacks,
+    )
+
+
+def run_trainer(cell: Cell) -> list[int]:
+    """The trainer of transformers or TRL with its defaults, on one process, DDP or FSDP."""
     import tempfile
 
-    from transformers import Trainer, TrainerCallback, TrainingArguments
+    from transformers import TrainerCallback
 
     model = build_model(cell)
     is_sharded = cell.strategy in FSDP_VARIABLES
@@ -312,9 +336,12 @@ def run_hf(cell: Cell) -> list[int]:
         shard_through_accelerate(cell, model)
     vocab_size = model.config.vocab_size
     data = batches(cell, vocab_size)
+    num_batches = cell.num_steps * cell.gradient_accumulation_steps * cell.num_processes
+    if cell.evaluation_micro_batch:
+        num_batches = max(num_batches, 2 * cell.evaluation_micro_batch * cell.num_processes // cell.micro_batch)
     rows = [
         {name: tensor[row].tolist() for name, tensor in batch.items()}
-        for batch in (next(data) for _ in range(cell.num_steps * cell.gradient_accumulation_steps * cell.num_processes))
+        for batch in (next(data) for _ in range(num_batches))
         for row in range(cell.micro_batch)
     ]
 
@@ -333,7 +360,11 @@ def run_hf(cell: Cell) -> list[int]:
                 resident.append(resident_bytes(others["model"], others["optimizer"]))
 
     with tempfile.TemporaryDirectory() as folder:
-        arguments = TrainingArguments(
+        trainer = make_trainer(
+            cell,
+            model,
+            rows,
+            callbacks=[Marks()],
             output_dir=folder,
             use_cpu=not is_sharded,
             max_steps=cell.num_steps,
@@ -343,19 +374,24 @@ def run_hf(cell: Cell) -> list[int]:
             optim=cell.optimizer,
             bf16=cell.precision in ("bf16", "bf16-params") and not is_sharded,
             max_grad_norm=cell.max_grad_norm or 1.0,
+            per_device_eval_batch_size=cell.evaluation_micro_batch or 8,
             dataloader_pin_memory=False,
             save_strategy="no",
             logging_strategy="no",
             report_to=[],
             disable_tqdm=True,
         )
-        Trainer(model=model, args=arguments, train_dataset=rows, callbacks=[Marks()]).train()
+        trainer.train()
+        if cell.evaluation_micro_batch:
+            gc.collect()
+            with record_function(f"{MARK}evaluation"):
+                trainer.evaluate(trainer.train_dataset)
     return resident if is_sharded else []
 
 
 def runner(cell: Cell) -> Callable[[Cell], list[int]]:
-    if cell.trainer == "hf":
-        return run_hf
+    if cell.trainer != "loop":
+        return run_trainer
     return run_deepspeed if cell.strategy.startswith("zero") else run_loop
 
 
@@ -411,6 +447,8 @@ def summarise(cell: Cell, prof: Any, *, resident: list[int], timeline: bool) -> 
         "live_between_steps_bytes": live(last[0]) - ghosts[-2],
         "ghost_bytes": ghosts,
     }
+    if "evaluation" in spans:
+        result["evaluation_peak_bytes"] = peak(spans["evaluation"][0]) - ghosts[-1]
     if timeline:
         result["timeline"] = [
             {

@@ -7,7 +7,8 @@ Reading a variant parses the lines it names and no others, so a file of eighty v
 ::
 
     header    {"schema_version", "profile", "origins", "sizes", "variants": {key: line}}
-    sizes     [[denominator, coefficient, b, s, r, coefficient, b, s, r, …], …]  the sizes, named elsewhere by index
+    sizes     [[denominator, coefficient, b, s, r, coefficient, b, s, r, …], …]  the sizes, named elsewhere by index;
+                  of tiles [0, row_bytes, most, parts, coefficient, b, s, r, …]
     section   {"group", "uses", "events", "kernels", …}                          events as lists, told apart by length:
                   [slot, size, owner, parameter] alloc · [origin, slot, size] free · [origin, slot] free of the size
                   that the section itself allocated under that slot · [owner] free all
@@ -50,6 +51,7 @@ from launchkit.program import (
     StepProgram,
     TensorRef,
     Term,
+    Tiles,
 )
 from launchkit.scenario import Attention
 
@@ -62,7 +64,7 @@ MOMENTS = tuple(Moment)
 GROUPS = tuple(Group)
 OWNER_INDEX = {owner: index for index, owner in enumerate(OWNERS)}
 
-_TERM_WIDTH = len(Term._fields)
+_TERM_WIDTH, _TILES_WIDTH = len(Term._fields), len(Tiles._fields)
 
 
 def encode(profile: ModelProfile, programs: Mapping[str, StepProgram]) -> bytes:
@@ -142,8 +144,10 @@ class ProgramFile:
         size = self._sizes.get(index)
         if size is None:
             denominator, *flat = self._size_table[index]
-            terms = tuple(Term(*flat[i : i + _TERM_WIDTH]) for i in range(0, len(flat), _TERM_WIDTH))
-            size = self._sizes[index] = Size(terms, denominator)
+            tiles = None if denominator else Tiles(*flat[:_TILES_WIDTH])
+            numbers = flat[_TILES_WIDTH:] if tiles else flat
+            terms = tuple(Term(*numbers[i : i + _TERM_WIDTH]) for i in range(0, len(numbers), _TERM_WIDTH))
+            size = self._sizes[index] = Size(terms, denominator or 1, tiles)
         return size
 
     def _group(self, line: int) -> ParameterGroup:
@@ -219,7 +223,8 @@ class _Writer:
         return self.lines.setdefault(_dump(value), len(self.lines) + 1)
 
     def size(self, size: Size) -> int:
-        flat = (size.denominator, *(number for term in size.terms for number in term))
+        head = (0, *size.tiles) if size.tiles else (size.denominator,)
+        flat = (*head, *(number for term in size.terms for number in term))
         return self.sizes.setdefault(flat, len(self.sizes))
 
     def variant(self, program: StepProgram) -> int:

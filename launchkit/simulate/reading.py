@@ -17,7 +17,7 @@ from itertools import accumulate
 from typing import NamedTuple
 
 from launchkit.errors import ProgramError
-from launchkit.program import Alloc, Anchor, Free, FreeAll, Owner, Point, Size, StepProgram, TensorRef
+from launchkit.program import Alloc, Anchor, Free, FreeAll, Owner, Point, Size, StepProgram, TensorRef, Tiles
 from launchkit.units import round_up
 
 
@@ -59,6 +59,7 @@ class _Polynomial(NamedTuple):
 
     terms: tuple[tuple[int, int], ...]  # coefficient, index of the monomial
     denominator: int
+    tiles: Tiles | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,9 +100,9 @@ class CompiledProgram:
         batch, length, rank = point
         monomials = [batch**i * length**j * rank**k for i, j, k in self.monomials]
         sizes = [coefficient * monomials[index] for coefficient, index in self.simple_sizes]
-        for terms, denominator in self.other_sizes:
+        for terms, denominator, tiles in self.other_sizes:
             total = sum([coefficient * monomials[index] for coefficient, index in terms])
-            sizes.append(-(-total // denominator))
+            sizes.append(tiles.row_bytes * tiles.rows(total) if tiles else -(-total // denominator))
         if granularity_bytes > 1:
             return [round_up(size, granularity_bytes) for size in sizes]
         return sizes
@@ -153,8 +154,8 @@ class _Compiler:
         sizes += [event.size for event in events if not isinstance(event, FreeAll)]
         objects = {id(size): size for size in sizes}  # a program has few; hashing the polynomial of each event is slow
         distinct = dict.fromkeys(objects.values())
-        simple = [size for size in distinct if len(size.terms) == 1 and size.denominator == 1]
-        self.other = [size for size in distinct if len(size.terms) != 1 or size.denominator != 1]
+        simple = [size for size in distinct if len(size.terms) == 1 and size.denominator == 1 and not size.tiles]
+        self.other = [size for size in distinct if len(size.terms) != 1 or size.denominator != 1 or size.tiles]
         self.simple = simple
         indices = {size: index for index, size in enumerate([*simple, *self.other])}
         self.indices = {key: indices[size] for key, size in objects.items()}
@@ -258,4 +259,4 @@ class _Compiler:
 
 def _polynomial(size: Size, monomials: Mapping[tuple[int, int, int], int]) -> _Polynomial:
     terms = tuple((term.coefficient, monomials[term[1:]]) for term in size.terms)
-    return _Polynomial(terms, size.denominator)
+    return _Polynomial(terms, size.denominator, size.tiles)

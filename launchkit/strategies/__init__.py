@@ -71,8 +71,6 @@ def refusal(scenario: Scenario, profile: ModelProfile, cluster: Cluster) -> str 
 
 def _unmodelled(training: Training) -> str | None:
     """What no trace stands for yet. An answer for something else would be worse than none."""
-    if training.loss is not Loss.PLAIN:
-        return f"--loss {training.loss} is not modelled yet; use --loss plain, whose peak is no lower"
     if training.checkpointing is Checkpointing.SELECTIVE:
         return "--checkpointing selective is not modelled yet; it lies between --checkpointing none and full"
     if training.compile:

@@ -28,9 +28,11 @@ from launchkit.program import (
     Stage,
     StepProgram,
     TensorRef,
+    Tiles,
 )
 from launchkit.trace.build import Stack, surroundings
 from launchkit.trace.fit import Fitter
+from launchkit.trace.heads import VOCABULARY_TILE
 from launchkit.trace.recorder import AllocRecord, Log, Place
 
 
@@ -127,9 +129,7 @@ def _read(logs: Sequence[Log], fitter: Fitter) -> _Story:
             story.tensors[number] = _Tensor(
                 place=place,
                 slot=slots[place],
-                size=fitter.fit(
-                    [s.records[number].num_bytes for s in stories], what=f"the output of {record.op} in {place.stage}"
-                ),
+                size=_size([s.records[number] for s in stories], fitter),
                 op=record.op,
                 last_dim=record.last_dim,
                 gradient_of=logs[0].gradients.get(record.storage),
@@ -138,6 +138,17 @@ def _read(logs: Sequence[Log], fitter: Fitter) -> _Story:
             story.tensors[number].freed_in = place
         events.append((is_alloc, number))
     return story
+
+
+def _size(records: Sequence[AllocRecord], fitter: Fitter) -> Size:
+    """What fits the bytes at all points: a polynomial, or one of the rows that a loop cuts into tiles."""
+    what = f"the output of {records[0].op} in {records[0].place.stage}"
+    tiles = [record.tile for record in records if record.tile]
+    per_row = {record.num_bytes / tile.rows for record, tile in zip(records, tiles, strict=False)}
+    if len(tiles) < len(records) or len(per_row) != 1:
+        return fitter.fit([record.num_bytes for record in records], what=what)
+    num_rows = fitter.fit([tile.num_rows for tile in tiles], what=f"the rows of {what}")
+    return Size(num_rows.terms, tiles=Tiles(int(per_row.pop()), tiles[0].most, tiles[0].parts))
 
 
 @dataclass
@@ -290,7 +301,7 @@ class _Builder:
             return Owner.GRADIENTS
         backward = tensor.place.stage.startswith("backward")
         single = tensor.place.stage.partition(".")[2] not in self.stacks
-        if single and self.model.vocab_size and tensor.last_dim == self.model.vocab_size:
+        if single and self.model.vocab_size and tensor.last_dim in (self.model.vocab_size, VOCABULARY_TILE):
             return Owner.LOGITS
         if backward or tensor.freed_in == tensor.place:
             return Owner.TEMPORARIES

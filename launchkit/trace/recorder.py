@@ -10,13 +10,16 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from launchkit.program import Tiles
 from launchkit.trace.kernels import SUBSTITUTES, flop_formulas, scratch_bytes
 
 
@@ -27,12 +30,29 @@ class Place(NamedTuple):
     layer: int
 
 
+class Tile(NamedTuple):
+    """The one pass, of a loop over ``num_rows`` rows, that a trace runs: it works on ``rows`` of them at this point.
+
+    ``most`` and ``parts`` are ``program.Tiles``'. What is allocated in it with a dimension of ``rows`` goes with the
+    tile. Kernels count for all passes, with what they read besides the rows (a weight) counted once.
+    """
+
+    num_rows: int
+    most: int = 0
+    parts: int = 0
+
+    @property
+    def rows(self) -> int:
+        return Tiles(1, self.most, self.parts).rows(self.num_rows)
+
+
 class AllocRecord(NamedTuple):
     storage: int
     num_bytes: int
     place: Place
     op: str
     last_dim: int
+    tile: Tile | None = None
 
 
 class FreeRecord(NamedTuple):
@@ -58,6 +78,27 @@ class Log:
     inputs: list[int] = field(default_factory=list)  # bytes of each input tensor
 
 
+_TILE: ContextVar[Tile | None] = ContextVar("tile", default=None)
+_ACTIVE: ContextVar[StepRecorder | None] = ContextVar("recorder", default=None)
+
+
+def launch(name: str, *, flops: int = 0, num_bytes: int = 0) -> None:
+    """Notes a kernel that no operator stands for: nothing is allocated. Outside of a trace it does nothing."""
+    recorder = _ACTIVE.get()
+    if recorder is not None:
+        recorder.log.kernels.append(KernelRecord(recorder.place, name, flops, num_bytes))
+
+
+@contextmanager
+def one_pass(tile: Tile) -> Iterator[Tile]:
+    """While active, what runs is the first pass of a loop over rows and stands for all of them."""
+    token = _TILE.set(tile)
+    try:
+        yield tile
+    finally:
+        _TILE.reset(token)
+
+
 _DEVICE_OF = torch.ops.prim.device.default
 
 # Operators whose outputs share their inputs' storage or touch no data; they cost nothing on a device.
@@ -78,6 +119,15 @@ class StepRecorder(TorchDispatchMode):
         for tensor in known:
             self._number_of(tensor.untyped_storage())
         self._parameters = {self.number(p): i for i, p in enumerate(parameters)}
+
+    def __enter__(self) -> Self:
+        self._token = _ACTIVE.set(self)
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        _ACTIVE.reset(self._token)
+        super().__exit__(*error)
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -116,7 +166,7 @@ class StepRecorder(TorchDispatchMode):
         return out
 
     def _record(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-        memory, place = self.log.memory, self.place
+        memory, place, tile = self.log.memory, self.place, _TILE.get()
         name = func._schema.name
         inputs, outputs = list(_tensors((args, kwargs))), list(_tensors(out))
         scratch = scratch_bytes(name, inputs)
@@ -130,14 +180,17 @@ class StepRecorder(TorchDispatchMode):
             if is_new:
                 fresh = True
                 last_dim = tensor.shape[-1] if tensor.dim() else 0
-                memory.append(AllocRecord(number, storage.nbytes(), place, name, last_dim))
+                own = tile if tile and tile.rows in tensor.shape else None
+                memory.append(AllocRecord(number, storage.nbytes(), place, name, last_dim, own))
         if scratch:
             memory.append(FreeRecord(scratch_number, place))
         self._note_uses(inputs)
         if name not in _FREE_OPS and (fresh or func._schema.is_mutable):
             formula = self._flops.get(func._overloadpacket)
             flops = int(formula(*args, **kwargs, out_val=out)) if formula else 0
-            moved = sum(_traffic_bytes(t) for t in (*inputs, *outputs))
+            moved = sum(_traffic_bytes(t, tile) for t in (*inputs, *outputs))
+            if tile:
+                flops = flops * tile.num_rows // tile.rows
             self.log.kernels.append(KernelRecord(place, name, flops, moved))
 
     def _note_uses(self, inputs: list[torch.Tensor]) -> None:
@@ -148,10 +201,11 @@ class StepRecorder(TorchDispatchMode):
                 used.add(index)
 
 
-def _traffic_bytes(tensor: torch.Tensor) -> int:
-    """Bytes that a kernel moves for one argument; scalars and seeds do not count."""
+def _traffic_bytes(tensor: torch.Tensor, tile: Tile | None) -> int:
+    """Bytes that a kernel moves for one argument, over all passes of a loop; scalars and seeds do not count."""
     counts = tensor.dim() > 0 and tensor.dtype != torch.uint64
-    return tensor.numel() * tensor.element_size() if counts else 0
+    moved = tensor.numel() * tensor.element_size() if counts else 0
+    return moved * tile.num_rows // tile.rows if tile and tile.rows in tensor.shape else moved
 
 
 def _tensors(tree: Any) -> Iterator[torch.Tensor]:

@@ -12,7 +12,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from launchkit.program import Point
-from launchkit.scenario import Compute
+from launchkit.scenario import Compute, TraceKey
 from launchkit.trace.build import Built
 from launchkit.trace.compat import full_sequences
 from launchkit.trace.inputs import make_batch
@@ -87,9 +87,10 @@ def _first_tensor(values: tuple[Any, ...]) -> torch.Tensor | None:
     return next((v for v in values if isinstance(v, torch.Tensor)), None)
 
 
-def trace_step(built: Built, mode: FakeTensorMode, *, point: Point, compute: Compute, forward: Forward) -> Log:
-    """The log of one step. Gradients are ``None`` before it, as after ``zero_grad(set_to_none=True)``."""
-    model = built.model
+def trace_step(built: Built, mode: FakeTensorMode, *, point: Point, key: TraceKey, forward: Forward) -> Log:
+    """The log of one step, or of one batch's evaluation. Gradients are ``None`` before it, as after
+    ``zero_grad(set_to_none=True)``."""
+    model = built.model.train(not key.evaluation)
     parameters = dict(model.named_parameters())
     with mode, full_sequences():
         batch = make_batch(built, point)
@@ -102,7 +103,7 @@ def trace_step(built: Built, mode: FakeTensorMode, *, point: Point, compute: Com
                 progress.begin()
                 with _collected():
                     recorder.recording = True
-                    _one_step(model, batch, compute=compute, forward=forward, progress=progress)
+                    _one_step(model, batch, key=key, forward=forward, progress=progress)
                     _note_gradients(recorder, parameters)
                     recorder.place = Place("end", 0)
                     model.zero_grad(set_to_none=True)
@@ -114,14 +115,17 @@ def trace_step(built: Built, mode: FakeTensorMode, *, point: Point, compute: Com
 
 
 def _one_step(
-    model: nn.Module, batch: Mapping[str, torch.Tensor], *, compute: Compute, forward: Forward, progress: Progress
+    model: nn.Module, batch: Mapping[str, torch.Tensor], *, key: TraceKey, forward: Forward, progress: Progress
 ) -> None:
     with ExitStack() as stack:
-        if compute in _AUTOCAST:
-            stack.enter_context(torch.autocast("cpu", dtype=_AUTOCAST[compute]))
+        if key.evaluation:
+            stack.enter_context(torch.no_grad())
+        if key.compute in _AUTOCAST:
+            stack.enter_context(torch.autocast("cpu", dtype=_AUTOCAST[key.compute]))
         loss = forward(model, batch)
-    progress.begin_backward()
-    loss.backward()
+    if not key.evaluation:
+        progress.begin_backward()
+        loss.backward()
 
 
 def _note_gradients(recorder: StepRecorder, parameters: Mapping[str, nn.Parameter]) -> None:

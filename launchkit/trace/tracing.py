@@ -35,6 +35,7 @@ from launchkit.trace.build import (
 )
 from launchkit.trace.cuda import faithful_to_cuda
 from launchkit.trace.forward import forward_of
+from launchkit.trace.liger import liger_kernels
 from launchkit.trace.methods import WEIGHT_DTYPE, apply_method
 from launchkit.trace.quantised import packed_bytes, scale_bytes
 from launchkit.trace.recorder import Log
@@ -75,6 +76,7 @@ def trace_model(config: Mapping[str, Any], key: TraceKey, *, progress: ProgressH
         points = trace_points(key, window=_sliding_window(settings.get_text_config()) if key.beyond_window else 0)
         if key.device is DeviceKind.CUDA:
             stack.enter_context(faithful_to_cuda())
+        stack.enter_context(liger_kernels(key, training_class(settings)[0], settings.model_type))
         logs: list[Log] = []
         models: dict[int, _Traceable] = {}
         settles = True
@@ -106,7 +108,7 @@ class _Traceable:
 def _trace_one(model: _Traceable, key: TraceKey, point: Point) -> Log:
     built = model.built
     try:
-        return trace_step(built, model.mode, point=point, compute=key.compute, forward=forward_of(key))
+        return trace_step(built, model.mode, point=point, key=key, forward=forward_of(key))
     except TraceError:
         raise
     except Exception as error:
