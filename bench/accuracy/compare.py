@@ -25,6 +25,8 @@ RESULTS = Path(__file__).with_name("results.json")
 PAGE = ROOT / "docs" / "accuracy.md"
 STATES = ("first", "steady")
 FLAGS = ("method", "precision", "checkpointing", "attention", "optimizer", "trainer", "micro_batch", "seq_len")
+ADAPTER_FLAGS = ("lora_rank", "lora_targets", "dora", "lora_modules_to_save")
+
 
 INTRODUCTION = """# Predicted beside measured
 
@@ -47,8 +49,8 @@ def predict(cell: Cell, state: str) -> dict[str, Any]:
     """What ``launchkit estimate`` says: peak bytes and where, or the reason why it says nothing."""
     flags: dict[str, Any] = {name: value for name, value in asdict(cell).items() if name in FLAGS}
     flags |= {"strategy": cell.strategy, "state": state, "gpus": gpus(cell)}
-    if cell.method == "lora":
-        flags |= {"lora_rank": cell.lora_rank, "lora_targets": cell.lora_targets}
+    if cell.method != "full":
+        flags |= {name: getattr(cell, name) for name in ADAPTER_FLAGS if getattr(cell, name)}
     if cell.strategy in ("fsdp2", "hsdp"):
         flags["fsdp_sharding"] = cell.sharding
     if cell.gradient_accumulation_steps > 1:

@@ -12,9 +12,9 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from launchkit.program import Point
-from launchkit.scenario import Compute
+from launchkit.scenario import Compute, DeviceKind
 from launchkit.trace.build import Built
-from launchkit.trace.compat import full_sequences
+from launchkit.trace.compat import full_sequences, random_states
 from launchkit.trace.inputs import make_batch
 from launchkit.trace.recorder import Log, Place, StepRecorder
 
@@ -87,11 +87,13 @@ def _first_tensor(values: tuple[Any, ...]) -> torch.Tensor | None:
     return next((v for v in values if isinstance(v, torch.Tensor)), None)
 
 
-def trace_step(built: Built, mode: FakeTensorMode, *, point: Point, compute: Compute, forward: Forward) -> Log:
+def trace_step(
+    built: Built, mode: FakeTensorMode, *, point: Point, compute: Compute, device: DeviceKind, forward: Forward
+) -> Log:
     """The log of one step. Gradients are ``None`` before it, as after ``zero_grad(set_to_none=True)``."""
     model = built.model
     parameters = dict(model.named_parameters())
-    with mode, full_sequences():
+    with mode, full_sequences(), random_states(device):
         batch = make_batch(built, point)
         recorder = StepRecorder(
             known=[*parameters.values(), *model.buffers(), *batch.values()], parameters=parameters.values()

@@ -106,7 +106,9 @@ class _Traceable:
 def _trace_one(model: _Traceable, key: TraceKey, point: Point) -> Log:
     built = model.built
     try:
-        return trace_step(built, model.mode, point=point, compute=key.compute, forward=forward_of(key))
+        return trace_step(
+            built, model.mode, point=point, compute=key.compute, device=key.device, forward=forward_of(key)
+        )
     except TraceError:
         raise
     except Exception as error:
