@@ -26,6 +26,8 @@ class Cell:
     method: str = "full"
     lora_rank: int = 8
     lora_targets: str = "all-linear"
+    dora: bool = False
+    lora_modules_to_save: str = ""
     precision: str = "fp32"
     checkpointing: str = "none"
     attention: str = "sdpa"

@@ -32,6 +32,8 @@ PAGE = ROOT / "docs" / "accuracy.md"
 STATES = ("first", "steady", "evaluation")
 FSDP = ("fsdp", "fsdp2", "hsdp")
 FLAGS = ("method", "precision", "checkpointing", "attention", "optimizer", "trainer", "micro_batch", "seq_len")
+ADAPTER_FLAGS = ("lora_rank", "lora_targets", "dora", "lora_modules_to_save")
+
 
 INTRODUCTION = """# Predicted beside measured
 
@@ -57,8 +59,8 @@ def predict(cell: Cell, state: str) -> dict[str, Any]:
     flags |= {"strategy": cell.strategy, "gpus": gpus(cell)}
     if state != "evaluation":
         flags["state"] = state
-    if cell.method == "lora":
-        flags |= {"lora_rank": cell.lora_rank, "lora_targets": cell.lora_targets}
+    if cell.method != "full":
+        flags |= {name: getattr(cell, name) for name in ADAPTER_FLAGS if getattr(cell, name)}
     if cell.strategy in FSDP:
         flags["fsdp_sharding"] = cell.sharding
     if cell.gradient_accumulation_steps > 1:

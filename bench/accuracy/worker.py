@@ -51,18 +51,57 @@ def build_model(cell: Cell) -> nn.Module:
     config = AutoConfig.for_model(fields.pop("model_type"), **fields)
     if cell.use_cache is not None:
         config.use_cache = cell.use_cache
-    dtype = torch.bfloat16 if cell.precision.startswith("bf16-") else torch.float32
+    narrow = cell.precision.startswith("bf16-") or (cell.method == "qlora" and cell.precision == "bf16")
+    dtype = torch.bfloat16 if narrow else torch.float32
     model: nn.Module = AutoModelForCausalLM.from_config(config, attn_implementation=cell.attention, dtype=dtype)
-    if cell.method == "lora":
-        from peft import LoraConfig, get_peft_model
-
-        targets = cell.lora_targets if cell.lora_targets == "all-linear" else cell.lora_targets.split(",")
-        model = get_peft_model(
-            model, LoraConfig(r=cell.lora_rank, lora_alpha=2 * cell.lora_rank, target_modules=targets)
-        )
+    if cell.method == "qlora":
+        model = quantised(model, cell, dtype=dtype)
+    if cell.method != "full":
+        model = with_adapter(model, cell)
     if cell.checkpointing == "full":
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model.train()
+
+
+def quantised(model: Any, cell: Cell, *, dtype: torch.dtype) -> nn.Module:
+    """The model saved and loaded again in 4 bits, as QLoRA loads it, and what is not quantised in fp32."""
+    import tempfile
+
+    from peft import prepare_model_for_kbit_training
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    four_bits = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, attn_implementation=cell.attention, quantization_config=four_bits
+        )
+    if cell.use_cache is not None:
+        model.config.use_cache = cell.use_cache
+    for parameter in model.parameters():  # what was not quantised may still lie in the mapped file
+        if parameter.dtype is not torch.uint8:
+            parameter.data = parameter.data.clone()
+    return prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+
+
+def with_adapter(model: Any, cell: Cell) -> nn.Module:
+    """``model`` under PEFT's adapter, which is all that is trained."""
+    from peft import LoraConfig, get_peft_model
+
+    targets = cell.lora_targets if cell.lora_targets == "all-linear" else cell.lora_targets.split(",")
+    config = LoraConfig(
+        r=cell.lora_rank,
+        lora_alpha=2 * cell.lora_rank,
+        target_modules=targets,
+        use_dora=cell.dora,
+        modules_to_save=cell.lora_modules_to_save.split(",") if cell.lora_modules_to_save else None,
+    )
+    return get_peft_model(model, config)
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:
@@ -84,7 +123,7 @@ def autocast(cell: Cell) -> contextlib.AbstractContextManager[Any]:
 
 def wrapped_classes(cell: Cell, model: nn.Module) -> set[str]:
     """The classes of the model's blocks."""
-    base = model.get_base_model() if cell.method == "lora" else model
+    base = model.get_base_model() if cell.method != "full" else model
     return set(base._no_split_modules or ()) & {type(module).__name__ for module in base.modules()}
 
 

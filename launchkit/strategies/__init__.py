@@ -13,7 +13,6 @@ from launchkit.scenario import (
     Attention,
     Checkpointing,
     DeviceKind,
-    Loss,
     Precision,
     Scenario,
     Strategy,

@@ -12,6 +12,8 @@ from unittest import mock
 import torch
 from transformers import masking_utils
 
+from launchkit.scenario import DeviceKind
+
 
 def _one_sequence_per_row(position_ids: torch.Tensor) -> None:
     """transformers' ``find_packed_sequence_indices`` for positions that count up by one: no packing found."""
@@ -24,5 +26,20 @@ def full_sequences() -> Iterator[None]:
     with (
         mock.patch.object(masking_utils, "find_packed_sequence_indices", _one_sequence_per_row),
         mock.patch.object(masking_utils, "is_tracing", lambda tensor=None: False),
+    ):
+        yield
+
+
+@contextmanager
+def random_states(device: DeviceKind) -> Iterator[None]:
+    """While active, the state of the CPU's random generator that ``torch.utils.checkpoint`` keeps for each block is a
+    tensor of the step on a CPU; beside a GPU it lies on the host and stays out of the step."""
+    if device is not DeviceKind.CPU:
+        yield
+        return
+    num_bytes = torch.get_rng_state().numel()
+    with (
+        mock.patch.object(torch, "get_rng_state", lambda: torch.empty(num_bytes, dtype=torch.uint8)),
+        mock.patch.object(torch, "set_rng_state", lambda state: None),
     ):
         yield
