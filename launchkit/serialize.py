@@ -134,7 +134,11 @@ def _candidate(candidate: Candidate, *, cluster: Cluster) -> dict[str, Any]:
             "fsdp": encode(candidate.scenario.strategy.fsdp),
             "zero": encode(candidate.scenario.strategy.zero),
         },
-        "estimate": {**encode(candidate.estimate), "fits": candidate.estimate.fits},
+        "estimate": {
+            **encode(candidate.estimate),
+            "fits": candidate.estimate.fits,
+            "worst_phase": candidate.estimate.worst_phase.value,
+        },
         "step": encode(candidate.step),
         "notes": list(candidate.notes),
     }

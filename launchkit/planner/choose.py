@@ -11,7 +11,7 @@ from launchkit.hardware import Cluster, format_gpus
 from launchkit.model import ModelProfile, ModelSource
 from launchkit.plan import Candidate, Plan, Rejected, Suggestion
 from launchkit.planner.evaluate import Bench, judge, sketch
-from launchkit.planner.host import host_has_room
+from launchkit.planner.host import lacking
 from launchkit.planner.search import Option, Refused, Search
 from launchkit.request import Request, decisions
 from launchkit.scenario import (
@@ -59,7 +59,7 @@ def plan(source: ModelSource, *, cluster: Cluster, request: Request) -> Plan:
         rejected=_rejected(bench, losers, misfits),
         suggestions=_suggestions(search, chosen, losers),
         assumptions=_assumptions(chosen.scenario if chosen else min(options, key=_need).scenario, source.profile),
-        notes=_notes(request, cluster, source.profile, chosen),
+        notes=_notes(request, source.profile, chosen),
         num_considered=search.num_considered,
         versions={"launchkit": __version__, **source.profile.versions},
     )
@@ -139,10 +139,10 @@ def _rejected(bench: Bench, options: Sequence[Option], judged: Mapping[Scenario,
 
 def _reason(bench: Bench, candidate: Candidate) -> str:
     """What is lacking on the host, or what weighs most on the device, unless only the range's top is too much."""
-    scenario, estimate = candidate.scenario, candidate.estimate
-    offloads = scenario.strategy.offload is not Offload.NONE
-    if offloads and not host_has_room(bench.program(scenario), cluster=bench.cluster_of(scenario)):
-        return f"host memory {estimate.host_peak_bytes / GIB:.1f}"
+    estimate = candidate.estimate
+    uses = bench.host_uses(candidate.scenario)
+    if phase := lacking(uses, cluster=bench.cluster_of(candidate.scenario)):
+        return f"host memory {uses[phase].needed_bytes / GIB:.1f} {phase}"
     if estimate.device_peak_bytes <= estimate.device_usable_bytes < estimate.device_peak_high_bytes:
         return f"may reach {estimate.device_peak_high_bytes / GIB:.1f}"
     owner, num_bytes = max(estimate.at_peak.items(), key=lambda item: item[1])
@@ -257,11 +257,8 @@ def _assumptions(scenario: Scenario, profile: ModelProfile) -> tuple[str, ...]:
     return tuple(lines)
 
 
-def _notes(request: Request, cluster: Cluster, profile: ModelProfile, chosen: Candidate | None) -> tuple[str, ...]:
+def _notes(request: Request, profile: ModelProfile, chosen: Candidate | None) -> tuple[str, ...]:
     notes = [*profile.notes, *decisions(request, model=profile)]
-    if chosen and chosen.estimate.host_load_peak_bytes > cluster.node.host_memory_bytes > 0:
-        need, have = chosen.estimate.host_load_peak_bytes, cluster.node.host_memory_bytes
-        notes.append(f"loading takes {need / GIB:.0f} GiB of host memory, the node has {have / GIB:.0f}")
     if chosen and not chosen.step.validated:
         notes.append("times are the clock's and were not checked on this hardware; use them to rank")
     return tuple(notes)

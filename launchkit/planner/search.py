@@ -11,7 +11,7 @@ from launchkit.hardware import Cluster
 from launchkit.model import ModelProfile
 from launchkit.plan import StepTime
 from launchkit.planner.evaluate import Bench, communicators, step_time, usable_bytes
-from launchkit.planner.host import host_has_room
+from launchkit.planner.host import lacking
 from launchkit.request import Request, resolve
 from launchkit.scenario import (
     Batch,
@@ -78,8 +78,8 @@ _WITHOUT_PURPOSE = {
 @dataclass(frozen=True, kw_only=True)
 class Option:
     """The best batch found for one method, strategy and offload. ``live_bytes`` are its allocated peak by the cheap
-    reading, ``fits`` says whether that leaves room on the device, and on the host what is offloaded; ``step`` is its
-    time, of one that fits."""
+    reading, ``fits`` says whether that leaves room on the device, and whether the host has room in every phase;
+    ``step`` is its time, of one that fits."""
 
     scenario: Scenario
     live_bytes: int
@@ -259,8 +259,7 @@ class Search:
         self.num_considered += 1
         live = self.bench.live_peak_bytes(scenario)
         fits = live <= self.room_bytes(scenario)
-        if fits and scenario.strategy.offload is not Offload.NONE:
-            fits = host_has_room(self.bench.program(scenario), cluster=self.bench.cluster_of(scenario))
+        fits = fits and not lacking(self.bench.host_uses(scenario), cluster=self.bench.cluster_of(scenario))
         return Option(scenario=scenario, live_bytes=live, fits=fits)
 
     def room_bytes(self, scenario: Scenario) -> int:
