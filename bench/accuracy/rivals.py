@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
@@ -82,7 +82,7 @@ class Shape:
 @cache
 def shape_of(config_text: str) -> Shape:
     """The shape of a model, counted on its modules on the meta device."""
-    import torch  # lazy, like every import of the training stack here: the page and its tests need only the numbers
+    import torch  # lazy, as all of the training stack and the rivals here: most answers need none of it
     from accelerate import init_empty_weights
     from accelerate.utils import calculate_maximum_sizes
     from transformers import AutoModel
@@ -91,32 +91,35 @@ def shape_of(config_text: str) -> Shape:
     from launchkit.trace.build import build_on_meta, load_config, training_class
 
     config = load_config(json.loads(config_text))
-    attention = Attention.EAGER
-    model = build_on_meta(training_class(config)[0], config, attention=attention, dtype=torch.float32)
+    model = build_on_meta(training_class(config)[0], config, attention=Attention.EAGER, dtype=torch.float32)
     with init_empty_weights():
         backbone = AutoModel.from_config(config, dtype=torch.float32)
-    text = config.get_text_config()
-    intermediate = (
-        _first(text, "moe_intermediate_size", "intermediate_size", "n_inner", "ffn_dim") or 4 * text.hidden_size
-    )
-    matrices = [parameter.shape[-2:] for parameter in model.parameters() if parameter.ndim >= 2]
-    num_linears = sum(_mlp_linears(shape, text.hidden_size, intermediate) for shape in matrices)
+    layers = [sum(parameter.numel() for parameter in module.parameters(recurse=False)) for module in model.modules()]
     return Shape(
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
-        largest_layer_parameters=max(
-            sum(parameter.numel() for parameter in module.parameters(recurse=False)) for module in model.modules()
-        ),
+        largest_layer_parameters=max(layers),
         backbone_bytes=int(calculate_maximum_sizes(backbone)[0]),
-        hidden_size=text.hidden_size,
-        num_layers=text.num_hidden_layers,
-        num_heads=text.num_attention_heads,
-        num_kv_heads=_first(text, "num_key_value_heads") or text.num_attention_heads,
-        intermediate_size=intermediate,
-        num_mlp_linears=round(num_linears / text.num_hidden_layers),
-        vocab_size=text.vocab_size,
-        num_experts=_first(text, "num_local_experts", "num_experts", "n_routed_experts"),
-        num_experts_per_token=_first(text, "num_experts_per_tok"),
+        **_dimensions(config.get_text_config(), [tuple(parameter.shape) for parameter in model.parameters()]),
     )
+
+
+def _dimensions(config: Any, shapes: Iterable[Sequence[int]]) -> dict[str, int]:
+    """The rest of a ``Shape`` from a transformers configuration and the shapes of the model's parameters."""
+    hidden, layers = config.hidden_size, config.num_hidden_layers
+    width = _first(config, "moe_intermediate_size", "intermediate_size", "n_inner", "ffn_dim") or 4 * hidden
+    matrices = (shape[-2:] for shape in shapes if len(shape) >= 2)
+    num_linears = sum(_mlp_linears(shape, hidden_size=hidden, intermediate_size=width) for shape in matrices)
+    return {
+        "hidden_size": hidden,
+        "num_layers": layers,
+        "num_heads": config.num_attention_heads,
+        "num_kv_heads": _first(config, "num_key_value_heads") or config.num_attention_heads,
+        "intermediate_size": width,
+        "num_mlp_linears": round(num_linears / layers),
+        "vocab_size": config.vocab_size,
+        "num_experts": _first(config, "num_local_experts", "num_experts", "n_routed_experts"),
+        "num_experts_per_token": _first(config, "num_experts_per_tok"),
+    }
 
 
 def _first(config: Any, *names: str) -> int:
@@ -124,24 +127,25 @@ def _first(config: Any, *names: str) -> int:
     return next((value for name in names if (value := getattr(config, name, None))), 0)
 
 
-def _mlp_linears(shape: tuple[int, ...], hidden_size: int, intermediate_size: int) -> int:
+def _mlp_linears(shape: Sequence[int], *, hidden_size: int, intermediate_size: int) -> int:
     """How many linear layers of an MLP a matrix is: two where gate and up projection share one."""
-    sizes = sorted(shape)
-    return {(intermediate_size,): 1, (2 * intermediate_size,): 2}.get(tuple(s for s in sizes if s != hidden_size), 0)
+    others = [size for size in shape if size != hidden_size]
+    return others.count(intermediate_size) + 2 * others.count(2 * intermediate_size) if len(others) == 1 else 0
 
 
 def accelerate_estimate(job: Job, shape: Shape) -> int | None:
     """The column *Training using Adam* of ``accelerate estimate-memory``, by accelerate's own function.
 
     Formula: 4 × the fp32 model in fp32, 2 × in 16 bits. The model is ``AutoModel``'s, without head. It says nothing of
-    activations, batch or length: by its documentation the figure is for a batch of one.
+    activations, batch or length: by its documentation the figure is for a batch of one. Whatever a 16-bit run holds in
+    fp32, ``float16`` is what can be asked for.
     """
-    from accelerate.commands.estimate import estimate_training_usage
-
     if job.optimizer not in ADAM or job.zero_stage != 0:
         return None
+    from accelerate.commands.estimate import estimate_training_usage
+
     dtype = "float32" if job.precision == "fp32" else "float16"
-    return max(estimate_training_usage(shape.backbone_bytes, dtype).values())
+    return int(max(estimate_training_usage(shape.backbone_bytes, dtype).values()))
 
 
 def deepspeed_estimate(job: Job, shape: Shape) -> int | None:
@@ -150,20 +154,17 @@ def deepspeed_estimate(job: Job, shape: Shape) -> int | None:
     Parameters, gradients and optimizer states under Adam in 16 bits with an fp32 master, and in stage 3 the largest
     layer; no activations and none of the buckets.
     """
+    offloads = {"zero2": ("none", "optimizer"), "zero3": ("none", "optimizer", "all")}
+    if job.precision == "fp32" or job.optimizer not in ADAM or job.offload not in offloads.get(job.strategy, ()):
+        return None
     from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
     from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
 
-    if job.precision == "fp32" or job.optimizer not in ADAM:
-        return None
     common = {"num_gpus_per_node": job.num_gpus, "num_nodes": 1, "cpu_offload": job.offload != "none"}
-    if job.strategy == "zero2" and job.offload in ("none", "optimizer"):
+    if job.strategy == "zero2":
         return int(estimate_zero2_model_states_mem_needs(shape.num_parameters, **common)[1])
-    if job.strategy == "zero3" and job.offload in ("none", "optimizer", "all"):
-        common["cpu_offload_params"] = job.offload == "all"
-        return int(
-            estimate_zero3_model_states_mem_needs(shape.num_parameters, shape.largest_layer_parameters, **common)[1]
-        )
-    return None
+    common["cpu_offload_params"] = job.offload == "all"
+    return int(estimate_zero3_model_states_mem_needs(shape.num_parameters, shape.largest_layer_parameters, **common)[1])
 
 
 def eleuther_estimate(job: Job, shape: Shape) -> int | None:
@@ -189,7 +190,7 @@ def eleuther_estimate(job: Job, shape: Shape) -> int | None:
     )
     is_deepspeed = job.strategy.startswith("zero") and job.num_gpus > 1
     buckets = value_bytes * (500_000_000 + (1_000_000_000 if stage == 3 else 0)) if is_deepspeed else 0
-    per_unit = 16 * value_bytes + 2
+    per_unit = 16.0 * value_bytes + 2
     if job.checkpointing == "none":
         per_unit += (2 * value_bytes + 1) * shape.num_heads * job.seq_len / shape.hidden_size
     activations = job.seq_len * job.micro_batch * shape.hidden_size * shape.num_layers * per_unit
@@ -213,12 +214,12 @@ def llm_analysis_estimate(job: Job, shape: Shape) -> int | None:
     no answer. Omits buffers of the engine, the loss beyond one copy of the logits, and what an optimizer step takes
     for a moment.
     """
-    from llm_analysis.analysis import ActivationRecomputation, DSZeRO, LLMAnalysis
-    from llm_analysis.config import DtypeConfig, ModelConfig, ParallelismConfig, get_gpu_config_by_name
-
     stage = job.zero_stage
     if job.precision == "fp32" or job.optimizer not in ADAM_BYTES or job.offload != "none" or stage is None:
         return None
+    from llm_analysis.analysis import ActivationRecomputation, DSZeRO, LLMAnalysis
+    from llm_analysis.config import DtypeConfig, ModelConfig, ParallelismConfig, get_gpu_config_by_name
+
     logging.getLogger("__name__").setLevel(logging.ERROR)  # that is what it calls its logger
     width = shape.intermediate_size * shape.num_mlp_linears // 2
     analysis = LLMAnalysis(
