@@ -2,24 +2,26 @@
 
 ``python -m bench.accuracy.published FOLDER`` reads ``measurements.jsonl`` (runs with a measured peak) and
 ``outcomes.jsonl`` (runs of which only the outcome is known) in FOLDER. A row is predicted when its configuration can
-be said in launchkit's flags; one that cannot is listed with the reason. Rows of another implementation of the model
-are compared too, but apart: there the kernels of the step differ, not only its sharding.
+be said in launchkit's flags; one that cannot is counted with the reason. Rows of another implementation of the model
+are compared too, but apart: there the kernels of the step differ, not only its sharding. Then ask the other tools
+again: ``python -m bench.accuracy.rivals``.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from bench.accuracy import page
+from bench.accuracy.rows import PUBLISHED, Row, error_percent, read_json
 from launchkit.api import estimate
-from launchkit.errors import LaunchkitError
+from launchkit.errors import HubError, LaunchkitError, UnknownModelError
 from launchkit.plan import Candidate
 
-RESULTS = Path(__file__).with_name("published.json")
 GIB = 2**30
 
 MODELS = {
@@ -94,42 +96,19 @@ METRICS = {
     "reserved": "reserved_peak_bytes",
     "device": "device_peak_bytes",
 }
-SAME_IMPLEMENTATION = ("fms-acceleration", "ZeRO gist", "HF transformers docs")
+# Sources whose runs execute transformers' models, by the code they ran; the others bring models of their own. Torch 1
+# set gradients to zero between steps instead of freeing them and loaded all kernels with the context (1.3 GiB).
+GROUPS = {"fms-acceleration": "transformers", "ZeRO gist": "transformers", "HF transformers docs": "torch 1"}
 
 
 class NotComparable(Exception):
-    """Why a row's configuration cannot be said in launchkit's flags."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """A published run and its prediction, in bytes. ``measured_bytes`` is 0 where only the outcome is known."""
-
-    id: str
-    source: str
-    group: str
-    bench: str
-    confidence: str
-    metric: str
-    flags: Mapping[str, Any] = field(default_factory=dict)
-    measured_bytes: int = 0
-    ran_out: bool = False
-    predicted_bytes: int = 0
-    low_bytes: int = 0
-    high_bytes: int = 0
-    fits: bool = False
-    may_fit: bool = False
-    skipped: str = ""
-
-    @property
-    def error_percent(self) -> float:
-        return 100.0 * (self.predicted_bytes - self.measured_bytes) / self.measured_bytes
+    """Why a row's configuration cannot be said in launchkit's flags, as ``kind: value``."""
 
 
 def said(table: Mapping[Any, str], value: Any, *, what: str) -> str:
     """The flag's value for a row's field."""
     if value not in table:
-        raise NotComparable(f"{what} {value}")
+        raise NotComparable(f"{what}: {value}")
     return table[value]
 
 
@@ -137,11 +116,11 @@ def flags_of(row: Mapping[str, Any]) -> dict[str, Any]:
     """A row's configuration as the flags of ``launchkit estimate``. Raises ``NotComparable``."""
     quantised = row["quant"] is not None
     if quantised and row["quant"] != "nf4":
-        raise NotComparable(f"weights {row['quant']}")
+        raise NotComparable(f"weights: {row['quant']}")
     if row["compile"] not in (False, None):
-        raise NotComparable(f"compiled by {row['compile']}")
+        raise NotComparable(f"compiled: by {row['compile']}")
     if not row["micro_batch"] or not row["seq_len"]:
-        raise NotComparable("no micro-batch or length given")
+        raise NotComparable("not stated: micro-batch or length")
     precision = "bf16-params" if quantised else said(PRECISIONS, row["precision"], what="precision")
     loss = "plain" if row["loss_impl"] is None else said(LOSSES, row["loss_impl"], what="loss")
     num_gpus = row["n_gpus"]
@@ -161,14 +140,14 @@ def flags_of(row: Mapping[str, Any]) -> dict[str, Any]:
         "trainer": "loop" if row["source_group"] == "litgpt" else "hf",
     }
     if row["method"] not in ("full", "lora", "qlora"):
-        raise NotComparable(f"method {row['method']}")
+        raise NotComparable(f"method: {row['method']}")
     return flags | (lora_flags(row["lora"]) if row["method"] != "full" else {})
 
 
 def lora_flags(lora: Mapping[str, Any] | None) -> dict[str, Any]:
     """Rank, targets and dropout of a row's adapters."""
     if not lora or not isinstance(lora.get("targets"), list):
-        raise NotComparable("adapters not described")
+        raise NotComparable("not stated: adapters")
     return {"lora_rank": lora["r"], "lora_targets": ",".join(lora["targets"])}
 
 
@@ -178,7 +157,7 @@ def compare(row: Mapping[str, Any]) -> Row:
     compared = Row(
         id=row["id"],
         source=row["source"],
-        group="transformers" if row["source_group"] in SAME_IMPLEMENTATION else row["source_group"],
+        group=GROUPS.get(row["source_group"], row["source_group"]),
         bench="".join(name for name in row["bench"] if len(name) == 1),
         confidence=row["confidence"],
         metric=metric,
@@ -187,11 +166,16 @@ def compare(row: Mapping[str, Any]) -> Row:
     )
     try:
         if metric not in METRICS and metric != "outcome":
-            raise NotComparable(f"metric {metric}")
+            raise NotComparable(f"metric: {metric}")
         flags = flags_of(row)
         candidate = estimate(MODELS.get(row["model"], row["model"]), **flags)
-    except (NotComparable, LaunchkitError) as reason:
+    except NotComparable as reason:
         return with_fields(compared, skipped=str(reason))
+    except (UnknownModelError, HubError):
+        return with_fields(compared, skipped=f"model: {row['model']}, not in the catalogue")
+    except LaunchkitError as error:
+        fact = str(error).partition(";")[0]
+        return with_fields(compared, skipped=f"refused: {fact}")
     return with_fields(compared, flags={"model": candidate.model.name, **flags}, **figures(candidate, metric))
 
 
@@ -216,28 +200,20 @@ def read(path: Path) -> Iterator[dict[str, Any]]:
     yield from (json.loads(line) for line in path.read_text().splitlines() if line.strip())
 
 
-def percentiles(errors: Iterable[float]) -> str:
-    """Count, median, 90th percentile and worst of absolute errors in per cent."""
-    ordered = sorted(abs(error) for error in errors)
-    if not ordered:
-        return "| 0 | – | – | – |"
-    middle, ninetieth = ordered[len(ordered) // 2], ordered[min(len(ordered) - 1, int(0.9 * len(ordered)))]
-    return f"| {len(ordered)} | {middle:.1f} % | {ninetieth:.1f} % | {ordered[-1]:.1f} % |"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("folder", type=Path, help="where measurements.jsonl and outcomes.jsonl are")
     parser.add_argument("--only", default="", help="rows whose id contains this")
     arguments = parser.parse_args()
-    old = {row["id"]: row for row in json.loads(RESULTS.read_text())} if RESULTS.exists() else {}
+    old = {row["id"]: row for row in read_json(PUBLISHED)}
     for name in ("measurements.jsonl", "outcomes.jsonl"):
         for row in read(arguments.folder / name):
             if arguments.only in row["id"]:
                 compared = compare(row)
                 old[row["id"]] = asdict(compared)
                 print(text(compared), flush=True)
-                RESULTS.write_text(json.dumps(sorted(old.values(), key=lambda r: r["id"]), indent=1) + "\n")
+                PUBLISHED.write_text(json.dumps(sorted(old.values(), key=lambda r: r["id"]), indent=1) + "\n")
+    page.write()
 
 
 def text(row: Row) -> str:
@@ -245,9 +221,9 @@ def text(row: Row) -> str:
     if row.skipped:
         return f"{row.id}  –  {row.skipped}"
     if not row.measured_bytes:
-        verdict = "fits" if row.fits else "may fit" if row.may_fit else "does not fit"
-        return f"{row.id}  {'ran out' if row.ran_out else 'ran'}  predicted: {verdict}"
-    return f"{row.id}  {row.measured_bytes / GIB:.2f}  {row.predicted_bytes / GIB:.2f}  {row.error_percent:+.1f} %"
+        return f"{row.id}  {'ran out' if row.ran_out else 'ran'}  predicted: {row.verdict}"
+    error = error_percent(row.predicted_bytes, row.measured_bytes, row.measured_bytes)
+    return f"{row.id}  {row.measured_bytes / GIB:.2f}  {row.predicted_bytes / GIB:.2f}  {error:+.1f} %"
 
 
 if __name__ == "__main__":
