@@ -52,6 +52,10 @@ class Request:
     method: Method | None = None
     lora_rank: int | None = None
     lora_targets: str | None = None
+    lora_dropout: float | None = None
+    lora_modules_to_save: str | None = None
+    dora: bool | None = None
+    rslora: bool | None = None
     precision: Precision | None = None
     optimizer: str | None = None
     micro_batch: int | None = None
@@ -90,7 +94,7 @@ class Flag:
     name: str
     kind: type
     help: str
-    default: str | int | bool | None = None
+    default: str | int | float | bool | None = None
 
     @property
     def option(self) -> str:
@@ -102,12 +106,14 @@ class Flag:
         """The values of a flag that is a choice; empty for free text and numbers."""
         return tuple(str(member) for member in self.kind) if issubclass(self.kind, StrEnum) else ()
 
-    def parse(self, value: object) -> str | int | bool:
+    def parse(self, value: object) -> str | int | float | bool:
         """The typed value of what was written, or ``UsageError``."""
         if self.kind is bool:
             return self._parse_switch(value)
         if self.kind is int:
             return self._parse_count(value)
+        if self.kind is float:
+            return self._parse_share(value)
         if issubclass(self.kind, StrEnum):
             return self._parse_choice(value, self.kind)
         if isinstance(value, str) and value.strip():
@@ -129,6 +135,15 @@ class Flag:
             allowed = f"a whole number from 1 to {MAXIMUM_COUNT:,}"
             raise UsageError(f"{self.option} {value} is not {allowed}; try {self.option} {self.default or 1}")
         return number
+
+    def _parse_share(self, value: object) -> float:
+        try:
+            share = float(str(value)) if not isinstance(value, bool) else -1.0
+        except ValueError:
+            share = -1.0
+        if not 0.0 <= share < 1.0:
+            raise UsageError(f"{self.option} {value} is not a share from 0 to below 1; try {self.option} 0.05")
+        return share
 
     def _parse_choice(self, value: object, kind: type[StrEnum]) -> StrEnum:
         written = _canonical(str(value))
@@ -153,6 +168,14 @@ FLAGS: tuple[Flag, ...] = (
         default="all-linear",
         help="all-linear, attention, or module names separated by commas",
     ),
+    Flag(name="lora_dropout", kind=float, default=0.0, help="share dropped of what goes into an adapter"),
+    Flag(
+        name="lora_modules_to_save",
+        kind=str,
+        help="modules trained whole beside the adapters, such as embed_tokens,lm_head",
+    ),
+    Flag(name="dora", kind=bool, default=False, help="adapters with a trained magnitude (DoRA)"),
+    Flag(name="rslora", kind=bool, default=False, help="adapters scaled by the root of their rank (rsLoRA)"),
     Flag(name="precision", kind=Precision, default="bf16", help="where each number format is held"),
     Flag(
         name="optimizer",
@@ -186,7 +209,7 @@ def find_flag(name: str) -> Flag:
     raise UsageError(f"{name!r} is no setting of launchkit; {advice}")
 
 
-def option_text(name: str, value: str | int | bool) -> str:
+def option_text(name: str, value: str | int | float | bool) -> str:
     """A flag as it is typed: ``--seq-len 4096``, ``--no-packing``."""
     flag = find_flag(name)
     if flag.kind is bool:
@@ -200,7 +223,7 @@ class Preset:
 
     name: str
     description: str
-    flags: Mapping[str, str | int | bool]
+    flags: Mapping[str, str | int | float | bool]
     source: str
 
     def below(self, given: Mapping[str, object]) -> dict[str, object]:
@@ -226,6 +249,10 @@ def resolve(request: Request, *, model: ModelProfile, cluster: Cluster) -> Resol
         method=_value(request, "method", Method),
         lora_rank=_value(request, "lora_rank", int),
         lora_targets=_value(request, "lora_targets", str),
+        lora_dropout=_value(request, "lora_dropout", float),
+        lora_modules_to_save=_names(request.lora_modules_to_save),
+        dora=_value(request, "dora", bool),
+        rslora=_value(request, "rslora", bool),
         precision=_value(request, "precision", Precision),
         optimizer=_value(request, "optimizer", str),
         checkpointing=_value(request, "checkpointing", Checkpointing),
@@ -264,6 +291,10 @@ def scenario_flags(scenario: Scenario, *, cluster: Cluster) -> dict[str, str | i
         "method": training.method,
         "lora_rank": training.lora_rank,
         "lora_targets": training.lora_targets,
+        "lora_dropout": training.lora_dropout,
+        "lora_modules_to_save": training.lora_modules_to_save or None,
+        "dora": training.dora,
+        "rslora": training.rslora,
         "precision": training.precision,
         "optimizer": training.optimizer,
         "micro_batch": batch.micro_batch,
@@ -327,6 +358,11 @@ def _batch(request: Request, *, seq_len: int, num_gpus: int) -> Batch:
             f"use --global-batch {nearest}"
         )
     return Batch(micro_batch=micro_batch, gradient_accumulation_steps=steps, seq_len=seq_len)
+
+
+def _names(text: str | None) -> str:
+    """Names separated by commas, without the spaces, each once and in order: what is the same has one spelling."""
+    return ",".join(sorted({name.strip() for name in (text or "").split(",")} - {""}))
 
 
 def _value(request: Request, name: str, kind: type[_T]) -> _T:

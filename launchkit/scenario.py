@@ -222,6 +222,10 @@ class Training:
     method: Method = Method.FULL
     lora_rank: int = 16
     lora_targets: str = "all-linear"
+    lora_dropout: float = 0.0  # a share; PEFT drops of what goes into an adapter
+    lora_modules_to_save: str = ""  # names of modules trained whole beside the adapters, separated by commas
+    dora: bool = False
+    rslora: bool = False  # scales the update by 1/√rank instead of 1/rank, which costs nothing
     precision: Precision = Precision.BF16
     optimizer: str = "adamw_torch_fused"
     checkpointing: Checkpointing = Checkpointing.NONE
@@ -231,6 +235,16 @@ class Training:
     packing: bool = False
     trainer: Trainer = Trainer.HF
     max_grad_norm: float = 1.0  # clipping is the trainer's: none under Trainer.LOOP
+
+    @property
+    def flattens_batch(self) -> bool:
+        """Whether a micro-batch becomes one long row, in which a mask of tokens by tokens keeps sequences apart.
+
+        TRL packs so, whatever the attention (``packing_strategy="bfd"``, its default). FlashAttention takes the
+        boundaries in place of a mask, and holds what it would hold of separate rows. The plain loop and the Trainer
+        pack end to end, without a mask.
+        """
+        return self.packing and self.trainer is Trainer.TRL and self.attention is not Attention.FLASH_ATTENTION_2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -295,6 +309,9 @@ class TraceKey:
     flat_gradients: bool = False  # FSDP1 flattens a block's frozen weights with its adapters: all get gradients
     evaluation: bool = False  # the forward pass and loss of an evaluation, without gradients
     packed: bool = False  # rows of several sequences each, which a mask keeps apart
+    adapter_dropout: bool = False  # whatever the share: what is kept of it does not depend on it
+    dora: bool = False
+    modules_to_save: str = ""
 
     @property
     def canonical(self) -> TraceKey:
@@ -361,4 +378,10 @@ class TraceKey:
             parts.append("evaluation")
         if self.packed:
             parts.append("packed")
+        if self.adapter_dropout:
+            parts.append("dropout")
+        if self.dora:
+            parts.append("dora")
+        if self.modules_to_save:
+            parts.append(f"save-{self.modules_to_save}")
         return "/".join(str(part) for part in parts)

@@ -15,7 +15,8 @@ class Cell:
     ``config`` is a ``config.json`` as a mapping; ``reduce_dtype`` is FSDP's (``bf16`` as accelerate sets it, or
     ``fp32``), ``use_orig_params`` FSDP1's; ``ddp`` holds DDP's arguments, and as ``comm_hook`` the name of a hook;
     ``use_cache`` None leaves the model's own default, which keeps keys and values of a training step. With an
-    ``evaluation_micro_batch`` the trainer evaluates two batches of it behind the last step.
+    ``evaluation_micro_batch`` the trainer evaluates two batches of it behind the last step. Packed rows hold two
+    sequences each.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Cell:
     num_steps: int = 3
     use_cache: bool | None = False
     evaluation_micro_batch: int = 0
+    packing: bool = False
 
     @property
     def is_mixed(self) -> bool:

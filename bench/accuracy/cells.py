@@ -76,6 +76,8 @@ SINGLE = (
     Cell(name="single-hf-lora-bf16", config=LLAMA, trainer="hf", method="lora", precision="bf16"),
     Cell(name="single-hf-evaluation", config=LLAMA, trainer="hf", evaluation_micro_batch=8),
     Cell(name="single-hf-evaluation-bf16", config=LLAMA, trainer="hf", precision="bf16", evaluation_micro_batch=8),
+    Cell(name="single-trl-packing", config=LLAMA, trainer="trl", packing=True, seq_len=256),
+    Cell(name="single-trl-packing-eager", config=LLAMA, trainer="trl", packing=True, attention="eager"),
     Cell(name="single-trl-evaluation", config=LLAMA, trainer="trl", evaluation_micro_batch=8),
 )
 
@@ -94,7 +96,6 @@ DDP_SETTINGS = (
     Cell(name="ddp-static-graph-fp32", config=LLAMA, ddp={"static_graph": True}, **_DDP),
     Cell(name="ddp-find-unused-fp32", config=LLAMA, ddp={"find_unused_parameters": True}, **_DDP),
     Cell(name="ddp-fp16-hook-fp32", config=WIDE, seq_len=16, ddp={"comm_hook": "fp16"}, **_DDP),
-    Cell(name="ddp-bf16-hook-fp32", config=WIDE, seq_len=16, ddp={"comm_hook": "bf16"}, **_DDP),
     Cell(name="ddp-accumulation-fp32", config=LLAMA, gradient_accumulation_steps=2, **_DDP),
     Cell(name="ddp-checkpointing-bf16", config=LLAMA, precision="bf16", checkpointing="full", **_DDP),
     Cell(name="ddp-tied-fp32", config=TIED, **_DDP),

@@ -29,7 +29,9 @@ from launchkit.scenario import CommHook
 from launchkit.simulate.memory import MemoryReading
 
 FSDP = ("fsdp", "fsdp2", "hsdp")
-FLAGS = ("method", "precision", "checkpointing", "attention", "optimizer", "trainer", "micro_batch", "seq_len")
+FLAGS = (
+    "method", "precision", "checkpointing", "attention", "optimizer", "trainer", "micro_batch", "seq_len", "packing",
+)  # fmt: skip
 ADAPTER_FLAGS = ("lora_rank", "lora_targets", "dora", "lora_modules_to_save")
 
 

@@ -19,6 +19,7 @@ from launchkit.scenario import (
     Sharding,
     StrategyKind,
     Trainer,
+    Training,
 )
 from launchkit.units import MIB
 
@@ -98,6 +99,11 @@ def lora_target_modules(candidate: Candidate) -> tuple[str, ...]:
     if targets == "attention":
         return attention_modules(candidate.model.model_type)
     return tuple(name.strip() for name in targets.split(",") if name.strip())
+
+
+def lora_modules_to_save(training: Training) -> tuple[str, ...]:
+    """PEFT's ``modules_to_save``: what is trained whole beside the adapters."""
+    return tuple(name for name in training.lora_modules_to_save.split(",") if name)
 
 
 def must_reenter(candidate: Candidate) -> bool:

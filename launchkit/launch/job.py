@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 
 from launchkit.errors import IllegalScenarioError, PlanFileError
-from launchkit.export.layout import autocast_format, clip_norm, lora_target_modules
+from launchkit.export.layout import autocast_format, clip_norm, lora_modules_to_save, lora_target_modules
 from launchkit.hardware import Backend, Cluster
 from launchkit.plan import Candidate
 from launchkit.recipe import RECIPES
@@ -32,11 +32,15 @@ class Data:
 
 @dataclass(frozen=True, kw_only=True)
 class Lora:
-    """PEFT's adapter; ``alpha`` scales its update and costs no memory."""
+    """PEFT's adapter; ``alpha`` and ``rslora`` scale its update and cost no memory."""
 
     rank: int
     alpha: int
     targets: tuple[str, ...]
+    dropout: float = 0.0
+    modules_to_save: tuple[str, ...] = ()
+    dora: bool = False
+    rslora: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +121,15 @@ def split_gguf(model_path: str) -> tuple[str, str]:
 def _lora(candidate: Candidate) -> Lora:
     training = candidate.scenario.training
     alpha = RECIPES[training.method].lora_alpha(training.lora_rank)
-    return Lora(rank=training.lora_rank, alpha=alpha, targets=lora_target_modules(candidate))
+    return Lora(
+        rank=training.lora_rank,
+        alpha=alpha,
+        targets=lora_target_modules(candidate),
+        dropout=training.lora_dropout,
+        modules_to_save=lora_modules_to_save(training),
+        dora=training.dora,
+        rslora=training.rslora,
+    )
 
 
 def _check_trainable(candidate: Candidate) -> None:

@@ -86,7 +86,11 @@ def method_text(training: Training) -> str:
         return "full fine-tuning"
     named = {"all-linear": "all linear layers", "attention": "the attention layers"}
     targets = named.get(training.lora_targets, training.lora_targets)
-    return f"{_METHODS[training.method]} r={training.lora_rank} on {targets}"
+    adapter = " ".join(
+        [_METHODS[training.method], *["DoRA"] * training.dora, *["rsLoRA"] * training.rslora, f"r={training.lora_rank}"]
+    )
+    saved = training.lora_modules_to_save.replace(",", " and ")
+    return f"{adapter} on {targets}" + (f", with {saved}" if saved else "")
 
 
 def strategy_text(scenario: Scenario, *, cluster: Cluster) -> str:

@@ -283,7 +283,7 @@ TERMS: tuple[Term, ...] = (
         text="The flags of a published recipe under one name. What you type, set in LAUNCHKIT_* or write in "
         "launchkit.toml wins over them; they win over the defaults.",
         omits="the GPUs, the attention and the trainer, which stay yours; the learning rate and the data; and the "
-        "dropout of adapters, which plans take to be none.",
+        "dropout of adapters, for which --lora-dropout stands.",
         also=("presets",),
     ),
     Term(

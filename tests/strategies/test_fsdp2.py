@@ -307,12 +307,7 @@ def test_the_last_block_is_prefetched_when_the_unit_behind_it_begins_its_backwar
     assert isinstance(section.events[0], first_event)
 
 
-def test_fsdp1_has_fsdp2s_units_and_refusals() -> None:
-    built, ranks = scenario(strategy="fsdp", precision="bf16"), cluster(num_gpus=2)
-    traced = program(itemsize=2)
-    as_fsdp2 = scenario(strategy="fsdp2", precision="bf16")
-    assert fsdp1.rewrite(traced, scenario=built, cluster=ranks) == fsdp2.rewrite(
-        traced, scenario=as_fsdp2, cluster=ranks
-    )
+def test_fsdp1_has_fsdp2s_refusals() -> None:
+    ranks = cluster(num_gpus=2)
     refused = fsdp1.refusal(scenario(strategy="fsdp", offload="nvme"), profile(), ranks)
     assert refused is not None and "--offload all" in refused
