@@ -26,6 +26,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from bench.accuracy.cell import Cell
+from bench.accuracy.inputs import task_batches
 
 MARK = "launchkit::"
 BYTES_PER_TOKEN = 8  # of the last batch's ids, which the generator of batches still holds
@@ -45,6 +46,7 @@ OPTIMIZERS: dict[str, tuple[str, dict[str, Any]]] = {
 
 def build_model(cell: Cell) -> nn.Module:
     """The cell's model with random weights, adapters and checkpointing in place."""
+    import transformers
     from transformers import AutoConfig, AutoModelForCausalLM
 
     fields = dict(cell.config)
@@ -53,7 +55,9 @@ def build_model(cell: Cell) -> nn.Module:
         config.use_cache = cell.use_cache
     narrow = cell.precision.startswith("bf16-") or (cell.method == "qlora" and cell.precision == "bf16")
     dtype = torch.bfloat16 if narrow else torch.float32
-    model: nn.Module = AutoModelForCausalLM.from_config(config, attn_implementation=cell.attention, dtype=dtype)
+    named = getattr(transformers, (config.architectures or [""])[0], None)
+    build = named._from_config if named else AutoModelForCausalLM.from_config
+    model: nn.Module = build(config, attn_implementation=cell.attention, dtype=dtype)
     if cell.method == "qlora":
         model = quantised(model, cell, dtype=dtype)
     if cell.method != "full":
@@ -228,7 +232,7 @@ def run_loop(cell: Cell) -> list[int]:
     """The plain step of ``--trainer loop``, on one process, DDP or FSDP. Under FSDP, what is resident at the start of
     each step and at the end; elsewhere nothing, as no ghosts arise."""
     model = build_model(cell)
-    vocab_size = model.config.vocab_size
+    config = model.config
     if cell.strategy in ("fsdp2", "hsdp"):
         model = shard(cell, model)
     elif cell.strategy == "fsdp":
@@ -236,7 +240,7 @@ def run_loop(cell: Cell) -> list[int]:
     elif cell.strategy == "ddp":
         model = replicate(cell, model)
     optimizer = build_optimizer(cell, model)
-    data = batches(cell, vocab_size)
+    data = task_batches(cell, config)
     resident = []
     for step in range(cell.num_steps):
         gc.collect()
