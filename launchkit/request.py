@@ -31,7 +31,9 @@ from launchkit.scenario import (
     StrategyKind,
     Trainer,
     Training,
+    ZeroSettings,
 )
+from launchkit.zero_settings import read_zero_settings, zero_settings_text
 
 _T = TypeVar("_T")
 SWITCHES = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
@@ -49,6 +51,7 @@ class Request:
     strategy: StrategyKind | None = None
     fsdp_sharding: Sharding | None = None
     offload: Offload | None = None
+    zero_settings: str | None = None
     method: Method | None = None
     lora_rank: int | None = None
     lora_targets: str | None = None
@@ -160,6 +163,11 @@ FLAGS: tuple[Flag, ...] = (
     Flag(name="strategy", kind=StrategyKind, default="single", help="how the job is spread over the GPUs"),
     Flag(name="fsdp_sharding", kind=Sharding, help="what FSDP shards [full_shard; hsdp: hybrid_shard]"),
     Flag(name="offload", kind=Offload, default="none", help="what is kept off the GPU"),
+    Flag(
+        name="zero_settings",
+        kind=str,
+        help="keys of DeepSpeed's zero_optimization: reduce_bucket_size=5e7,overlap_comm=false",
+    ),
     Flag(name="method", kind=Method, default="full", help="what is trained"),
     Flag(name="lora_rank", kind=int, default=16, help="rank of the adapters"),
     Flag(
@@ -288,6 +296,7 @@ def scenario_flags(scenario: Scenario, *, cluster: Cluster) -> dict[str, str | i
         "strategy": strategy.kind,
         "fsdp_sharding": strategy.fsdp.sharding if strategy.kind.is_fsdp else None,
         "offload": strategy.offload,
+        "zero_settings": (zero_settings_text(strategy.zero) or None) if strategy.kind.zero_stage else None,
         "method": training.method,
         "lora_rank": training.lora_rank,
         "lora_targets": training.lora_targets,
@@ -343,7 +352,15 @@ def _strategy(request: Request) -> Strategy:
         )
     sharding = request.fsdp_sharding or default
     fsdp = FsdpSettings(sharding=sharding, offload_params=kind.is_fsdp and offload.params)
-    return Strategy(kind=kind, offload=offload, fsdp=fsdp)
+    return Strategy(kind=kind, offload=offload, fsdp=fsdp, zero=_zero_settings(request, kind))
+
+
+def _zero_settings(request: Request, kind: StrategyKind) -> ZeroSettings:
+    if request.zero_settings is None:
+        return ZeroSettings()
+    if not kind.zero_stage:
+        raise IllegalScenarioError(f"--zero-settings says nothing under --strategy {kind}; add --strategy zero3")
+    return read_zero_settings(request.zero_settings)
 
 
 def _batch(request: Request, *, seq_len: int, num_gpus: int) -> Batch:

@@ -237,6 +237,12 @@ class Training:
     max_grad_norm: float = 1.0  # clipping is the trainer's: none under Trainer.LOOP
 
     @property
+    def has_bf16_masters(self) -> bool:
+        """Whether ZeRO keeps its master weights and optimizer states in bf16 too: of a full fine-tune that is held in
+        bf16 throughout. Adapters are few, and keep fp32 ones."""
+        return self.method is Method.FULL and self.precision in (Precision.BF16_PARAMS, Precision.BF16_PURE)
+
+    @property
     def flattens_batch(self) -> bool:
         """Whether a micro-batch becomes one long row, in which a mask of tokens by tokens keeps sequences apart.
 

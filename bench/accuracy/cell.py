@@ -16,7 +16,8 @@ class Cell:
     ``fp32``), ``use_orig_params`` FSDP1's; ``ddp`` holds DDP's arguments, and as ``comm_hook`` the name of a hook;
     ``use_cache`` None leaves the model's own default, which keeps keys and values of a training step. With an
     ``evaluation_micro_batch`` the trainer evaluates two batches of it behind the last step. Packed rows hold two
-    sequences each.
+    sequences each. ``zero`` are keys of DeepSpeed's ``zero_optimization`` beside the stage, ``offload`` is DeepSpeed's;
+    what ``zero`` does not name has DeepSpeed's own default, or accelerate's where it says ``auto``.
     """
 
     name: str
@@ -46,6 +47,8 @@ class Cell:
     use_cache: bool | None = False
     evaluation_micro_batch: int = 0
     packing: bool = False
+    offload: str = "none"
+    zero: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def is_mixed(self) -> bool:

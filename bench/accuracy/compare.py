@@ -45,6 +45,9 @@ def predict(cell: Cell, state: str) -> dict[str, Any]:
         flags |= {name: getattr(cell, name) for name in ADAPTER_FLAGS if getattr(cell, name)}
     if cell.strategy in FSDP:
         flags["fsdp_sharding"] = cell.sharding
+    if cell.strategy.startswith("zero"):
+        flags["offload"] = cell.offload
+        flags["zero_settings"] = ",".join(f"{key}={value}" for key, value in cell.zero.items()) or None
     if cell.gradient_accumulation_steps > 1:
         flags["global_batch"] = cell.micro_batch * cell.gradient_accumulation_steps * cell.num_processes
     with tempfile.TemporaryDirectory() as folder:

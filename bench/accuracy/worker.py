@@ -16,6 +16,7 @@ import contextlib
 import gc
 import json
 import os
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from bench.accuracy.cell import Cell
 from bench.accuracy.inputs import task_batches
 
 MARK = "launchkit::"
+GLOO_SECONDS = 0.005  # after which gloo's thread has let go of what it has done
 BYTES_PER_TOKEN = 8  # of the last batch's ids, which the generator of batches still holds
 
 FSDP = ("fsdp", "fsdp2", "hsdp")
@@ -273,11 +275,16 @@ def gradient_sync(cell: Cell, model: nn.Module, *, last: bool) -> contextlib.Abs
 
 
 def deepspeed_config(cell: Cell) -> dict[str, Any]:
+    zero: dict[str, Any] = {"stage": int(cell.strategy[-1]), **cell.zero}
+    if cell.offload in ("optimizer", "all"):
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": False}  # pinning takes a GPU's driver
+    if cell.offload == "all":
+        zero["offload_param"] = {"device": "cpu", "pin_memory": False}
     return {
         "train_micro_batch_size_per_gpu": cell.micro_batch,
         "gradient_accumulation_steps": cell.gradient_accumulation_steps,
-        "gradient_clipping": cell.max_grad_norm,
-        "zero_optimization": {"stage": int(cell.strategy[-1])},  # bucket sizes are DeepSpeed's defaults
+        "gradient_clipping": (cell.max_grad_norm or 1.0) if cell.trainer == "hf" else cell.max_grad_norm,
+        "zero_optimization": zero,
         "bf16": {"enabled": cell.precision != "fp32"},
         "zero_force_ds_cpu_optimizer": False,
         "zero_allow_untested_optimizer": True,
@@ -285,12 +292,67 @@ def deepspeed_config(cell: Cell) -> dict[str, Any]:
     }
 
 
-def run_deepspeed(cell: Cell) -> list[int]:
-    """Raw ``deepspeed.initialize`` with a torch optimizer; nothing is compiled."""
+def uncompiled_deepspeed() -> Any:
+    """DeepSpeed without the shared-memory transport that every run on CPU would compile; gloo does without it."""
     import deepspeed
 
-    # Every run on CPU would compile a shared-memory transport; gloo does without it.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+class _Finished:
+    """A collective's work that is let go of a moment after it is done.
+
+    A thread of gloo's holds it too. Whoever lets go last frees the copies that gloo made, and the profiler sees that
+    only where it is this thread.
+    """
+
+    def __init__(self, work: Any) -> None:
+        self._work = work
+
+    def wait(self, *arguments: Any) -> bool:
+        done: bool = self._work.wait(*arguments)
+        time.sleep(GLOO_SECONDS)
+        return done
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._work, name)
+
+
+def outlive_gloo() -> None:
+    """Makes every collective of this process a ``_Finished`` one, so that no ghosts arise."""
+
+    def patched(collective: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*arguments: Any, async_op: bool = False, **others: Any) -> Any:
+            work = collective(*arguments, async_op=True, **others)
+            finished = None if work is None else _Finished(work)
+            if async_op or finished is None:
+                return finished
+            finished.wait()
+            return None
+
+        return run
+
+    for name in ("all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor", "all_gather", "broadcast", "reduce"):
+        setattr(dist, name, patched(getattr(dist, name)))
+
+
+def python_bytes() -> int:
+    """Bytes of every CPU storage that a tensor known to Python holds: between steps, all that is resident."""
+    storages = {}
+    for thing in gc.get_objects():
+        if issubclass(type(thing), torch.Tensor) and thing.device.type == "cpu":
+            storage = thing.untyped_storage()
+            storages[storage._cdata] = storage.nbytes()
+    return sum(storages.values())
+
+
+def run_deepspeed(cell: Cell) -> list[int]:
+    """Raw ``deepspeed.initialize`` with a torch optimizer; nothing is compiled. What is resident at the start of each
+    step and at the end, as of ``run_loop``."""
+    deepspeed = uncompiled_deepspeed()
+    outlive_gloo()
+    before = python_bytes()
     deepspeed.init_distributed(dist_backend="gloo")
     model = build_model(cell)
     vocab_size = model.config.vocab_size
@@ -299,8 +361,10 @@ def run_deepspeed(cell: Cell) -> list[int]:
     )
     del model
     data = batches(cell, vocab_size)
+    resident = []
     for step in range(cell.num_steps):
         gc.collect()
+        resident.append(python_bytes() - before)
         with record_function(f"{MARK}step.{step}"):
             for _ in range(cell.gradient_accumulation_steps):
                 batch = next(data)
@@ -311,7 +375,8 @@ def run_deepspeed(cell: Cell) -> list[int]:
                 del loss, batch
                 with record_function(f"{MARK}optimizer"):
                     engine.step()
-    return []
+    gc.collect()
+    return [*resident, python_bytes() - before]
 
 
 FSDP_VARIABLES: dict[str, Callable[[Cell], dict[str, str]]] = {
@@ -373,11 +438,14 @@ def make_trainer(cell: Cell, model: nn.Module, rows: list[dict[str, list[int]]],
 
 
 def run_trainer(cell: Cell) -> list[int]:
-    """The trainer of transformers or TRL with its defaults, on one process, DDP or FSDP."""
+    """The trainer of transformers or TRL with its defaults, on one process, DDP, FSDP or ZeRO."""
     import tempfile
 
     from transformers import TrainerCallback
 
+    is_zero = cell.strategy.startswith("zero")
+    if is_zero:
+        uncompiled_deepspeed()
     model = build_model(cell)
     is_sharded = cell.strategy in FSDP_VARIABLES
     if is_sharded:
@@ -428,6 +496,7 @@ def run_trainer(cell: Cell) -> list[int]:
             logging_strategy="no",
             report_to=[],
             disable_tqdm=True,
+            deepspeed=deepspeed_config(cell) if is_zero else None,
         )
         trainer.train()
         if cell.evaluation_micro_batch:

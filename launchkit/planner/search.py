@@ -27,6 +27,7 @@ from launchkit.scenario import (
 )
 from launchkit.simulate.overheads import MEMORY_MODEL_ERROR, cuda_context
 from launchkit.units import round_up
+from launchkit.zero_settings import read_zero_settings
 
 DEFAULT_GLOBAL_BATCH = 32  # sequences per optimizer step where none is asked for: what most recipes use
 LARGEST_MICRO_BATCH = 64
@@ -145,6 +146,8 @@ class Search:
             strategy = _strategy(kind, offload)
             if request.fsdp_sharding is not None and kind.is_fsdp:
                 strategy = replace(strategy, fsdp=replace(strategy.fsdp, sharding=request.fsdp_sharding))
+            if request.zero_settings is not None and kind.zero_stage:
+                strategy = replace(strategy, zero=read_zero_settings(request.zero_settings))
             yield strategy
 
     def base(self, method: Method, strategy: Strategy) -> Scenario:
@@ -156,6 +159,7 @@ class Search:
             strategy=StrategyKind.SINGLE,
             offload=None,
             fsdp_sharding=None,
+            zero_settings=None,
             micro_batch=None,
             global_batch=None,
             precision=self.request.precision or default_precision(method, self._cluster),
