@@ -208,7 +208,7 @@ def _read_kernels(logs: Sequence[Sequence[KernelRecord]], fitter: Fitter) -> dic
         if any(r.op != first.op or r.place != first.place for r in records):
             raise TraceError(f"the kernels differ between batch sizes or lengths in {first.place.stage}")
         flops = fitter.fit([r.flops for r in records], what=f"the FLOPs of {first.op}")
-        moved = fitter.fit([r.num_bytes for r in records], what=f"the traffic of {first.op}")
+        moved = fitter.fit_traffic([r.num_bytes for r in records])
         key = (flops, moved, bool(flops.terms))
         place = counted.setdefault(first.place, {})
         place[key] = place.get(key, 0) + 1

@@ -55,7 +55,11 @@ def apply_method(model: nn.Module, key: TraceKey, *, lora_rank: int) -> nn.Modul
         use_dora=key.dora,
         task_type=task_type,
     )
-    return get_peft_model(model, config, autocast_adapter_dtype=not key.cast_adapters)
+    try:
+        return get_peft_model(model, config, autocast_adapter_dtype=not key.cast_adapters)
+    except ValueError as error:
+        reason = " ".join(str(error).removeprefix("[PEFT:PeftType.LORA] ").split())
+        raise TraceError(f"PEFT refuses --lora-targets {key.lora_targets}: {reason}") from None
 
 
 def lora_targets(model: nn.Module, targets: str) -> str | list[str]:
