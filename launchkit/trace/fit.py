@@ -42,8 +42,8 @@ class Fitter:
         return size
 
     def fit_traffic(self, values: Sequence[int]) -> Size:
-        """The bytes that a kernel moves: the polynomial through ``values``, or, where there is none of three terms, what
-        it moves per token at the held-back point. Only the clock reads it."""
+        """The bytes that a kernel moves: the polynomial through ``values``, or, where none of three terms fits, what it
+        moves per token at the held-back point. Only the clock reads it."""
         try:
             return self.fit(values, what="the traffic of a kernel")
         except TraceError:

@@ -57,7 +57,7 @@ def apply_method(model: nn.Module, key: TraceKey, *, lora_rank: int) -> nn.Modul
     )
     try:
         return get_peft_model(model, config, autocast_adapter_dtype=not key.cast_adapters)
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         reason = " ".join(str(error).removeprefix("[PEFT:PeftType.LORA] ").split())
         raise TraceError(f"PEFT refuses --lora-targets {key.lora_targets}: {reason}") from None
 
