@@ -217,7 +217,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "chunk_size": 32,
     },
     "bert": ENCODER | {"model_type": "bert", "architectures": ["BertForSequenceClassification"]},
-    "roberta": ENCODER | {"model_type": "roberta", "architectures": ["RobertaForMaskedLM"]},
+    "roberta": ENCODER | {"model_type": "roberta", "architectures": ["RobertaForSequenceClassification"]},
     "deberta_v2": ENCODER
     | {
         "model_type": "deberta-v2",
@@ -363,6 +363,11 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 
 # Without adapters: PEFT refuses Mamba's projections.
 _WITHOUT_LORA = ("mamba", "mamba2", "falcon_mamba", "bamba")
+# PEFT puts adapters on all linear layers of these, and then fails: on a router that returns two tensors, on a classifier
+# that is trained whole.
+_LORA_FAILS = ("phimoe", "llama4_text", "distilbert")
+# Traced, but not measured: their image processors' grids and tiles are no tensors of a fixed size.
+_NOT_MEASURED = ("qwen2_vl", "qwen2_5_vl", "llama4")
 # transformers has no other attention for these.
 _EAGER_ONLY = ("gemma2", "gpt_oss", "bloom", "gpt_neo", "gptj", "deberta_v2", "mamba", "mamba2", "falcon_mamba")
 _OPTIMIZERS = ("adamw_torch", "sgd", "adamw_torch_fused")
@@ -372,6 +377,8 @@ def architecture_cells() -> Iterator[Cell]:
     """For each architecture a plain step, a mixed one with checkpointing, and one of adapters; between them every
     precision meets every attention, checkpointing and optimizer in some family."""
     for number, (name, config) in enumerate(ARCHITECTURES.items()):
+        if name in _NOT_MEASURED:
+            continue
         attention = "eager" if name in _EAGER_ONLY or number % 3 == 0 else "sdpa"
         optimizer = _OPTIMIZERS[number % len(_OPTIMIZERS)]
         yield Cell(name=f"arch-{name}-fp32", config=config, attention=attention, optimizer=optimizer)
@@ -383,5 +390,5 @@ def architecture_cells() -> Iterator[Cell]:
             checkpointing="full",
             seq_len=96,
         )
-        if name not in _WITHOUT_LORA:
+        if name not in (*_WITHOUT_LORA, *_LORA_FAILS):
             yield Cell(name=f"arch-{name}-lora", config=config, attention=attention, method="lora", seq_len=32 * 5)

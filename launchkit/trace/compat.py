@@ -26,6 +26,15 @@ def _one_sequence_per_row(position_ids: torch.Tensor) -> None:
     _several_sequences_per_row(position_ids)
 
 
+def _unpadded(ignores: Callable[..., bool]) -> Callable[..., bool]:
+    """transformers' question whether sdpa's causal mask may be left out, where the mask given has no padding in it."""
+
+    def ask(padding_mask: torch.Tensor | None, *arguments: Any, **options: Any) -> bool:
+        return ignores(None, *arguments, **options)
+
+    return ask
+
+
 def _every_index(tensor: torch.Tensor) -> torch.Tensor:
     """``Tensor.nonzero`` of a vector whose entries all count: every label is one that is scored (DeBERTa asks)."""
     return torch.zeros(tensor.numel(), tensor.dim(), dtype=torch.int64)
@@ -47,6 +56,7 @@ def full_sequences(*, packed: bool = False) -> Iterator[None]:
     with (
         mock.patch.object(masking_utils, "find_packed_sequence_indices", find),
         mock.patch.object(masking_utils, "is_tracing", lambda tensor=None: False),
+        mock.patch.object(masking_utils, "_ignore_causal_mask_sdpa", _unpadded(masking_utils._ignore_causal_mask_sdpa)),
         mock.patch.object(torch.Tensor, "nonzero", _every_index),
         mock.patch.object(torch, "rand", _never_dropped(torch.rand)),
     ):
