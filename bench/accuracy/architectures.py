@@ -363,8 +363,8 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 
 # Without adapters: PEFT refuses Mamba's projections.
 _WITHOUT_LORA = ("mamba", "mamba2", "falcon_mamba", "bamba")
-# PEFT puts adapters on all linear layers of these, and then fails: on a router that returns two tensors, on a classifier
-# that is trained whole.
+# PEFT puts adapters on all linear layers of these, and then fails: on a router that returns two tensors, on a
+# classifier that is trained whole.
 _LORA_FAILS = ("phimoe", "llama4_text", "distilbert")
 # Traced, but not measured: their image processors' grids and tiles are no tensors of a fixed size.
 _NOT_MEASURED = ("qwen2_vl", "qwen2_5_vl", "llama4")

@@ -148,7 +148,8 @@ def lora_flags(lora: Mapping[str, Any] | None) -> dict[str, Any]:
     """Rank, targets and dropout of a row's adapters."""
     if not lora or not isinstance(lora.get("targets"), list):
         raise NotComparable("not stated: adapters")
-    return {"lora_rank": lora["r"], "lora_targets": ",".join(lora["targets"])}
+    targets = ",".join(lora["targets"])
+    return {"lora_rank": lora["r"], "lora_targets": targets, "lora_dropout": lora.get("dropout", 0.0)}
 
 
 def compare(row: Mapping[str, Any]) -> Row:
