@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -49,3 +50,22 @@ def test_mixed_precision_gathers_16_bits_of_fp32_shards() -> None:
     whole, mixed = rewritten(), rewritten(precision="bf16")
     assert start(mixed)[Owner.WEIGHTS] >= start(whole)[Owner.WEIGHTS]  # each parameter begins at 16 bytes
     assert most(mixed, Owner.GATHERED_WEIGHTS) < 0.6 * most(whole, Owner.GATHERED_WEIGHTS)
+
+
+def test_4_bit_weights_are_sharded_by_their_packed_bytes() -> None:
+    """Two to a byte, in storage of two bytes: the shards of two ranks hold them all, and scales are on both."""
+    traced = program(itemsize=2, frozen=True)
+    packed = {
+        name: replace(
+            group,
+            parameters=tuple(
+                p if p.trainable else replace(p, itemsize=1, packed_bytes=p.numel() // 2) for p in group.parameters
+            ),
+        )
+        for name, group in traced.groups.items()
+    }
+    settings = plain(strategy="fsdp", precision="bf16-params", method="qlora", trainer="hf")
+    step = strategies.rewrite(replace(traced, groups=packed), scenario=settings, cluster=ranks(2))
+    frozen, trained = 2 * 100 + 3 * 60, 3 * 4
+    held = start(step)[Owner.WEIGHTS]
+    assert frozen // 2 // 2 <= held <= frozen // 2 // 2 + 4 * trained + 16 * 8
