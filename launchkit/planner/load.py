@@ -71,14 +71,11 @@ def load_peak(job: LoadJob) -> LoadPeak:
 
 
 def _written(job: LoadJob, device_bytes: int) -> int:
-    """What of the device's allocations is written to. Gradients that ZeRO makes room for are not; and mapped weights
-    become a DDP process's own when a broadcast writes to them, by which time one of two buffers is gone."""
+    """What of the device's allocations is written to: ZeRO-3's buffers wait for gradients, and mapped weights become a
+    DDP process's own when a broadcast writes to them, by which time one of two buffers is gone."""
     kind = job.scenario.strategy.kind
     if kind is StrategyKind.DDP and not job.converts:
         return job.sizes.state_dict_bytes + min(job.sizes.state_dict_bytes, BROADCAST_BUCKET_BYTES)
-    if kind in (StrategyKind.ZERO1, StrategyKind.ZERO2):
-        moments = _flattening(job)
-        return max(moments.flattened_bytes, moments.cast_bytes)
     return device_bytes - (job.unwritten_bytes if kind is StrategyKind.ZERO3 else 0)
 
 
@@ -116,28 +113,15 @@ def _shards(job: LoadJob) -> int:
     return 0 if offloads else divide_up(job.sizes.state_dict_bytes, job.num_shards)
 
 
-class _Flattening(NamedTuple):
-    """ZeRO-1 and 2 at three moments: the flat copy beside the weights, the partition cast to fp32 beside its 16-bit
-    clone, the partition's first gradients."""
-
-    flattened_bytes: int
-    cast_bytes: int
-    gradients_bytes: int
-
-
-def _flattening(job: LoadJob) -> _Flattening:
-    """The weights are flattened on the device where it has room for both, else on the host."""
+def _flat_and_whole(job: LoadJob) -> int:
+    """ZeRO-1 and 2 flatten the trained weights on the device where it has room for both, else on the host. Then the
+    rank's partition is cast to fp32 by way of a clone, and gets gradients of zeros; offloaded, both go to the host."""
     whole, partition = job.sizes.state_dict_bytes, divide_up(job.sizes.num_trained, job.num_shards)
     both = whole + job.sizes.trained_bytes
     flattened = both if both <= job.room_bytes else whole
     cast = whole + partition * (loaded_itemsize(job.scenario) + FP32_BYTES)
-    if job.scenario.strategy.offload.optimizer:  # both go to the host
-        return _Flattening(flattened, cast, whole)
-    return _Flattening(flattened, cast, whole + 2 * partition * FP32_BYTES)
-
-
-def _flat_and_whole(job: LoadJob) -> int:
-    return max(_flattening(job))
+    with_gradients = whole if job.scenario.strategy.offload.optimizer else whole + 2 * partition * FP32_BYTES
+    return max(flattened, cast, with_gradients)
 
 
 def _partitioned(job: LoadJob) -> int:
