@@ -32,7 +32,7 @@ from launchkit.program import (
 )
 from launchkit.scenario import Compute, DeviceKind
 from launchkit.simulate.expand import MemoryEvent, expand
-from launchkit.strategies import fsdp1, fsdp2, hsdp
+from launchkit.strategies import fsdp2, hsdp
 from tests.builders import cluster, profile, scenario
 
 POINT = Point(2, 8, 3)
@@ -305,9 +305,3 @@ def test_the_last_block_is_prefetched_when_the_unit_behind_it_begins_its_backwar
     built = rewritten(trainer=trainer)
     section = built.section_of(built.stage("backward.1"), 0)
     assert isinstance(section.events[0], first_event)
-
-
-def test_fsdp1_has_fsdp2s_refusals() -> None:
-    ranks = cluster(num_gpus=2)
-    refused = fsdp1.refusal(scenario(strategy="fsdp", offload="nvme"), profile(), ranks)
-    assert refused is not None and "--offload all" in refused
