@@ -477,14 +477,14 @@ def run_trainer(cell: Cell) -> list[int]:
     class Marks(TrainerCallback):
         def on_step_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
             gc.collect()
-            resident.append(resident_bytes(others["model"], others["optimizer"]))
+            resident.append(resident_bytes(trainer.model_wrapped, others["optimizer"]))
             self.mark = record_function(f"{MARK}step.{state.global_step}")
             self.mark.__enter__()
 
         def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
             self.mark.__exit__(None, None, None)
             if state.global_step == cell.num_steps:
-                resident.append(resident_bytes(others["model"], others["optimizer"]))
+                resident.append(resident_bytes(trainer.model_wrapped, others["optimizer"]))
 
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(
@@ -514,7 +514,7 @@ def run_trainer(cell: Cell) -> list[int]:
             gc.collect()
             with record_function(f"{MARK}evaluation"):
                 trainer.evaluate(trainer.train_dataset)
-    return resident if is_sharded else []
+    return resident if is_sharded or cell.strategy == "ddp" else []
 
 
 def runner(cell: Cell) -> Callable[[Cell], list[int]]:
