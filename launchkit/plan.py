@@ -92,11 +92,6 @@ class Estimate:
         worst = max(step_first, key=lambda peak: peak.device_peak_bytes, default=None)
         return RunPhase.STEADY_STEP if worst is None else worst.phase
 
-    @property
-    def host_needed_bytes(self) -> int:
-        """The most that any phase needs of a node's memory, mapped weight files left out."""
-        return max([phase.host_needed_bytes for phase in self.phases], default=self.host_peak_bytes)
-
 
 @dataclass(frozen=True, kw_only=True)
 class StepTime:

@@ -11,7 +11,6 @@ from launchkit.hardware import Cluster, format_gpus
 from launchkit.model import ModelProfile, ModelSource
 from launchkit.plan import Candidate, Plan, Rejected, Suggestion
 from launchkit.planner.evaluate import Bench, judge, sketch
-from launchkit.planner.host import lacking
 from launchkit.planner.search import Option, Refused, Search
 from launchkit.request import Request, decisions
 from launchkit.scenario import (
@@ -140,9 +139,8 @@ def _rejected(bench: Bench, options: Sequence[Option], judged: Mapping[Scenario,
 def _reason(bench: Bench, candidate: Candidate) -> str:
     """What is lacking on the host, or what weighs most on the device, unless only the range's top is too much."""
     estimate = candidate.estimate
-    uses = bench.host_uses(candidate.scenario)
-    if phase := lacking(uses, cluster=bench.cluster_of(candidate.scenario)):
-        return f"host memory {uses[phase].needed_bytes / GIB:.1f} {phase}"
+    if lack := bench.host_shortage(candidate.scenario):
+        return f"host memory {lack.needed_bytes / GIB:.1f} {lack.doing}"
     if estimate.device_peak_bytes <= estimate.device_usable_bytes < estimate.device_peak_high_bytes:
         return f"may reach {estimate.device_peak_high_bytes / GIB:.1f}"
     owner, num_bytes = max(estimate.at_peak.items(), key=lambda item: item[1])

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from launchkit.optimizers import FP32_BYTES
 from launchkit.plan import CheckpointFiles
-from launchkit.planner.sizes import ModelSizes
+from launchkit.planner.sizes import ModelSizes, saves_whole_weights
 from launchkit.recipe import KEPT_CHECKPOINTS
-from launchkit.scenario import Method, Scenario, StrategyKind
+from launchkit.scenario import Scenario, StrategyKind
 
 # What a file adds per tensor. safetensors: name, dtype, shape and offsets as JSON. torch.save: an entry in a zip with
 # its padding, and the pickled description. Measured on adapters of 84 tensors: 130 and 273 bytes.
@@ -48,11 +48,7 @@ def checkpoint_files(sizes: ModelSizes, scenario: Scenario, *, num_ranks: int) -
 
 def _weights_bytes(sizes: ModelSizes, scenario: Scenario) -> int:
     """What ``from_pretrained`` reads back: nothing where shards are saved instead."""
-    strategy = scenario.strategy
-    if strategy.kind.is_fsdp and not strategy.fsdp.full_state_dict:
-        return 0
-    gathers = strategy.zero.gather_16bit_weights_on_model_save or scenario.training.method is not Method.FULL
-    if strategy.kind is StrategyKind.ZERO3 and not gathers:
+    if not saves_whole_weights(scenario):
         return 0
     return sizes.trained_bytes + SAFETENSORS_ENTRY_BYTES * sizes.num_trained_tensors
 
@@ -71,9 +67,9 @@ def _engine_weights_bytes(sizes: ModelSizes, scenario: Scenario, *, num_ranks: i
 
 def _serial_bytes(weights: int, engine: int, optimizer: int, scenario: Scenario, *, num_ranks: int) -> int:
     """Bytes that the busiest rank writes: shards are written side by side, everything else by the first rank."""
-    strategy = scenario.strategy
-    if strategy.kind.is_fsdp and not strategy.fsdp.full_state_dict:
+    kind = scenario.strategy.kind
+    if kind.is_fsdp and not saves_whole_weights(scenario):
         return (engine + optimizer) // num_ranks
-    if strategy.kind.zero_stage:
+    if kind.zero_stage:
         return weights + engine + optimizer // num_ranks
     return weights + engine + optimizer

@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 from launchkit.hardware import Cluster
 from launchkit.planner.load import LoadPeak
-from launchkit.planner.sizes import ModelSizes
+from launchkit.planner.sizes import ModelSizes, saves_whole_weights
 from launchkit.program import StepProgram
-from launchkit.scenario import DeviceKind, Method, Scenario, StrategyKind
+from launchkit.scenario import DeviceKind, Scenario, StrategyKind
 from launchkit.units import GB, MIB
 
 # Resident memory of one process with torch, transformers, accelerate and PEFT imported (475 MiB measured, CPU build of
@@ -85,28 +85,38 @@ def host_while_saving(
     Source: accelerate 1.15 ``get_state_dict``; DeepSpeed 0.19.8 ``_zero3_consolidated_16bit_state_dict``,
     ``clone_tensors_for_torch_save``; safetensors 0.8 ``_flatten_as_ptr``, which copies nothing on the CPU.
     """
-    strategy, ranks = scenario.strategy, cluster.node.num_gpus
+    kind, ranks = scenario.strategy.kind, cluster.node.num_gpus
     on_host = ranks * device_bytes if _is_host(cluster) else 0
-    if strategy.kind.is_fsdp:
-        copies = max(sizes.state_dict_bytes, sizes.state_bytes) if strategy.fsdp.full_state_dict else 0
-    elif strategy.kind is StrategyKind.ZERO3:
-        gathers = strategy.zero.gather_16bit_weights_on_model_save or scenario.training.method is not Method.FULL
-        copies = sizes.trained_bytes if gathers else 0
-    elif strategy.kind.zero_stage:
+    if not saves_whole_weights(scenario):
+        copies = 0
+    elif kind.is_fsdp:
+        copies = max(sizes.state_dict_bytes, sizes.state_bytes)
+    elif kind is StrategyKind.ZERO3:
+        copies = sizes.trained_bytes
+    elif kind.zero_stage:
         copies = ranks * sizes.state_dict_bytes
     else:
         copies = 0 if _is_host(cluster) else min(sizes.trained_bytes, LARGEST_FILE_BYTES)
     return HostUse(training.needed_bytes + on_host + copies)
 
 
-def lacking(uses: Mapping[str, HostUse], *, cluster: Cluster) -> str | None:
-    """The phase that needs more than a node's memory, the most demanding one: there the kernel kills processes (exit
-    code -9). None where all have room; memory that nobody knows is taken to be enough, and a CPU's is the device's."""
-    memory_bytes = cluster.node.host_memory_bytes
-    if not memory_bytes or _is_host(cluster):
-        return None
-    phase = max(uses, key=lambda name: uses[name].needed_bytes)
-    return phase if uses[phase].needed_bytes > memory_bytes else None
+class Shortage(NamedTuple):
+    """What a node needs of its host's memory, more than it has, and what it is doing then (``while loading``)."""
+
+    doing: str
+    needed_bytes: int
+
+
+def known_host_bytes(cluster: Cluster) -> int:
+    """A node's memory where it is known and is not the devices' own; 0 elsewhere."""
+    return 0 if _is_host(cluster) else cluster.node.host_memory_bytes
+
+
+def shortage(uses: Mapping[str, HostUse], *, memory_bytes: int) -> Shortage | None:
+    """The moment that asks most of a node, if it asks for more than there is: then the kernel kills processes (exit
+    code -9). None where all have room."""
+    doing, use = max(uses.items(), key=lambda item: item[1].needed_bytes)
+    return Shortage(doing, use.needed_bytes) if use.needed_bytes > memory_bytes else None
 
 
 def _processes(each_bytes: int, cluster: Cluster) -> int:

@@ -1,4 +1,4 @@
-"""The peaks of a whole run, phase by phase: loading, the first step, a steady one, evaluation, saving."""
+"""The peaks of a whole run, phase by phase: loading, the first step, a steady one, saving."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from launchkit.hardware import Cluster
 from launchkit.plan import PhasePeak, RunPhase
 from launchkit.planner.host import HostUse, host_while_loading, host_while_saving, host_while_training
 from launchkit.planner.load import LoadJob, LoadPeak, load_peak
-from launchkit.planner.sizes import ModelSizes
+from launchkit.planner.sizes import ModelSizes, saves_whole_weights
 from launchkit.program import Owner, Point, StepProgram
 from launchkit.scenario import Scenario, StrategyKind
 from launchkit.simulate.memory import MemoryReading
 from launchkit.simulate.overheads import device_peak
+from launchkit.strategies.fsdp2 import shard_group_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,21 +31,13 @@ class Run:
     room_bytes: int
     num_communicators: int
 
-    @property
-    def num_shards(self) -> int:
-        """Ranks that hold one copy of the model together."""
-        strategy, cluster = self.scenario.strategy, self.cluster
-        if strategy.kind is StrategyKind.HSDP or strategy.fsdp.sharding.is_hybrid:
-            return strategy.fsdp.shard_group_size or cluster.node.num_gpus
-        return cluster.num_gpus
-
     def load(self) -> LoadPeak:
         return load_peak(
             LoadJob(
                 sizes=self.sizes,
                 scenario=self.scenario,
                 checkpoint_itemsize=self.checkpoint_itemsize,
-                num_shards=self.num_shards,
+                num_shards=shard_group_size(self.scenario.strategy, self.cluster),
                 resident_bytes=self.steady_bytes,
                 unwritten_bytes=self._unwritten_bytes(),
                 room_bytes=self.room_bytes,
@@ -82,12 +75,12 @@ class Run:
         FSDP2 gathers a weight or a state at a time and moves it to the host, FSDP1 a unit, beside it the one around it;
         ZeRO-3 a module. Without shards nothing is gathered. Source: as for ``host_while_saving``.
         """
-        strategy = self.scenario.strategy
+        kind = self.scenario.strategy.kind
         gathered = 0
-        if strategy.kind.is_fsdp and strategy.fsdp.full_state_dict:
-            is_flat = strategy.kind is StrategyKind.FSDP
+        if kind.is_fsdp and saves_whole_weights(self.scenario):
+            is_flat = kind is StrategyKind.FSDP
             gathered = 2 * self.sizes.largest_unit_bytes if is_flat else self.sizes.largest_tensor_bytes
-        elif strategy.kind is StrategyKind.ZERO3:
+        elif kind is StrategyKind.ZERO3:
             gathered = self.sizes.largest_tensor_bytes
         return self.steady_bytes + gathered
 

@@ -30,7 +30,6 @@ class ModelSizes:
     state_dict_bytes: int
     trained_bytes: int
     num_trained: int
-    num_tensors: int
     num_trained_tensors: int
     state_bytes: int
     num_state_tensors: int
@@ -56,7 +55,6 @@ class ModelSizes:
             state_dict_bytes=sum(item.num_bytes * item.copies for item in held),
             trained_bytes=sum(item.num_bytes * item.copies for item in trained),
             num_trained=sum(item.parameter.numel(rank) * item.copies for item in trained),
-            num_tensors=sum(item.copies for item in held),
             num_trained_tensors=sum(item.copies for item in trained),
             state_bytes=sum(n * sum(s.num_bytes(tensor) for s in variants(tensor).states) for tensor, n in tensors),
             num_state_tensors=sum(n * len(variants(tensor).states) for tensor, n in tensors),
@@ -64,6 +62,17 @@ class ModelSizes:
             largest_unit_bytes=max(units.values(), default=0),
             largest_unpacked_bytes=max((item.unpacked_bytes for item in held), default=0),
         )
+
+
+def saves_whole_weights(scenario: Scenario) -> bool:
+    """Whether a checkpoint holds the weights in one piece, for which sharded ones are gathered: unless FSDP is told to
+    save shards, or ZeRO-3 not to gather, which it does for adapters all the same."""
+    strategy = scenario.strategy
+    if strategy.kind.is_fsdp:
+        return strategy.fsdp.full_state_dict
+    if strategy.kind is StrategyKind.ZERO3:
+        return strategy.zero.gather_16bit_weights_on_model_save or scenario.training.method is not Method.FULL
+    return True
 
 
 class _Held:
