@@ -51,6 +51,7 @@ _T = TypeVar("_T", bound=Hashable)
 
 OPTIMIZER_STAGE = "optimizer"
 ROOT_GROUP = "root"
+HALF_BYTES = 2  # of an element in fp16 or bf16
 
 
 # Weights stay as they are and autocast casts in the forward pass: one GPU and DDP.

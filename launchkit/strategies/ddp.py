@@ -33,6 +33,7 @@ from launchkit.program import (
 from launchkit.scenario import CommHook, DdpSettings, Scenario, State
 from launchkit.strategies import single
 from launchkit.strategies.base import (
+    HALF_BYTES,
     arriving_gradients,
     gradient_bytes,
     gradients_die_when_ready,
@@ -43,8 +44,6 @@ from launchkit.strategies.base import (
     whole_tensors,
     with_ready_gradients,
 )
-
-HALF_BYTES = 2  # what a communication hook sends of each element
 
 trace_key = single.trace_key
 refusal = single.refusal

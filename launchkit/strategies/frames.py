@@ -143,6 +143,16 @@ class FramedProgram:
                 group = self.program.section_of(stage, layer).group
                 yield group, Place(stage.name, layer), Place(f"backward.{stage.stack}", layer)
 
+    def gradients(self, group: str, end: Place) -> Iterator[tuple[Place, Alloc]]:
+        """The gradients of a group of parameters whose backward ends at ``end``, with the places where they arise."""
+        is_root = group == ROOT_GROUP
+        for stage in self.backward:
+            if bool(stage.stack) == is_root or not (is_root or stage.name == end.stage):
+                continue
+            place = Place(stage.name, end.layer)
+            for event in self.program.section_of(stage, place.layer).gradients:
+                yield place, event
+
     def frame(self, place: Place) -> Frame:
         return self.frames.setdefault(place, Frame())
 

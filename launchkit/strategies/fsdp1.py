@@ -34,7 +34,7 @@ from functools import cached_property
 
 from launchkit.hardware import Cluster
 from launchkit.model import ModelProfile
-from launchkit.optimizers import BF16_BYTES, LocalTensor
+from launchkit.optimizers import LocalTensor
 from launchkit.program import (
     Alloc,
     Collective,
@@ -42,7 +42,6 @@ from launchkit.program import (
     Copy,
     Event,
     Free,
-    Group,
     Kernel,
     Moment,
     Owner,
@@ -57,6 +56,7 @@ from launchkit.program import (
 from launchkit.scenario import DeviceKind, Method, Scenario, Sharding, State, Strategy, TraceKey, Trainer, Training
 from launchkit.strategies import fsdp2
 from launchkit.strategies.base import (
+    HALF_BYTES,
     ROOT_GROUP,
     OptimizerStep,
     is_gradient,
@@ -66,8 +66,8 @@ from launchkit.strategies.base import (
     with_optimizer,
     with_ready_gradients,
 )
-from launchkit.strategies.frames import Frame, FramedProgram, Live, Place, Visit
-from launchkit.strategies.fsdp2 import Layout
+from launchkit.strategies.frames import Frame, Live, Place, Visit
+from launchkit.strategies.fsdp2 import WIRE_SLOT, Layout, ShardedProgram
 from launchkit.units import divide_up
 
 ALIGNMENT_BYTES = 16  # of each parameter within the flat one. Source: ``_get_aligned_numel``
@@ -182,7 +182,7 @@ def _flat(parameters: Iterable[Parameter], layout: Layout, *, in_block: bool, al
     """
     rows = list(parameters)
     is_trainable = any(row.trainable for row in rows)
-    itemsize = next((row.itemsize for row in rows if not row.packed_bytes), BF16_BYTES)
+    itemsize = next((row.itemsize for row in rows if not row.packed_bytes), HALF_BYTES)
     gathered = layout.gathered_itemsize or itemsize
     stored = (layout.trainable_itemsize if is_trainable else layout.frozen_itemsize) or itemsize
     step = ALIGNMENT_BYTES // gathered if aligns else 1
@@ -261,7 +261,7 @@ class _Slot(IntEnum):
     GATHERED = 1
     PREFETCH_CAST = 2
     PREFETCHED = 3
-    WIRE = 4
+    WIRE = WIRE_SLOT
     ADAPTERS = 5
     ZEROS = 6
     FLAT_GRADIENT = 7
@@ -271,7 +271,7 @@ class _Slot(IntEnum):
     WIDE = 11
 
 
-class _Rewriter(FramedProgram):
+class _Rewriter(ShardedProgram):
     """Walks the units in the order in which the engine meets them and notes what each adds to each section."""
 
     def __init__(self, program: StepProgram, layout: Layout, units: dict[str, _Unit], scenario: Scenario) -> None:
@@ -279,8 +279,7 @@ class _Rewriter(FramedProgram):
             program = map_sections(
                 _without_cast_adapters(program), Phase.BACKWARD, _Adapters(program, layout, units).of
             )
-        super().__init__(program)
-        self.layout = layout
+        super().__init__(program, layout)
         self.units = units
         self.prefetches_backward = scenario.strategy.fsdp.backward_prefetch
         # The order of units is known once a forward pass has recorded it.
@@ -351,7 +350,7 @@ class _Rewriter(FramedProgram):
             return
         sent = self._send(flat, place, events, slot=slot - 1)
         self.gathered[index] = self.alloc(place, slot, flat.gathered_bytes, events, Owner.GATHERED_WEIGHTS)
-        self._pass_through_wire(place, flat.gathered_bytes, events)
+        self.pass_through_wire(place, flat.gathered_bytes, events)
         if sent:
             events.append(self.free(sent, place))
 
@@ -409,13 +408,8 @@ class _Rewriter(FramedProgram):
 
     def _gradient_frees(self, visit: Visit[_Unit]) -> Iterator[Event]:
         """The gradients of the unit's parameters, wherever they arose."""
-        is_root = visit.unit.group == ROOT_GROUP
-        for stage in self.backward:
-            if bool(stage.stack) == is_root or not (is_root or stage.name == visit.backward_end.stage):
-                continue
-            born = Place(stage.name, visit.backward_end.layer)
-            for event in self.program.section_of(stage, born.layer).gradients:
-                yield Free(self.ref(Live(born, event.slot, 0), visit.backward_end), event.size)
+        for born, event in self.gradients(visit.unit.group, visit.backward_end):
+            yield Free(self.ref(Live(born, event.slot, 0), visit.backward_end), event.size)
 
     def _reduce(self, flat: _Flat, gradient: Live, place: Place, events: list[Event]) -> None:
         """Reduce-scatter of the flat gradient, padded if need be, and the cast of what this rank gets."""
@@ -424,7 +418,7 @@ class _Rewriter(FramedProgram):
             padded = self.alloc(place, _Slot.PADDED, flat.gathered_bytes, events)
         owner = Owner.COMMUNICATION if flat.is_cast else Owner.GRADIENTS
         reduced = self.alloc(place, _Slot.REDUCED, flat.cast_bytes, events, owner)
-        self._pass_through_wire(place, flat.gathered_bytes, events)
+        self.pass_through_wire(place, flat.gathered_bytes, events)
         kept = reduced
         if flat.is_cast:
             kept = self.alloc(place, _Slot.GRADIENT, flat.stored_bytes, events, Owner.GRADIENTS)
@@ -452,10 +446,6 @@ class _Rewriter(FramedProgram):
                 place = self.pile(visit.unit.group, visit.forward_begin)
                 self.accumulated[place] = [Alloc(self.first_slot, size, Owner.GRADIENTS)]
 
-    def _pass_through_wire(self, place: Place, num_bytes: int, events: list[Event]) -> None:
-        if self.layout.copies_on_wire:
-            events.append(self.free(self.alloc(place, _Slot.WIRE, num_bytes, events), place))
-
     def _clock_gather(self, unit: _Unit, frame: Frame) -> None:
         if self.layout.num_shards == 1:
             return
@@ -469,14 +459,7 @@ class _Rewriter(FramedProgram):
                 frame.kernels.append(Kernel(1, Size.constant(0), moved, False))
 
     def _clock_reduce(self, flat: _Flat, frame: Frame) -> None:
-        payload = Size.constant(flat.gathered_bytes)
-        if self.layout.num_shards > 1:
-            frame.collectives.append(
-                Collective(CollectiveKind.REDUCE_SCATTER, payload, Moment.AFTER, self.layout.group)
-            )
-        if self.layout.num_replicas > 1:
-            reduced = Size.constant(flat.cast_bytes)
-            frame.collectives.append(Collective(CollectiveKind.ALL_REDUCE, reduced, Moment.AFTER, Group.REPLICATE))
+        self.clock_messages(frame, payload_bytes=flat.gathered_bytes, reduced_bytes=flat.cast_bytes)
         if self.layout.offloads:
             frame.copies.append(Copy(False, Size.constant(flat.stored_bytes), Moment.AFTER))
         frame.kernels.append(Kernel(1, Size.constant(0), Size.constant(2 * flat.gradient_bytes), False))

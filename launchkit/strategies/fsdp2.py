@@ -27,7 +27,7 @@ from typing import NamedTuple
 
 from launchkit.hardware import Cluster
 from launchkit.model import ModelProfile
-from launchkit.optimizers import LocalTensor, find
+from launchkit.optimizers import FP32_BYTES, LocalTensor, find
 from launchkit.program import (
     Alloc,
     Collective,
@@ -61,6 +61,7 @@ from launchkit.scenario import (
     Training,
 )
 from launchkit.strategies.base import (
+    HALF_BYTES,
     ROOT_GROUP,
     OptimizerStep,
     accumulates,
@@ -74,8 +75,7 @@ from launchkit.strategies.base import (
 from launchkit.strategies.frames import Frame, FramedProgram, Live, Place, Visit
 from launchkit.units import divide_up
 
-FP32_BYTES = 4
-HALF_BYTES = 2
+WIRE_SLOT = 4  # of the copy on the wire, among the slots that a rewrite uses
 
 # Gathered weights are 16-bit already; accelerate wraps the forward pass in autocast all the same.
 _COMPUTE = {
@@ -199,6 +199,30 @@ class Layout:
     @property
     def group(self) -> Group:
         return Group.SHARD if self.num_replicas > 1 else Group.WORLD
+
+
+class ShardedProgram(FramedProgram):
+    """What both versions of FSDP add to a step alike."""
+
+    def __init__(self, program: StepProgram, layout: Layout) -> None:
+        super().__init__(program)
+        self.layout = layout
+
+    def pass_through_wire(self, place: Place, num_bytes: int, events: list[Event]) -> None:
+        """The copy that gloo makes for the time of a call."""
+        if self.layout.copies_on_wire:
+            events.append(self.free(self.alloc(place, WIRE_SLOT, num_bytes, events), place))
+
+    def clock_messages(self, frame: Frame, *, payload_bytes: int, reduced_bytes: int) -> None:
+        """The messages of a reduction: over the shards, then of the reduced shard over the replicas."""
+        if self.layout.num_shards > 1:
+            payload = Size.constant(payload_bytes)
+            frame.collectives.append(
+                Collective(CollectiveKind.REDUCE_SCATTER, payload, Moment.AFTER, self.layout.group)
+            )
+        if self.layout.num_replicas > 1:
+            reduced = Size.constant(reduced_bytes)
+            frame.collectives.append(Collective(CollectiveKind.ALL_REDUCE, reduced, Moment.AFTER, Group.REPLICATE))
 
 
 class _Sharded(NamedTuple):
@@ -354,7 +378,7 @@ class _Slot(IntEnum):
     GATHERED = 1
     PREFETCH_FLAT_INPUT = 2
     PREFETCHED = 3
-    WIRE = 4
+    WIRE = WIRE_SLOT
     REDUCE_INPUT = 5
     REDUCED = 6
     GRADIENT = 7
@@ -368,14 +392,14 @@ class _Gradient(NamedTuple):
     free: Free
 
 
-class _Rewriter(FramedProgram):
+class _Rewriter(ShardedProgram):
     """Walks the units in the order in which the engine meets them and notes what each adds to each section."""
 
     def __init__(self, program: StepProgram, layout: Layout, units: _Units) -> None:
         super().__init__(
-            map_sections(program, Phase.BACKWARD, gradients_die_when_ready) if layout.defers_reduction else program
+            map_sections(program, Phase.BACKWARD, gradients_die_when_ready) if layout.defers_reduction else program,
+            layout,
         )
-        self.layout = layout
         self.units = units
         self.copies_of: dict[int, Place] = {}  # index of a visit -> where its parameters were copied out
         self.reduce_input: Live | None = None
@@ -461,7 +485,7 @@ class _Rewriter(FramedProgram):
             return None
         flat = self.alloc(place, slot - 1, unit.sent_bytes(offloads=self.layout.offloads), events)
         gathered = self.alloc(place, slot, unit.gathered_bytes, events)
-        self._pass_through_wire(place, unit.gathered_bytes, events)
+        self.pass_through_wire(place, unit.gathered_bytes, events)
         events.append(self.free(flat, place))
         return gathered
 
@@ -501,7 +525,7 @@ class _Rewriter(FramedProgram):
         owner = Owner.COMMUNICATION if changes_dtype else Owner.GRADIENTS
         reduced = self.alloc(place, _Slot.REDUCED, unit.reduced_bytes, events, owner)
         if num_shards > 1:
-            self._pass_through_wire(place, unit.reduced_bytes * num_shards, events)
+            self.pass_through_wire(place, unit.reduced_bytes * num_shards, events)
         gradient = reduced
         if changes_dtype:
             gradient = self.alloc(place, _Slot.GRADIENT, unit.gradient_bytes, events, Owner.GRADIENTS)
@@ -517,23 +541,14 @@ class _Rewriter(FramedProgram):
 
     def _unsharded_gradients(self, visit: Visit[_Unit]) -> Iterator[_Gradient]:
         """The unsharded gradients of the unit, wherever they arose: of this micro-batch, or of all under no_sync."""
-        born: Iterable[tuple[Place, Alloc]] = self._gradients(visit)
+        born: Iterable[tuple[Place, Alloc]] = self.gradients(visit.unit.group, visit.backward_end)
         if self.layout.defers_reduction:
             pile = self.pile(visit.unit.group, visit.forward_begin)
-            born = [(pile, alloc) for alloc in self.accumulated[pile] if alloc.parameter in visit.unit.indices]
+            born = [(pile, alloc) for alloc in self.accumulated[pile]]
         for place, alloc in born:
-            ref = self.ref(Live(place, alloc.slot, 0), visit.backward_end)
-            yield _Gradient(alloc.parameter, Free(ref, alloc.size))
-
-    def _gradients(self, visit: Visit[_Unit]) -> Iterator[tuple[Place, Alloc]]:
-        for stage in self.backward:
-            is_own = stage.name == visit.backward_end.stage or visit.unit.group == ROOT_GROUP
-            if not is_own or (visit.unit.group == ROOT_GROUP and stage.stack):
-                continue
-            place = Place(stage.name, visit.backward_end.layer)
-            for event in self.program.section_of(stage, place.layer).gradients:
-                if event.parameter in visit.unit.indices:
-                    yield place, event
+            if alloc.parameter in visit.unit.indices:
+                ref = self.ref(Live(place, alloc.slot, 0), visit.backward_end)
+                yield _Gradient(alloc.parameter, Free(ref, alloc.size))
 
     def _pile_up(self, visits: Sequence[Visit[_Unit]]) -> None:
         """Whole gradients of earlier micro-batches, in the dtype of computation, there when the last one begins."""
@@ -543,10 +558,6 @@ class _Rewriter(FramedProgram):
                 if parameter.trainable:
                     size = Size.constant(parameter.gradient_bytes)
                     allocs.append(Alloc(self.first_slot + index, size, Owner.GRADIENTS, index))
-
-    def _pass_through_wire(self, place: Place, num_bytes: int, events: list[Event]) -> None:
-        if self.layout.copies_on_wire:
-            events.append(self.free(self.alloc(place, _Slot.WIRE, num_bytes, events), place))
 
     def _clock_gather(self, unit: _Unit, frame: Frame) -> None:
         if self.layout.offloads:
@@ -559,13 +570,7 @@ class _Rewriter(FramedProgram):
 
     def _clock_reduce(self, unit: _Unit, frame: Frame) -> None:
         payload = unit.reduced_bytes * self.layout.num_shards
-        if self.layout.num_shards > 1:
-            frame.collectives.append(
-                Collective(CollectiveKind.REDUCE_SCATTER, Size.constant(payload), Moment.AFTER, self.layout.group)
-            )
-        if self.layout.num_replicas > 1:
-            reduced = Size.constant(unit.reduced_bytes)
-            frame.collectives.append(Collective(CollectiveKind.ALL_REDUCE, reduced, Moment.AFTER, Group.REPLICATE))
+        self.clock_messages(frame, payload_bytes=payload, reduced_bytes=unit.reduced_bytes)
         if self.layout.offloads:
             frame.copies.append(Copy(False, Size.constant(unit.gradient_bytes), Moment.AFTER))
         frame.kernels.append(Kernel(1, Size.constant(0), Size.constant(2 * payload), False))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from launchkit.optimizers import FP32_BYTES
 from launchkit.scenario import Method, Precision, Scenario, Trainer
+from launchkit.strategies.base import HALF_BYTES
 
 
 def loaded_dtype(scenario: Scenario) -> str:
@@ -17,7 +19,7 @@ def loaded_dtype(scenario: Scenario) -> str:
 
 def loaded_itemsize(scenario: Scenario) -> int:
     """Bytes per element of ``loaded_dtype``."""
-    return 4 if loaded_dtype(scenario) == "float32" else 2
+    return FP32_BYTES if loaded_dtype(scenario) == "float32" else HALF_BYTES
 
 
 def _holds_sixteen_bits(scenario: Scenario) -> bool:
