@@ -20,6 +20,7 @@ from math import prod
 from typing import Any, NamedTuple
 
 from launchkit.errors import ProgramError
+from launchkit.units import divide_up
 
 
 class Owner(StrEnum):
@@ -77,7 +78,7 @@ class Tiles(NamedTuple):
         """Rows of the first pass over ``num_rows``, which is never smaller than a later one."""
         if self.most:
             return min(num_rows, self.most)
-        return min(num_rows, 1 << (max(1, -(-num_rows // self.parts)) - 1).bit_length())
+        return min(num_rows, 1 << (max(1, divide_up(num_rows, self.parts)) - 1).bit_length())
 
 
 class Size(NamedTuple):

@@ -32,6 +32,7 @@ from launchkit.scenario import (
     Trainer,
     Training,
     ZeroSettings,
+    names_in,
 )
 from launchkit.zero_settings import read_zero_settings, zero_settings_text
 
@@ -392,7 +393,7 @@ def _batch(request: Request, *, seq_len: int, num_gpus: int) -> Batch:
 
 def _names(text: str | None) -> str:
     """Names separated by commas, without the spaces, each once and in order: what is the same has one spelling."""
-    return ",".join(sorted({name.strip() for name in (text or "").split(",")} - {""}))
+    return ",".join(sorted(set(names_in(text or ""))))
 
 
 def _value(request: Request, name: str, kind: type[_T]) -> _T:

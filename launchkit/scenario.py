@@ -253,6 +253,11 @@ class Training:
         return self.packing and self.trainer is Trainer.TRL and self.attention is not Attention.FLASH_ATTENTION_2
 
 
+def names_in(text: str) -> tuple[str, ...]:
+    """The names in ``text``, which commas separate."""
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
 def is_fused_expert(target: str) -> bool:
     """Whether a LoRA target is a parameter that holds the matrices of all experts (``experts.gate_up_proj``), which
     PEFT calls ``target_parameters``, and no module."""
@@ -291,6 +296,10 @@ class Compute(StrEnum):
     BF16 = "bf16"  # bf16 weights, no autocast
     BF16_AUTOCAST = "bf16-autocast"  # bf16 weights, autocast on
     FP16 = "fp16"  # fp16 weights, no autocast
+
+    @property
+    def is_autocast(self) -> bool:
+        return self in (Compute.AUTOCAST_BF16, Compute.AUTOCAST_FP16, Compute.BF16_AUTOCAST)
 
 
 _SAME_BYTES = {Compute.AUTOCAST_FP16: Compute.AUTOCAST_BF16, Compute.FP16: Compute.BF16}
@@ -359,10 +368,9 @@ class TraceKey:
         """Whose head turns the hidden states into a loss, and which."""
         if self.trainer is Trainer.TRL:
             return Trainer.TRL, Loss.LIGER if self.loss is Loss.LIGER else Loss.CHUNKED
-        autocast = compute in (Compute.AUTOCAST_BF16, Compute.BF16_AUTOCAST)
         if self.loss is Loss.LIGER and self.trainer is Trainer.AXOLOTL:
             return Trainer.AXOLOTL, self.loss
-        widens = autocast and self.trainer is not Trainer.LOOP and self.loss is Loss.PLAIN
+        widens = compute.is_autocast and self.trainer is not Trainer.LOOP and self.loss is Loss.PLAIN
         return Trainer.HF if widens else Trainer.LOOP, self.loss
 
     @property

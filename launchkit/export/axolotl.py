@@ -9,14 +9,14 @@ from launchkit.export.layout import (
     DEEPSPEED_FILE,
     OUTPUT_DIRECTORY,
     UNSHARDED,
+    adapter_parts,
+    adapter_sizes,
     autocast_format,
     check_expressible,
     clip_norm,
     ddp_arguments,
     fsdp_layout,
-    lora_modules_to_save,
     lora_target_modules,
-    lora_target_parameters,
     must_reenter,
 )
 from launchkit.hardware import Backend, Cluster
@@ -120,13 +120,9 @@ def _adapter(candidate: Candidate) -> dict[str, object]:
     modules = lora_target_modules(candidate)
     return {
         "adapter": training.method.value,
-        "load_in_4bit": training.method is Method.QLORA,
-        "lora_r": training.lora_rank,
-        "lora_alpha": RECIPES[training.method].lora_alpha(training.lora_rank),
-        "lora_dropout": training.lora_dropout,
+        **adapter_sizes(training),
         **({"lora_target_linear": True} if modules == ("all-linear",) else {"lora_target_modules": list(modules)}),
-        **({"lora_target_parameters": list(found)} if (found := lora_target_parameters(training)) else {}),
-        **({"lora_modules_to_save": list(saved)} if (saved := lora_modules_to_save(training)) else {}),
+        **adapter_parts(training),
         **({"peft_use_dora": True} if training.dora else {}),
         **({"peft_use_rslora": True} if training.rslora else {}),
     }

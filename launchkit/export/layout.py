@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from launchkit.errors import IllegalScenarioError
 from launchkit.hardware import Backend, Cluster
 from launchkit.plan import Candidate
+from launchkit.recipe import RECIPES
 from launchkit.scenario import (
     Checkpointing,
     CommHook,
@@ -21,6 +22,7 @@ from launchkit.scenario import (
     Trainer,
     Training,
     is_fused_expert,
+    names_in,
 )
 from launchkit.units import MIB
 
@@ -99,21 +101,36 @@ def lora_target_modules(candidate: Candidate) -> tuple[str, ...]:
     targets = candidate.scenario.training.lora_targets
     if targets == "attention":
         return attention_modules(candidate.model.model_type)
-    return tuple(name for name in _names(targets) if not is_fused_expert(name))
+    return tuple(name for name in names_in(targets) if not is_fused_expert(name))
 
 
 def lora_target_parameters(training: Training) -> tuple[str, ...]:
     """PEFT's ``target_parameters``: experts that one parameter holds."""
-    return tuple(name for name in _names(training.lora_targets) if is_fused_expert(name))
-
-
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(name.strip() for name in text.split(",") if name.strip())
+    return tuple(name for name in names_in(training.lora_targets) if is_fused_expert(name))
 
 
 def lora_modules_to_save(training: Training) -> tuple[str, ...]:
     """PEFT's ``modules_to_save``: what is trained whole beside the adapters."""
-    return _names(training.lora_modules_to_save)
+    return names_in(training.lora_modules_to_save)
+
+
+def adapter_sizes(training: Training) -> dict[str, object]:
+    """Width and strength of an adapter on its base, as Axolotl and TRL both name them."""
+    return {
+        "load_in_4bit": training.method is Method.QLORA,
+        "lora_r": training.lora_rank,
+        "lora_alpha": RECIPES[training.method].lora_alpha(training.lora_rank),
+        "lora_dropout": training.lora_dropout,
+    }
+
+
+def adapter_parts(training: Training) -> dict[str, object]:
+    """What an adapter has besides the modules it targets, as both name it; nothing where it has nothing else."""
+    parts = {
+        "lora_target_parameters": list(lora_target_parameters(training)),
+        "lora_modules_to_save": list(lora_modules_to_save(training)),
+    }
+    return {key: names for key, names in parts.items() if names}
 
 
 def must_reenter(candidate: Candidate) -> bool:

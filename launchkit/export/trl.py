@@ -6,13 +6,13 @@ from launchkit.errors import IllegalScenarioError
 from launchkit.export.layout import (
     OUTPUT_DIRECTORY,
     UNSHARDED,
+    adapter_parts,
+    adapter_sizes,
     autocast_format,
     check_expressible,
     clip_norm,
     ddp_arguments,
-    lora_modules_to_save,
     lora_target_modules,
-    lora_target_parameters,
     must_reenter,
 )
 from launchkit.hardware import Backend, Cluster
@@ -85,13 +85,9 @@ def _adapter(candidate: Candidate) -> dict[str, object]:
         return {}
     return {
         "use_peft": True,
-        "load_in_4bit": training.method is Method.QLORA,
-        "lora_r": training.lora_rank,
-        "lora_alpha": RECIPES[training.method].lora_alpha(training.lora_rank),
-        "lora_dropout": training.lora_dropout,
+        **adapter_sizes(training),
         "lora_target_modules": list(lora_target_modules(candidate)),
-        **({"lora_target_parameters": list(found)} if (found := lora_target_parameters(training)) else {}),
-        **({"lora_modules_to_save": list(saved)} if (saved := lora_modules_to_save(training)) else {}),
+        **adapter_parts(training),
         **({"use_dora": True} if training.dora else {}),
         **({"use_rslora": True} if training.rslora else {}),
     }

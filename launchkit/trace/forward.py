@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from launchkit.scenario import Compute, DeviceKind, Loss, TraceKey, Trainer
+from launchkit.scenario import DeviceKind, Loss, TraceKey, Trainer
 from launchkit.trace.heads import AllRows, ChunkedLogProb, CutCrossEntropy, LigerCrossEntropy
 from launchkit.trace.inputs import UNUSED
 
@@ -26,7 +26,7 @@ def forward_of(key: TraceKey) -> Forward:
         return _trl_on_cuda if key.device is DeviceKind.CUDA else _trl_on_cpu
     if key.loss in _FUSED:
         return _FUSED[key.loss]
-    if key.trainer is Trainer.LOOP or key.compute in (Compute.FP32, Compute.BF16, Compute.FP16):
+    if key.trainer is Trainer.LOOP or not key.compute.is_autocast:
         return _plain
     return _accelerated
 

@@ -6,7 +6,7 @@ import torch
 
 from launchkit.errors import TraceError
 from launchkit.program import Point
-from launchkit.scenario import Compute, TraceKey, Trainer
+from launchkit.scenario import TraceKey, Trainer
 from launchkit.trace.build import Built
 
 # What TRL's collator puts beside the tokens and its loss or sdpa do not use. With a mask of ones models build the same
@@ -19,8 +19,7 @@ def make_batch(built: Built, point: Point, key: TraceKey) -> dict[str, torch.Ten
 
     Source of TRL's: trl 1.16 ``DataCollatorForLanguageModeling``.
     """
-    autocast = key.compute in (Compute.AUTOCAST_BF16, Compute.AUTOCAST_FP16, Compute.BF16_AUTOCAST)
-    batch = _task_batch(built, point, casts_inputs=autocast)
+    batch = _task_batch(built, point, casts_inputs=key.compute.is_autocast)
     if key.trainer is Trainer.TRL:
         tokens = batch["input_ids"]
         if key.packed:

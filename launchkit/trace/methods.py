@@ -13,7 +13,7 @@ from torch import nn
 
 from launchkit.errors import TraceError
 from launchkit.recipe import RECIPES
-from launchkit.scenario import Compute, Method, TraceKey, is_fused_expert
+from launchkit.scenario import Compute, Method, TraceKey, is_fused_expert, names_in
 from launchkit.trace.quantised import prepare_for_kbit_training, quantise_linears
 
 # Names that PEFT targets are given by group; resolved against the real module tree.
@@ -75,9 +75,9 @@ def lora_targets(model: nn.Module, text: str) -> tuple[str | list[str], list[str
     """
     if text == "all-linear":
         return "all-linear", []
-    named = [name.strip() for name in text.split(",") if name.strip()]
+    named = names_in(text)
     parameters = [name for name in named if is_fused_expert(name) and _has_fused_experts(model, name)]
-    modules = ",".join(name for name in named if name not in parameters)
+    modules = [name for name in named if name not in parameters]
     return (_target_modules(model, modules) if modules or not parameters else []), parameters
 
 
@@ -85,9 +85,10 @@ def _has_fused_experts(model: nn.Module, target: str) -> bool:
     return any(name.endswith(f".{target}") and p.dim() == 3 for name, p in model.named_parameters())
 
 
-def _target_modules(model: nn.Module, targets: str) -> list[str]:
+def _target_modules(model: nn.Module, named: list[str]) -> list[str]:
     names = {name.rpartition(".")[2] for name, module in model.named_modules() if _is_linear(module)}
-    if targets == "attention":
+    chosen = named
+    if named == ["attention"]:
         chosen = sorted(
             {
                 name.rpartition(".")[2]
@@ -95,12 +96,10 @@ def _target_modules(model: nn.Module, targets: str) -> list[str]:
                 if _is_linear(module) and re.search(r"attn|attention", name, re.IGNORECASE) and _ATTENTION.search(name)
             }
         )
-    else:
-        chosen = [name.strip() for name in targets.split(",") if name.strip()]
     missing = [name for name in chosen if name not in names]
     if missing or not chosen:
         raise TraceError(
-            f"--lora-targets {targets} matches no linear layer; "
+            f"--lora-targets {','.join(named)} matches no linear layer; "
             f"choose among all-linear, attention, {', '.join(sorted(names))}"
         )
     return chosen
@@ -111,7 +110,8 @@ def _modules_to_save(model: nn.Module, names: str) -> list[str] | None:
     if not names:
         return None
     known = {name.rpartition(".")[2] for name, _ in model.named_modules()}
-    missing = sorted(set(names.split(",")) - known)
+    saved = names_in(names)
+    missing = sorted(set(saved) - known)
     if missing:
         outer = sorted(
             name for name in ("embed_tokens", "lm_head", "wte", "embed_in", "embed_out", "score") if name in known
@@ -120,7 +120,7 @@ def _modules_to_save(model: nn.Module, names: str) -> list[str] | None:
             f"--lora-modules-to-save {','.join(missing)} names no module of the model; "
             f"try {' or '.join(outer) or 'a name of its module tree'}"
         )
-    return names.split(",")
+    return list(saved)
 
 
 @contextmanager
