@@ -55,17 +55,15 @@ def predict(cell: Cell, state: str) -> dict[str, Any]:
         path = Path(folder) / "config.json"
         path.write_text(json.dumps(cell.config))
         try:
-            if state == "evaluation":
-                reading = evaluated(str(path), Request.from_flags(flags), micro_batch=cell.evaluation_micro_batch)
-                return {"peak_bytes": reading.allocated_peak_bytes, "stage": reading.peak_stage}
-            found = predicted(str(path), Request.from_flags(flags), cell)
+            found = predicted(str(path), Request.from_flags(flags), cell, state=state)
         except LaunchkitError as error:
             return {"error": str(error)}
     return {"peak_bytes": found.allocated_peak_bytes, "stage": found.peak_stage}
 
 
-def predicted(model: str, request: Request, cell: Cell) -> Estimate:
-    """The estimate of the request with the cell's own settings of the engine, which no flag says."""
+def predicted(model: str, request: Request, cell: Cell, *, state: str) -> Estimate | MemoryReading:
+    """What the planner says of a step of the request, or of an evaluation behind it, with the cell's own settings of
+    the engine, which no flag says."""
     cluster = find_cluster(request.gpus)
     source = find_source(model, request)
     scenario = resolve(request, model=source.profile, cluster=cluster).scenario
@@ -73,15 +71,10 @@ def predicted(model: str, request: Request, cell: Cell) -> Estimate:
     ddp = replace(scenario.strategy.ddp, **{**cell.ddp, "comm_hook": hook})
     fsdp = replace(scenario.strategy.fsdp, use_orig_params=cell.use_orig_params, shard_group_size=cell.shard_group_size)
     scenario = replace(scenario, strategy=replace(scenario.strategy, ddp=ddp, fsdp=fsdp))
+    if state == "evaluation":
+        bench = Bench(source=source, cluster=cluster)
+        return evaluation_peak(bench, scenario, micro_batch=cell.evaluation_micro_batch)
     return planner.estimate(source, cluster=cluster, scenario=scenario).estimate
-
-
-def evaluated(model: str, request: Request, *, micro_batch: int) -> MemoryReading:
-    """What the planner says of an evaluation behind a step of the same scenario."""
-    cluster = find_cluster(request.gpus)
-    source = find_source(model, request)
-    scenario = resolve(request, model=source.profile, cluster=cluster).scenario
-    return evaluation_peak(Bench(source=source, cluster=cluster), scenario, micro_batch=micro_batch)
 
 
 def states(cell: Cell) -> tuple[str, ...]:

@@ -31,10 +31,10 @@ from bench.accuracy.rows import (
     published_rows,
     read_json,
 )
+from launchkit.units import GIB, MIB
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 PAGE, PICTURE = DOCS / "accuracy.md", DOCS / "accuracy.svg"
-MIB, GIB = 2**20, 2**30
 TOOLS = ("accelerate", "DeepSpeed", "EleutherAI", "llm-analysis")
 RANGED = ("reserved", "device")  # metrics that the printed range is about
 CELL_MISS_PERCENT = 0.5

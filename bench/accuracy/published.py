@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,7 @@ from bench.accuracy.rows import PUBLISHED, Row, error_percent, read_json
 from launchkit.api import estimate
 from launchkit.errors import HubError, LaunchkitError, UnknownModelError
 from launchkit.plan import Candidate
-
-GIB = 2**30
+from launchkit.units import GIB
 
 MODELS = {
     "TinyLlama/TinyLlama-1.1B": "TinyLlama/TinyLlama-1.1B-Chat-v1.0",
@@ -188,13 +187,13 @@ def compare(row: Mapping[str, Any]) -> Row:
         flags = flags_of(row)
         candidate = estimate(MODELS.get(row["model"], row["model"]), **flags)
     except NotComparable as reason:
-        return with_fields(compared, skipped=str(reason))
+        return replace(compared, skipped=str(reason))
     except (UnknownModelError, HubError):
-        return with_fields(compared, skipped=f"model: {row['model']}, not in the catalogue")
+        return replace(compared, skipped=f"model: {row['model']}, not in the catalogue")
     except LaunchkitError as error:
         fact = str(error).partition(";")[0]
-        return with_fields(compared, skipped=f"refused: {fact}")
-    return with_fields(compared, flags={"model": candidate.model.name, **flags}, **figures(candidate, metric))
+        return replace(compared, skipped=f"refused: {fact}")
+    return replace(compared, flags={"model": candidate.model.name, **flags}, **figures(candidate, metric))
 
 
 def figures(candidate: Candidate, metric: str) -> dict[str, Any]:
@@ -208,10 +207,6 @@ def figures(candidate: Candidate, metric: str) -> dict[str, Any]:
         "fits": found.fits,
         "may_fit": found.device_peak_low_bytes <= found.device_usable_bytes,
     }
-
-
-def with_fields(row: Row, **fields: Any) -> Row:
-    return Row(**{**asdict(row), **fields})
 
 
 def read(path: Path) -> Iterator[dict[str, Any]]:

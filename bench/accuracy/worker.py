@@ -304,10 +304,13 @@ def deepspeed_config(cell: Cell) -> dict[str, Any]:
 
 
 def uncompiled_deepspeed() -> Any:
-    """DeepSpeed without the shared-memory transport that every run on CPU would compile; gloo does without it."""
+    """DeepSpeed on the CPU without the transport that every run there would compile."""
+    os.environ["DS_ACCELERATOR"] = "cpu"
     import deepspeed
 
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    from launchkit.finetune import cpu_fsdp
+
+    cpu_fsdp.skip_shared_memory_extension()
     return deepspeed
 
 
