@@ -145,7 +145,12 @@ class Cluster:
         if self.gpu.backend is Backend.CPU:
             return "CPU" if self.num_gpus == 1 else f"{self.num_gpus}× CPU process"
         per_node = f"{self.node.num_gpus}× {self.gpu.name}"
-        return per_node if self.num_nodes == 1 else f"{self.num_nodes}×{per_node}"
+        return f"{self.num_nodes}×{per_node}" if self.needs_num_nodes else per_node
+
+    @property
+    def needs_num_nodes(self) -> bool:
+        """Whether the count of GPUs alone would be read as other nodes: ``2× GH200`` is two nodes of one."""
+        return self.num_nodes > 1 or self.node.num_gpus > self.gpu.max_gpus_per_node
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -311,13 +316,12 @@ def format_gpus(cluster: Cluster) -> str:
     if cluster.gpu.backend is Backend.CPU:
         return format_spec(GpuSpec(name="cpu", num_gpus=cluster.num_gpus if cluster.num_gpus > 1 else None))
     num_gpus = cluster.node.num_gpus
-    says_nodes = cluster.num_nodes > 1 or num_gpus > cluster.gpu.max_gpus_per_node
-    says_gpus = says_nodes or num_gpus > 1
+    says_gpus = cluster.needs_num_nodes or num_gpus > 1
     return format_spec(
         GpuSpec(
             name=cluster.gpu.name.replace(" ", "-"),
             num_gpus=num_gpus if says_gpus else None,
-            num_nodes=cluster.num_nodes if says_nodes else None,
+            num_nodes=cluster.num_nodes if cluster.needs_num_nodes else None,
         )
     )
 

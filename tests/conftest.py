@@ -1,4 +1,8 @@
-"""Options and fixtures that every test module may use."""
+"""Options and fixtures that every test module may use.
+
+Properties are tried on the same examples every time, so that a check of one change fails for that change;
+``pytest --hypothesis-profile=explore`` looks for new ones.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("repeatable", derandomize=True)
+settings.register_profile("explore", max_examples=1000)
+settings.load_profile("repeatable")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

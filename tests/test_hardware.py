@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from launchkit.catalog.hardware import hardware_table
@@ -247,6 +247,7 @@ def test_a_cluster_survives_being_written(name: str, num_gpus: int, num_nodes: i
 
 
 @given(name=NAMES, num_gpus=st.integers(1, 8), num_nodes=COUNTS)
+@example(name="GH200", num_gpus=2, num_nodes=1)
 def test_the_printed_text_is_a_spec_too(name: str, num_gpus: int, num_nodes: int) -> None:
     cluster = parse_gpus(format_spec(GpuSpec(name=name, num_gpus=num_gpus, num_nodes=num_nodes)), TABLE)
     assert without_notes(parse_gpus(cluster.text, TABLE)) == without_notes(cluster)
