@@ -221,6 +221,16 @@ class Training:
     trainer: Trainer = Trainer.HF
     max_grad_norm: float = 1.0  # clipping is the trainer's: none under Trainer.LOOP
 
+    @property
+    def flattens_batch(self) -> bool:
+        """Whether a micro-batch becomes one long row, in which a mask of tokens by tokens keeps sequences apart.
+
+        TRL packs so, whatever the attention (``packing_strategy="bfd"``, its default). FlashAttention takes the
+        boundaries in place of a mask, and holds what it would hold of separate rows. The plain loop and the Trainer
+        pack end to end, without a mask.
+        """
+        return self.packing and self.trainer is Trainer.TRL and self.attention is not Attention.FLASH_ATTENTION_2
+
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:

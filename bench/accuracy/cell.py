@@ -13,8 +13,9 @@ class Cell:
     """What ``bench.accuracy.measure`` runs. Values are spelled as the flags of ``launchkit estimate``.
 
     ``config`` is a ``config.json`` as a mapping; ``reduce_dtype`` is FSDP's (``bf16`` as accelerate sets it, or
-    ``fp32``); ``use_cache`` None leaves the model's own default, which keeps keys and values of a training step. With an
-    ``evaluation_micro_batch`` the trainer evaluates two batches of it behind the last step.
+    ``fp32``); ``use_cache`` None leaves the model's own default, which keeps keys and values of a training step. With
+    an ``evaluation_micro_batch`` the trainer evaluates two batches of it behind the last step. Packed rows hold two
+    sequences each.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Cell:
     num_steps: int = 3
     use_cache: bool | None = False
     evaluation_micro_batch: int = 0
+    packing: bool = False
 
     @property
     def is_mixed(self) -> bool:

@@ -66,6 +66,8 @@ SINGLE = (
     Cell(name="single-hf-lora-bf16", config=LLAMA, trainer="hf", method="lora", precision="bf16"),
     Cell(name="single-hf-evaluation", config=LLAMA, trainer="hf", evaluation_micro_batch=8),
     Cell(name="single-hf-evaluation-bf16", config=LLAMA, trainer="hf", precision="bf16", evaluation_micro_batch=8),
+    Cell(name="single-trl-packing", config=LLAMA, trainer="trl", packing=True, seq_len=256),
+    Cell(name="single-trl-packing-eager", config=LLAMA, trainer="trl", packing=True, attention="eager"),
     Cell(name="single-trl-evaluation", config=LLAMA, trainer="trl", evaluation_micro_batch=8),
 )
 

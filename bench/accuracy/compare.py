@@ -27,7 +27,9 @@ from launchkit.simulate.memory import MemoryReading
 RESULTS = Path(__file__).with_name("results.json")
 PAGE = ROOT / "docs" / "accuracy.md"
 STATES = ("first", "steady", "evaluation")
-FLAGS = ("method", "precision", "checkpointing", "attention", "optimizer", "trainer", "micro_batch", "seq_len")
+FLAGS = (
+    "method", "precision", "checkpointing", "attention", "optimizer", "trainer", "micro_batch", "seq_len", "packing",
+)  # fmt: skip
 
 INTRODUCTION = """# Predicted beside measured
 

@@ -246,7 +246,12 @@ def make_trainer(cell: Cell, model: nn.Module, rows: list[dict[str, list[int]]],
 
     words = Tokenizer(models.WordLevel({"<pad>": 0, "<eos>": 1}, unk_token="<pad>"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>")
-    arguments = SFTConfig(**values, max_length=None, dataset_kwargs={"skip_prepare_dataset": True})
+    if cell.packing:
+        half = cell.seq_len // 2
+        rows = [{name: ids[start : start + half] for name, ids in row.items()} for row in rows for start in (0, half)]
+        arguments = SFTConfig(**values, max_length=cell.seq_len, packing=True)
+    else:
+        arguments = SFTConfig(**values, max_length=None, dataset_kwargs={"skip_prepare_dataset": True})
     return SFTTrainer(
         model=model,
         args=arguments,

@@ -78,16 +78,20 @@ class Bench:
 
 def program_key(scenario: Scenario, profile: ModelProfile, device: DeviceKind) -> TraceKey:
     """Which of the model's programs the scenario starts from."""
-    batch = scenario.batch
-    key = strategies.trace_key(scenario.training, scenario.strategy, device, single_sequence=batch.micro_batch == 1)
+    training, point = scenario.training, point_of(scenario)
+    key = strategies.trace_key(training, scenario.strategy, device, single_sequence=point.micro_batch == 1)
     window = profile.sliding_window
-    return replace(key, beyond_window=bool(window) and batch.seq_len >= window).canonical
+    beyond_window = bool(window) and point.seq_len >= window
+    return replace(key, beyond_window=beyond_window, packed=training.flattens_batch).canonical
 
 
 def point_of(scenario: Scenario) -> Point:
     """Where the scenario evaluates its program."""
+    batch = scenario.batch
     rank = 0 if scenario.training.method is Method.FULL else scenario.training.lora_rank
-    return Point(scenario.batch.micro_batch, scenario.batch.seq_len, rank)
+    if scenario.training.flattens_batch:
+        return Point(1, batch.micro_batch * batch.seq_len, rank)
+    return Point(batch.micro_batch, batch.seq_len, rank)
 
 
 def estimate(source: ModelSource, *, cluster: Cluster, scenario: Scenario) -> Candidate:

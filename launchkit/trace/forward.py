@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from launchkit.scenario import Compute, DeviceKind, Loss, TraceKey, Trainer
 from launchkit.trace.heads import AllRows, ChunkedLogProb, CutCrossEntropy, LigerCrossEntropy
+from launchkit.trace.inputs import UNUSED
 
 Batch = Mapping[str, torch.Tensor]
 Forward = Callable[[nn.Module, Batch], torch.Tensor]
@@ -83,7 +84,7 @@ def _liger(model: nn.Module, batch: Batch) -> torch.Tensor:
 
 
 def _cut(model: nn.Module, batch: Batch) -> torch.Tensor:
-    """Source: cut-cross-entropy 25.1.1 ``cce_linear_cross_entropy``, with ``shift`` as its transformers patch has it."""
+    """Source: cut-cross-entropy 25.1.1 ``cce_linear_cross_entropy``, with ``shift``, as models are patched with it."""
     hidden, head = _backbone(model, batch)
     rows = hidden.contiguous().flatten(0, -2)
     return CutCrossEntropy.apply(rows, head.weight, batch["labels"].flatten())  # type: ignore[no-any-return]
@@ -95,5 +96,5 @@ _FUSED: Mapping[Loss, Forward] = {Loss.LIGER: _liger, Loss.CCE: _cut}
 def _backbone(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, Any]:
     """The last hidden states of a causal model, and its head, which is not called."""
     causal: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
-    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+    inputs = {name: tensor for name, tensor in batch.items() if name not in ("labels", *UNUSED)}
     return causal.base_model(**inputs, use_cache=False).last_hidden_state, causal.get_output_embeddings()

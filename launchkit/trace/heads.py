@@ -274,4 +274,3 @@ class CutCrossEntropy(Function):
 
 def _bytes(*tensors: torch.Tensor) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-

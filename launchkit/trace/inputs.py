@@ -1,4 +1,4 @@
-"""The batch that a step sees, by task. Sequences are full: packed, or padded nowhere, so no mask is passed."""
+"""The batch that a step sees, by task. Sequences are full: padded nowhere, so no mask is passed."""
 
 from __future__ import annotations
 
@@ -6,11 +6,31 @@ import torch
 
 from launchkit.errors import TraceError
 from launchkit.program import Point
+from launchkit.scenario import TraceKey, Trainer
 from launchkit.trace.build import Built
 
 
-def make_batch(built: Built, point: Point) -> dict[str, torch.Tensor]:
-    """Fake input tensors of ``point.micro_batch`` sequences; call it under the fake mode."""
+# What TRL's collator puts beside the tokens and its loss or sdpa do not use. With a mask of ones models build the same
+# mask as with none, which they find out from its values.
+UNUSED = ("attention_mask", "seq_idx")
+
+
+def make_batch(built: Built, point: Point, key: TraceKey) -> dict[str, torch.Tensor]:
+    """Fake input tensors of ``point.micro_batch`` sequences; call it under the fake mode.
+
+    Source of TRL's: trl 1.16 ``DataCollatorForLanguageModeling``.
+    """
+    batch = _task_batch(built, point)
+    if key.trainer is Trainer.TRL:
+        tokens = batch["input_ids"]
+        if key.packed:
+            batch |= {"position_ids": torch.zeros_like(tokens), "seq_idx": torch.zeros_like(tokens, dtype=torch.int32)}
+        else:
+            batch["attention_mask"] = torch.ones_like(tokens)
+    return batch
+
+
+def _task_batch(built: Built, point: Point) -> dict[str, torch.Tensor]:
     batch, length = point.micro_batch, point.seq_len
     tokens = lambda: torch.zeros(batch, length, dtype=torch.int64)  # noqa: E731
     match built.task:

@@ -92,8 +92,8 @@ def trace_step(built: Built, mode: FakeTensorMode, *, point: Point, key: TraceKe
     ``zero_grad(set_to_none=True)``."""
     model = built.model.train(not key.evaluation)
     parameters = dict(model.named_parameters())
-    with mode, full_sequences():
-        batch = make_batch(built, point)
+    with mode, full_sequences(packed=key.packed):
+        batch = make_batch(built, point, key)
         recorder = StepRecorder(
             known=[*parameters.values(), *model.buffers(), *batch.values()], parameters=parameters.values()
         )
