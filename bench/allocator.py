@@ -1,10 +1,11 @@
 """Replay recorded CUDA allocator traces: is every segment right, and how many events a second?
 
-    python bench/allocator.py [DIRECTORY]
+    python bench/allocator.py [DIRECTORY] [--write]
 
 A trace is a gzipped JSON document with ``initial_heap`` and ``events`` (``alloc id size stream``, ``free id``,
 ``segment_alloc size stream``, ``segment_free size``) and the peaks that the real allocator had. The directory
-defaults to ``$LAUNCHKIT_GROUND_TRUTH/allocator``.
+defaults to ``$LAUNCHKIT_GROUND_TRUTH/allocator``. ``--write`` keeps the result for the accuracy page, in
+``bench/accuracy/traces.json``.
 """
 
 from __future__ import annotations
@@ -14,10 +15,13 @@ import json
 import os
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from launchkit.simulate.allocator import CachingAllocator
+
+TRACES = Path(__file__).with_name("accuracy") / "traces.json"
 
 
 class Replay(NamedTuple):
@@ -64,14 +68,31 @@ def replay(trace: dict[str, Any]) -> Replay:
     )
 
 
+def document(results: Mapping[str, Replay]) -> dict[str, Any]:
+    """What the accuracy page needs of the replays: everything but the time, which differs from run to run."""
+    return {
+        name: {
+            "is_exact": result.is_exact,
+            "num_events": result.num_events,
+            "num_segments": len(result.segments),
+            "reserved_bytes": [result.expected_peak_reserved_bytes, result.peak_reserved_bytes],
+            "allocated_bytes": [result.expected_peak_allocated_bytes, result.peak_allocated_bytes],
+        }
+        for name, result in results.items()
+    }
+
+
 def main() -> int:
     """Print one line per trace; 1 if any was not reproduced exactly."""
     default = Path(os.environ.get("LAUNCHKIT_GROUND_TRUTH", "ground_truth")) / "allocator"
-    directory = Path(sys.argv[1]) if len(sys.argv) > 1 else default
+    places = [argument for argument in sys.argv[1:] if argument != "--write"]
+    directory = Path(places[0]) if places else default
     paths = sorted(directory.glob("*.json.gz"))
     num_events, seconds, num_exact = 0, 0.0, 0
+    results: dict[str, Replay] = {}
     for path in paths:
         result = replay(json.loads(gzip.decompress(path.read_bytes())))
+        results[path.name.removesuffix(".json.gz")] = result
         num_events, seconds = num_events + result.num_events, seconds + result.seconds
         num_exact += result.is_exact
         print(
@@ -82,6 +103,8 @@ def main() -> int:
     if not paths:
         print(f"no traces in {directory}; give their directory")
         return 2
+    if "--write" in sys.argv:
+        TRACES.write_text(json.dumps(document(results), indent=1) + "\n", encoding="utf-8")
     print(f"{num_exact} of {len(paths)} exact, {num_events:,} events, {num_events / seconds:,.0f} events/s")
     return 0 if num_exact == len(paths) else 1
 

@@ -4,17 +4,64 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from enum import StrEnum
 
 from launchkit.hardware import Cluster
 from launchkit.model import ModelProfile
 from launchkit.scenario import Scenario
 
 
+class RunPhase(StrEnum):
+    """The parts of a run whose peaks differ. Every batch is planned as the longest one, so that the longest batch is a
+    steady step."""
+
+    LOAD = "load"
+    FIRST_STEP = "first_step"
+    STEADY_STEP = "steady_step"
+    LONGEST_BATCH = "longest_batch"
+    SAVE = "save"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhasePeak:
+    """Memory in one phase of a run, in bytes: on the largest rank's device, and on the host of the first node.
+
+    ``host_peak_bytes`` is resident memory, each page counted once. ``host_needed_bytes`` leaves out the pages of mapped
+    weight files, which the kernel drops when memory runs short: where it is more than the node has, the kernel kills.
+    """
+
+    phase: RunPhase
+    allocated_peak_bytes: int
+    device_peak_bytes: int
+    device_peak_high_bytes: int
+    host_peak_bytes: int
+    host_needed_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointFiles:
+    """What one checkpoint of a training run writes, in bytes, over all ranks and files.
+
+    ``weights_bytes`` is what ``save_pretrained`` writes (the model, or the adapter alone), ``engine_weights_bytes`` the
+    copy that FSDP or DeepSpeed keeps beside it, ``optimizer_bytes`` states and master weights. ``disk_peak_bytes`` is
+    what a run holds at once: those kept, the one being written before the oldest goes, and the final model.
+    """
+
+    weights_bytes: int
+    engine_weights_bytes: int
+    optimizer_bytes: int
+    total_bytes: int
+    num_kept: int
+    disk_peak_bytes: int
+    write_seconds: float
+
+
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
     """Memory of the largest rank, in bytes. ``at_peak`` holds live bytes by owner (every ``Owner``) at the moment
     of the allocated peak, plus ``cuda_context``, ``nccl`` and ``fragmentation``; without these three it sums to
-    ``allocated_peak_bytes``. ``steady_bytes`` is what is live between steps."""
+    ``allocated_peak_bytes``. ``steady_bytes`` is what is live between steps. ``phases`` are those of the whole run,
+    where they were asked for: all other figures are the step's."""
 
     allocated_peak_bytes: int
     reserved_peak_bytes: int
@@ -29,11 +76,26 @@ class Estimate:
     host_peak_bytes: int
     host_load_peak_bytes: int
     checkpoint_bytes: int
+    checkpoint: CheckpointFiles | None = None
+    phases: tuple[PhasePeak, ...] = ()
 
     @property
     def fits(self) -> bool:
-        """Fits means that the top of the range is within the usable memory."""
-        return self.device_peak_high_bytes <= self.device_usable_bytes
+        """Fits means that the top of the range is within the usable memory, in every phase."""
+        tops = (phase.device_peak_high_bytes for phase in self.phases)
+        return max(self.device_peak_high_bytes, *tops, 0) <= self.device_usable_bytes
+
+    @property
+    def worst_phase(self) -> RunPhase:
+        """The phase whose device peak is highest; of equals the step's."""
+        step_first = sorted(self.phases, key=lambda peak: peak.phase is not RunPhase.STEADY_STEP)
+        worst = max(step_first, key=lambda peak: peak.device_peak_bytes, default=None)
+        return RunPhase.STEADY_STEP if worst is None else worst.phase
+
+    @property
+    def host_needed_bytes(self) -> int:
+        """The most that any phase needs of a node's memory, mapped weight files left out."""
+        return max([phase.host_needed_bytes for phase in self.phases], default=self.host_peak_bytes)
 
 
 @dataclass(frozen=True, kw_only=True)

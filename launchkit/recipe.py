@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 from launchkit.scenario import Method
 
+KEPT_CHECKPOINTS = 2  # the ``save_total_limit`` of the built-in fine-tune, and of the disk space that is planned
+
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:

@@ -31,7 +31,9 @@ from launchkit.scenario import (
     StrategyKind,
     Trainer,
     Training,
+    ZeroSettings,
 )
+from launchkit.zero_settings import read_zero_settings, zero_settings_text
 
 _T = TypeVar("_T")
 SWITCHES = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
@@ -49,9 +51,14 @@ class Request:
     strategy: StrategyKind | None = None
     fsdp_sharding: Sharding | None = None
     offload: Offload | None = None
+    zero_settings: str | None = None
     method: Method | None = None
     lora_rank: int | None = None
     lora_targets: str | None = None
+    lora_dropout: float | None = None
+    lora_modules_to_save: str | None = None
+    dora: bool | None = None
+    rslora: bool | None = None
     precision: Precision | None = None
     optimizer: str | None = None
     micro_batch: int | None = None
@@ -90,7 +97,7 @@ class Flag:
     name: str
     kind: type
     help: str
-    default: str | int | bool | None = None
+    default: str | int | float | bool | None = None
 
     @property
     def option(self) -> str:
@@ -102,12 +109,14 @@ class Flag:
         """The values of a flag that is a choice; empty for free text and numbers."""
         return tuple(str(member) for member in self.kind) if issubclass(self.kind, StrEnum) else ()
 
-    def parse(self, value: object) -> str | int | bool:
+    def parse(self, value: object) -> str | int | float | bool:
         """The typed value of what was written, or ``UsageError``."""
         if self.kind is bool:
             return self._parse_switch(value)
         if self.kind is int:
             return self._parse_count(value)
+        if self.kind is float:
+            return self._parse_share(value)
         if issubclass(self.kind, StrEnum):
             return self._parse_choice(value, self.kind)
         if isinstance(value, str) and value.strip():
@@ -130,6 +139,15 @@ class Flag:
             raise UsageError(f"{self.option} {value} is not {allowed}; try {self.option} {self.default or 1}")
         return number
 
+    def _parse_share(self, value: object) -> float:
+        try:
+            share = float(str(value)) if not isinstance(value, bool) else -1.0
+        except ValueError:
+            share = -1.0
+        if not 0.0 <= share < 1.0:
+            raise UsageError(f"{self.option} {value} is not a share from 0 to below 1; try {self.option} 0.05")
+        return share
+
     def _parse_choice(self, value: object, kind: type[StrEnum]) -> StrEnum:
         written = _canonical(str(value))
         for member in kind:
@@ -145,6 +163,11 @@ FLAGS: tuple[Flag, ...] = (
     Flag(name="strategy", kind=StrategyKind, default="single", help="how the job is spread over the GPUs"),
     Flag(name="fsdp_sharding", kind=Sharding, help="what FSDP shards [full_shard; hsdp: hybrid_shard]"),
     Flag(name="offload", kind=Offload, default="none", help="what is kept off the GPU"),
+    Flag(
+        name="zero_settings",
+        kind=str,
+        help="keys of DeepSpeed's zero_optimization: reduce_bucket_size=5e7,overlap_comm=false",
+    ),
     Flag(name="method", kind=Method, default="full", help="what is trained"),
     Flag(name="lora_rank", kind=int, default=16, help="rank of the adapters"),
     Flag(
@@ -153,6 +176,14 @@ FLAGS: tuple[Flag, ...] = (
         default="all-linear",
         help="all-linear, attention, or module names separated by commas",
     ),
+    Flag(name="lora_dropout", kind=float, default=0.0, help="share dropped of what goes into an adapter"),
+    Flag(
+        name="lora_modules_to_save",
+        kind=str,
+        help="modules trained whole beside the adapters, such as embed_tokens,lm_head",
+    ),
+    Flag(name="dora", kind=bool, default=False, help="adapters with a trained magnitude (DoRA)"),
+    Flag(name="rslora", kind=bool, default=False, help="adapters scaled by the root of their rank (rsLoRA)"),
     Flag(name="precision", kind=Precision, default="bf16", help="where each number format is held"),
     Flag(
         name="optimizer",
@@ -176,17 +207,30 @@ FLAGS: tuple[Flag, ...] = (
 _BY_NAME = {flag.name: flag for flag in FLAGS}
 
 
+# Ways to split one copy of a model that no strategy here plans, and what serves the same end.
+OTHER_PARALLELISM: Mapping[str, tuple[str, str]] = {
+    "tp": ("tensor parallelism", "use --strategy fsdp2 or zero3, which share weights out too"),
+    "cp": ("context parallelism", "use --checkpointing full, or a shorter --seq-len"),
+    "sp": ("sequence parallelism", "use --checkpointing full, or a shorter --seq-len"),
+    "ep": ("expert parallelism", "use --strategy fsdp2 or zero3, which share experts out as all weights"),
+    "pp": ("pipeline parallelism", "use --strategy fsdp2 or zero3, which share layers out as all weights"),
+}
+
+
 def find_flag(name: str) -> Flag:
     """The flag of that name; ``-`` and ``_`` mean the same."""
     flag = _BY_NAME.get(name.replace("-", "_").lower())
     if flag is not None:
         return flag
+    if name.lower() in OTHER_PARALLELISM:
+        meaning, instead = OTHER_PARALLELISM[name.lower()]
+        raise UsageError(f"--{name.lower()} is {meaning}, which launchkit does not plan; {instead}")
     near = difflib.get_close_matches(name.replace("-", "_").lower(), _BY_NAME, n=1)
     advice = f"did you mean {near[0]}?" if near else "see launchkit plan --help"
     raise UsageError(f"{name!r} is no setting of launchkit; {advice}")
 
 
-def option_text(name: str, value: str | int | bool) -> str:
+def option_text(name: str, value: str | int | float | bool) -> str:
     """A flag as it is typed: ``--seq-len 4096``, ``--no-packing``."""
     flag = find_flag(name)
     if flag.kind is bool:
@@ -200,7 +244,7 @@ class Preset:
 
     name: str
     description: str
-    flags: Mapping[str, str | int | bool]
+    flags: Mapping[str, str | int | float | bool]
     source: str
 
     def below(self, given: Mapping[str, object]) -> dict[str, object]:
@@ -226,6 +270,10 @@ def resolve(request: Request, *, model: ModelProfile, cluster: Cluster) -> Resol
         method=_value(request, "method", Method),
         lora_rank=_value(request, "lora_rank", int),
         lora_targets=_value(request, "lora_targets", str),
+        lora_dropout=_value(request, "lora_dropout", float),
+        lora_modules_to_save=_names(request.lora_modules_to_save),
+        dora=_value(request, "dora", bool),
+        rslora=_value(request, "rslora", bool),
         precision=_value(request, "precision", Precision),
         optimizer=_value(request, "optimizer", str),
         checkpointing=_value(request, "checkpointing", Checkpointing),
@@ -261,9 +309,14 @@ def scenario_flags(scenario: Scenario, *, cluster: Cluster) -> dict[str, str | i
         "strategy": strategy.kind,
         "fsdp_sharding": strategy.fsdp.sharding if strategy.kind.is_fsdp else None,
         "offload": strategy.offload,
+        "zero_settings": (zero_settings_text(strategy.zero) or None) if strategy.kind.zero_stage else None,
         "method": training.method,
         "lora_rank": training.lora_rank,
         "lora_targets": training.lora_targets,
+        "lora_dropout": training.lora_dropout,
+        "lora_modules_to_save": training.lora_modules_to_save or None,
+        "dora": training.dora,
+        "rslora": training.rslora,
         "precision": training.precision,
         "optimizer": training.optimizer,
         "micro_batch": batch.micro_batch,
@@ -312,7 +365,15 @@ def _strategy(request: Request) -> Strategy:
         )
     sharding = request.fsdp_sharding or default
     fsdp = FsdpSettings(sharding=sharding, offload_params=kind.is_fsdp and offload.params)
-    return Strategy(kind=kind, offload=offload, fsdp=fsdp)
+    return Strategy(kind=kind, offload=offload, fsdp=fsdp, zero=_zero_settings(request, kind))
+
+
+def _zero_settings(request: Request, kind: StrategyKind) -> ZeroSettings:
+    if request.zero_settings is None:
+        return ZeroSettings()
+    if not kind.zero_stage:
+        raise IllegalScenarioError(f"--zero-settings says nothing under --strategy {kind}; add --strategy zero3")
+    return read_zero_settings(request.zero_settings)
 
 
 def _batch(request: Request, *, seq_len: int, num_gpus: int) -> Batch:
@@ -327,6 +388,11 @@ def _batch(request: Request, *, seq_len: int, num_gpus: int) -> Batch:
             f"use --global-batch {nearest}"
         )
     return Batch(micro_batch=micro_batch, gradient_accumulation_steps=steps, seq_len=seq_len)
+
+
+def _names(text: str | None) -> str:
+    """Names separated by commas, without the spaces, each once and in order: what is the same has one spelling."""
+    return ",".join(sorted({name.strip() for name in (text or "").split(",")} - {""}))
 
 
 def _value(request: Request, name: str, kind: type[_T]) -> _T:

@@ -120,10 +120,19 @@ class Sharding(StrEnum):
         return self in (Sharding.HYBRID_SHARD, Sharding.HYBRID_SHARD_ZERO2)
 
 
+class CommHook(StrEnum):
+    """In which dtype DDP's buckets are reduced: their own, or a 16-bit copy."""
+
+    NONE = "none"
+    FP16 = "fp16"
+    BF16 = "bf16"
+
+
 @dataclass(frozen=True, kw_only=True)
 class DdpSettings:
     """``DistributedDataParallel``'s arguments that cost memory or time. Source: its signature, torch 2.13
-    (``bucket_cap_mb=25``, ``_DEFAULT_FIRST_BUCKET_BYTES`` = 1 MiB)."""
+    (``bucket_cap_mb=25``, ``_DEFAULT_FIRST_BUCKET_BYTES`` = 1 MiB), and ``register_comm_hook``. The first bucket is
+    smaller only while the cap is the default."""
 
     bucket_cap_bytes: int = 25 * 1024**2
     first_bucket_bytes: int = 1024**2
@@ -131,6 +140,7 @@ class DdpSettings:
     find_unused_parameters: bool = False
     static_graph: bool = False
     broadcast_buffers: bool = True
+    comm_hook: CommHook = CommHook.NONE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,6 +153,7 @@ class FsdpSettings:
     cpu_ram_efficient_loading: bool = True
     limit_all_gathers: bool = True
     backward_prefetch: bool = True
+    forward_prefetch: bool = False
     use_orig_params: bool = True
     shard_group_size: int = 0  # ranks per shard group under hybrid sharding; 0: one node
 
@@ -211,6 +222,10 @@ class Training:
     method: Method = Method.FULL
     lora_rank: int = 16
     lora_targets: str = "all-linear"
+    lora_dropout: float = 0.0  # a share; PEFT drops of what goes into an adapter
+    lora_modules_to_save: str = ""  # names of modules trained whole beside the adapters, separated by commas
+    dora: bool = False
+    rslora: bool = False  # scales the update by 1/√rank instead of 1/rank, which costs nothing
     precision: Precision = Precision.BF16
     optimizer: str = "adamw_torch_fused"
     checkpointing: Checkpointing = Checkpointing.NONE
@@ -220,6 +235,12 @@ class Training:
     packing: bool = False
     trainer: Trainer = Trainer.HF
     max_grad_norm: float = 1.0  # clipping is the trainer's: none under Trainer.LOOP
+
+    @property
+    def has_bf16_masters(self) -> bool:
+        """Whether ZeRO keeps its master weights and optimizer states in bf16 too: of a full fine-tune that is held in
+        bf16 throughout. Adapters are few, and keep fp32 ones."""
+        return self.method is Method.FULL and self.precision in (Precision.BF16_PARAMS, Precision.BF16_PURE)
 
     @property
     def flattens_batch(self) -> bool:
@@ -291,8 +312,12 @@ class TraceKey:
     single_sequence: bool = False  # a micro-batch of 1 is a program of its own
     beyond_window: bool = False  # and so is a sequence at least as long as the model's sliding window
     cast_adapters: bool = False  # an engine casts adapters to 16 bits with the rest, which PEFT would keep in fp32
+    flat_gradients: bool = False  # FSDP1 flattens a block's frozen weights with its adapters: all get gradients
     evaluation: bool = False  # the forward pass and loss of an evaluation, without gradients
     packed: bool = False  # rows of several sequences each, which a mask keeps apart
+    adapter_dropout: bool = False  # whatever the share: what is kept of it does not depend on it
+    dora: bool = False
+    modules_to_save: str = ""
 
     @property
     def canonical(self) -> TraceKey:
@@ -353,8 +378,16 @@ class TraceKey:
             parts.append("windowed")
         if self.cast_adapters:
             parts.append("cast")
+        if self.flat_gradients:
+            parts.append("flat")
         if self.evaluation:
             parts.append("evaluation")
         if self.packed:
             parts.append("packed")
+        if self.adapter_dropout:
+            parts.append("dropout")
+        if self.dora:
+            parts.append("dora")
+        if self.modules_to_save:
+            parts.append(f"save-{self.modules_to_save}")
         return "/".join(str(part) for part in parts)

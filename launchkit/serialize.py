@@ -134,7 +134,11 @@ def _candidate(candidate: Candidate, *, cluster: Cluster) -> dict[str, Any]:
             "fsdp": encode(candidate.scenario.strategy.fsdp),
             "zero": encode(candidate.scenario.strategy.zero),
         },
-        "estimate": {**encode(candidate.estimate), "fits": candidate.estimate.fits},
+        "estimate": {
+            **encode(candidate.estimate),
+            "fits": candidate.estimate.fits,
+            "worst_phase": candidate.estimate.worst_phase.value,
+        },
         "step": encode(candidate.step),
         "notes": list(candidate.notes),
     }
@@ -187,7 +191,8 @@ def _candidate_from(document: object, *, model: ModelProfile, path: str) -> Cand
 
 
 def _scenario_from(document: object, *, path: str) -> Scenario:
-    flags = _expect(dict, document, path=path)
+    written = _expect(dict, document, path=path)
+    flags = {name: value for name, value in written.items() if value is not None}  # None: the default
     strategy = {"kind": _take(flags, "strategy", path=path), **flags}
     return Scenario(  # the flags are flat in the document: each part takes the fields that bear its names
         training=decode(Training, flags, path=path),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 
@@ -13,9 +13,11 @@ class Cell:
     """What ``bench.accuracy.measure`` runs. Values are spelled as the flags of ``launchkit estimate``.
 
     ``config`` is a ``config.json`` as a mapping; ``reduce_dtype`` is FSDP's (``bf16`` as accelerate sets it, or
-    ``fp32``); ``use_cache`` None leaves the model's own default, which keeps keys and values of a training step. With
-    an ``evaluation_micro_batch`` the trainer evaluates two batches of it behind the last step. Packed rows hold two
-    sequences each.
+    ``fp32``), ``use_orig_params`` FSDP1's; ``ddp`` holds DDP's arguments, and as ``comm_hook`` the name of a hook;
+    ``use_cache`` None leaves the model's own default, which keeps keys and values of a training step. With an
+    ``evaluation_micro_batch`` the trainer evaluates two batches of it behind the last step. Packed rows hold two
+    sequences each. ``zero`` are keys of DeepSpeed's ``zero_optimization`` beside the stage, ``offload`` is DeepSpeed's;
+    what ``zero`` does not name has DeepSpeed's own default, or accelerate's where it says ``auto``.
     """
 
     name: str
@@ -26,6 +28,8 @@ class Cell:
     method: str = "full"
     lora_rank: int = 8
     lora_targets: str = "all-linear"
+    dora: bool = False
+    lora_modules_to_save: str = ""
     precision: str = "fp32"
     checkpointing: str = "none"
     attention: str = "sdpa"
@@ -36,11 +40,15 @@ class Cell:
     sharding: str = "full_shard"
     shard_group_size: int = 0
     reduce_dtype: str = "bf16"
+    use_orig_params: bool = True
+    ddp: Mapping[str, Any] = field(default_factory=dict)
     max_grad_norm: float = 0.0
     num_steps: int = 3
     use_cache: bool | None = False
     evaluation_micro_batch: int = 0
     packing: bool = False
+    offload: str = "none"
+    zero: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def is_mixed(self) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from bench.accuracy.architectures import architecture_cells
 from bench.accuracy.cell import Cell
 
 LLAMA: dict[str, Any] = {
@@ -34,6 +35,16 @@ GEMMA3: dict[str, Any] = {
 WIDE: dict[str, Any] = LLAMA | {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 3}
 # The head outweighs the blocks: its peak is the loss's, over two of TRL's tiles of the vocabulary.
 VOCABULARY: dict[str, Any] = LLAMA | {"num_hidden_layers": 2, "vocab_size": 40_000, "tie_word_embeddings": True}
+
+# More than 100 million parameters: several buckets of DDP's, and weights that dwarf what does not scale with them.
+LARGE: dict[str, Any] = LLAMA | {
+    "hidden_size": 768,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 12,
+    "vocab_size": 16000,
+}
 
 _FSDP: dict[str, Any] = {"strategy": "fsdp2", "num_processes": 2}
 
@@ -78,6 +89,31 @@ DDP = (
     Cell(name="ddp-lora-bf16", config=LLAMA, strategy="ddp", num_processes=2, method="lora", precision="bf16"),
 )
 
+_DDP: dict[str, Any] = {"strategy": "ddp", "num_processes": 2}
+
+DDP_SETTINGS = (
+    Cell(name="ddp-bucket-view-fp32", config=LLAMA, ddp={"gradient_as_bucket_view": True}, **_DDP),
+    Cell(name="ddp-bucket-view-wide", config=WIDE, seq_len=16, ddp={"gradient_as_bucket_view": True}, **_DDP),
+    Cell(name="ddp-static-graph-fp32", config=LLAMA, ddp={"static_graph": True}, **_DDP),
+    Cell(name="ddp-find-unused-fp32", config=LLAMA, ddp={"find_unused_parameters": True}, **_DDP),
+    Cell(name="ddp-fp16-hook-fp32", config=WIDE, seq_len=16, ddp={"comm_hook": "fp16"}, **_DDP),
+    Cell(name="ddp-accumulation-fp32", config=LLAMA, gradient_accumulation_steps=2, **_DDP),
+    Cell(name="ddp-checkpointing-bf16", config=LLAMA, precision="bf16", checkpointing="full", **_DDP),
+    Cell(name="ddp-tied-fp32", config=TIED, **_DDP),
+    Cell(name="ddp-gpt2-fp32", config=GPT2, **_DDP),
+    Cell(name="ddp-hf-bf16", config=LLAMA, trainer="hf", precision="bf16", **_DDP),
+    Cell(name="ddp-4-fp32", config=LLAMA, strategy="ddp", num_processes=4),
+    Cell(name="ddp-large-fp32", config=LARGE, seq_len=32, **_DDP),
+    Cell(
+        name="ddp-large-bucket-view-bf16",
+        config=LARGE,
+        precision="bf16",
+        seq_len=32,
+        ddp={"gradient_as_bucket_view": True},
+        **_DDP,
+    ),
+)
+
 FSDP2 = (
     Cell(name="fsdp2-fp32", config=LLAMA, **_FSDP),
     Cell(name="fsdp2-fp32-checkpointing", config=LLAMA, checkpointing="full", **_FSDP),
@@ -102,11 +138,104 @@ FSDP2 = (
     Cell(name="fsdp2-wide-bf16", config=WIDE, precision="bf16", seq_len=16, **_FSDP),
     Cell(name="fsdp2-wide-adamw", config=WIDE, optimizer="adamw_torch", seq_len=16, **_FSDP),
     Cell(name="fsdp2-bf16-pure", config=LLAMA, precision="bf16-pure", **_FSDP),
+    Cell(name="fsdp2-uneven-bf16-3", config=UNEVEN, precision="bf16", strategy="fsdp2", num_processes=3),
+    Cell(name="fsdp2-large-bf16", config=LARGE, precision="bf16", seq_len=32, **_FSDP),
+    Cell(
+        name="hsdp-fp32",
+        config=LLAMA,
+        sharding="hybrid_shard",
+        strategy="hsdp",
+        num_processes=4,
+        shard_group_size=2,
+    ),
+    Cell(
+        name="hsdp-bf16",
+        config=LLAMA,
+        precision="bf16",
+        sharding="hybrid_shard",
+        strategy="hsdp",
+        num_processes=4,
+        shard_group_size=2,
+    ),
+    Cell(
+        name="hsdp-bf16-checkpointing",
+        config=LLAMA,
+        precision="bf16",
+        checkpointing="full",
+        sharding="hybrid_shard",
+        strategy="hsdp",
+        num_processes=4,
+        shard_group_size=2,
+    ),
     Cell(name="fsdp2-hf-fp32", config=LLAMA, trainer="hf", **_FSDP),
+    Cell(name="fsdp2-hf-lora-fp32", config=LLAMA, trainer="hf", method="lora", **_FSDP),
+    Cell(name="fsdp2-hf-lora-bf16", config=LLAMA, trainer="hf", method="lora", precision="bf16", **_FSDP),
+    Cell(
+        name="fsdp2-hf-lora-bf16-checkpointing",
+        config=LLAMA,
+        trainer="hf",
+        method="lora",
+        precision="bf16",
+        checkpointing="full",
+        **_FSDP,
+    ),
+    Cell(name="fsdp2-hf-tied-fp32", config=TIED, trainer="hf", **_FSDP),
     Cell(name="fsdp2-hf-bf16", config=LLAMA, trainer="hf", precision="bf16", **_FSDP),
     Cell(name="fsdp2-hf-tied-bf16", config=TIED, trainer="hf", precision="bf16", **_FSDP),
     Cell(name="fsdp2-hf-evaluation", config=LLAMA, trainer="hf", evaluation_micro_batch=8, **_FSDP),
     Cell(name="fsdp2-hf-accumulation-fp32", config=LLAMA, trainer="hf", gradient_accumulation_steps=2, **_FSDP),
+)
+
+_FSDP1: dict[str, Any] = {"strategy": "fsdp", "num_processes": 2}
+
+FSDP1 = (
+    Cell(name="fsdp1-fp32", config=LLAMA, **_FSDP1),
+    Cell(name="fsdp1-fp32-checkpointing", config=LLAMA, checkpointing="full", **_FSDP1),
+    Cell(name="fsdp1-bf16", config=LLAMA, precision="bf16", **_FSDP1),
+    Cell(name="fsdp1-bf16-checkpointing", config=LLAMA, precision="bf16", checkpointing="full", **_FSDP1),
+    Cell(name="fsdp1-lora-bf16", config=LLAMA, method="lora", precision="bf16", **_FSDP1),
+    Cell(name="fsdp1-lora-fp32", config=LLAMA, method="lora", **_FSDP1),
+    Cell(name="fsdp1-lora-fp32-checkpointing", config=LLAMA, method="lora", checkpointing="full", **_FSDP1),
+    Cell(name="fsdp1-tied-fp32", config=TIED, **_FSDP1),
+    Cell(name="fsdp1-tied-bf16", config=TIED, precision="bf16", **_FSDP1),
+    Cell(name="fsdp1-gpt2-fp32", config=GPT2, **_FSDP1),
+    Cell(name="fsdp1-shard-grad-op", config=LLAMA, sharding="shard_grad_op", **_FSDP1),
+    Cell(name="fsdp1-no-shard", config=LLAMA, sharding="no_shard", **_FSDP1),
+    Cell(name="fsdp1-flat-fp32", config=LLAMA, use_orig_params=False, **_FSDP1),
+    Cell(name="fsdp1-flat-bf16", config=LLAMA, use_orig_params=False, precision="bf16", **_FSDP1),
+    Cell(name="fsdp1-uneven-3", config=UNEVEN, strategy="fsdp", num_processes=3),
+    Cell(name="fsdp1-uneven-flat-3", config=UNEVEN, strategy="fsdp", num_processes=3, use_orig_params=False),
+    Cell(name="fsdp1-accumulation", config=LLAMA, gradient_accumulation_steps=2, **_FSDP1),
+    Cell(name="fsdp1-wide-bf16", config=WIDE, precision="bf16", seq_len=16, **_FSDP1),
+    Cell(name="fsdp1-wide-adamw", config=WIDE, optimizer="adamw_torch", seq_len=16, **_FSDP1),
+    Cell(name="fsdp1-bf16-pure", config=LLAMA, precision="bf16-pure", **_FSDP1),
+    Cell(name="fsdp1-large-bf16", config=LARGE, precision="bf16", seq_len=32, **_FSDP1),
+    Cell(name="fsdp1-hf-fp32", config=LLAMA, trainer="hf", **_FSDP1),
+    Cell(name="fsdp1-hf-bf16", config=LLAMA, trainer="hf", precision="bf16", **_FSDP1),
+    Cell(
+        name="fsdp1-hf-bf16-checkpointing", config=LLAMA, trainer="hf", precision="bf16", checkpointing="full", **_FSDP1
+    ),
+    Cell(name="fsdp1-hf-tied-bf16", config=TIED, trainer="hf", precision="bf16", **_FSDP1),
+    Cell(name="fsdp1-hf-lora-bf16", config=LLAMA, trainer="hf", method="lora", precision="bf16", **_FSDP1),
+    Cell(name="fsdp1-hf-lora-fp32", config=LLAMA, trainer="hf", method="lora", **_FSDP1),
+    Cell(name="fsdp1-hf-accumulation-fp32", config=LLAMA, trainer="hf", gradient_accumulation_steps=2, **_FSDP1),
+    Cell(
+        name="fsdp1-hybrid-bf16",
+        config=LLAMA,
+        precision="bf16",
+        sharding="hybrid_shard",
+        strategy="fsdp",
+        num_processes=4,
+        shard_group_size=2,
+    ),
+    Cell(
+        name="fsdp1-hybrid-zero2-fp32",
+        config=LLAMA,
+        sharding="hybrid_shard_zero2",
+        strategy="fsdp",
+        num_processes=4,
+        shard_group_size=2,
+    ),
 )
 
 ZERO = (
@@ -126,7 +255,37 @@ ZERO = (
     ),
 )
 
-CELLS = (*SINGLE, *DDP, *FSDP2, *ZERO)
+# Buckets far smaller than the model, so that they do not dominate.
+_SMALL_BUCKETS = {"reduce_bucket_size": 200_000}
+_SMALL_FETCHES = _SMALL_BUCKETS | {"stage3_prefetch_bucket_size": 100_000, "stage3_param_persistence_threshold": 1_000}
+_LITTLE_REUSE = _SMALL_FETCHES | {"stage3_max_live_parameters": 300_000, "stage3_max_reuse_distance": 100_000}
+_SMALL_ZERO3: dict[str, Any] = {"strategy": "zero3", "num_processes": 2, "zero": _SMALL_FETCHES}
+
+ZERO_SETTINGS = (
+    *(
+        Cell(
+            name=f"zero{stage}-small-{dtype}",
+            config=LLAMA,
+            strategy=f"zero{stage}",
+            num_processes=2,
+            precision=dtype,
+            zero=_SMALL_BUCKETS if stage < 3 else _SMALL_FETCHES,
+        )
+        for stage in (1, 2, 3)
+        for dtype in ("fp32", "bf16")
+    ),
+    Cell(name="zero3-small-reuse-fp32", config=LLAMA, **_SMALL_ZERO3 | {"zero": _LITTLE_REUSE}),
+    Cell(name="zero3-small-reuse-bf16", config=LLAMA, precision="bf16", **_SMALL_ZERO3 | {"zero": _LITTLE_REUSE}),
+    Cell(name="zero3-small-checkpointing-fp32", config=LLAMA, checkpointing="full", **_SMALL_ZERO3),
+    Cell(name="zero3-small-checkpointing-bf16", config=LLAMA, precision="bf16", checkpointing="full", **_SMALL_ZERO3),
+    Cell(name="zero3-small-lora-fp32", config=LLAMA, method="lora", **_SMALL_ZERO3),
+    Cell(name="zero3-small-lora-bf16", config=LLAMA, method="lora", precision="bf16", **_SMALL_ZERO3),
+    Cell(name="zero3-small-uneven-fp32", config=UNEVEN, **_SMALL_ZERO3),
+    Cell(name="zero3-small-tied-bf16", config=TIED, precision="bf16", **_SMALL_ZERO3),
+    Cell(name="zero3-small-accumulation-fp32", config=LLAMA, gradient_accumulation_steps=2, **_SMALL_ZERO3),
+)
+
+CELLS = (*SINGLE, *DDP, *DDP_SETTINGS, *FSDP1, *FSDP2, *ZERO, *ZERO_SETTINGS, *architecture_cells())
 
 
 def find(pattern: str) -> tuple[Cell, ...]:

@@ -16,6 +16,7 @@ import contextlib
 import gc
 import json
 import os
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,9 +27,12 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from bench.accuracy.cell import Cell
+from bench.accuracy.inputs import task_batches
 
 MARK = "launchkit::"
-BYTES_PER_TOKEN = 8  # of the last batch's ids, which the generator of batches still holds
+GLOO_SECONDS = 0.005  # after which gloo's thread has let go of what it has done
+
+FSDP = ("fsdp", "fsdp2", "hsdp")
 
 OPTIMIZERS: dict[str, tuple[str, dict[str, Any]]] = {
     "adamw_torch_fused": ("AdamW", {"fused": True}),
@@ -43,24 +47,71 @@ OPTIMIZERS: dict[str, tuple[str, dict[str, Any]]] = {
 
 def build_model(cell: Cell) -> nn.Module:
     """The cell's model with random weights, adapters and checkpointing in place."""
+    import transformers
     from transformers import AutoConfig, AutoModelForCausalLM
 
     fields = dict(cell.config)
     config = AutoConfig.for_model(fields.pop("model_type"), **fields)
     if cell.use_cache is not None:
         config.use_cache = cell.use_cache
-    dtype = torch.bfloat16 if cell.precision.startswith("bf16-") else torch.float32
-    model: nn.Module = AutoModelForCausalLM.from_config(config, attn_implementation=cell.attention, dtype=dtype)
-    if cell.method == "lora":
-        from peft import LoraConfig, get_peft_model
-
-        targets = cell.lora_targets if cell.lora_targets == "all-linear" else cell.lora_targets.split(",")
-        model = get_peft_model(
-            model, LoraConfig(r=cell.lora_rank, lora_alpha=2 * cell.lora_rank, target_modules=targets)
-        )
+    narrow = cell.precision.startswith("bf16-") or (cell.is_mixed and loads_narrow(cell))
+    dtype = torch.bfloat16 if narrow else torch.float32
+    named = getattr(transformers, (config.architectures or [""])[0], None)
+    build = named._from_config if named else AutoModelForCausalLM.from_config
+    model: nn.Module = build(config, attn_implementation=cell.attention, dtype=dtype)
+    if cell.method == "qlora":
+        model = quantised(model, cell, dtype=dtype)
+    if cell.method != "full":
+        model = with_adapter(model, cell)
     if cell.checkpointing == "full":
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model.train()
+
+
+def loads_narrow(cell: Cell) -> bool:
+    """Whether frozen weights are loaded in 16 bits, as the built-in fine-tune does, under mixed precision."""
+    return cell.method == "qlora" or (cell.method == "lora" and cell.strategy in FSDP and cell.trainer != "loop")
+
+
+def quantised(model: Any, cell: Cell, *, dtype: torch.dtype) -> nn.Module:
+    """The model saved and loaded again in 4 bits, as QLoRA loads it, and what is not quantised in fp32."""
+    import tempfile
+
+    from peft import prepare_model_for_kbit_training
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    four_bits = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, attn_implementation=cell.attention, quantization_config=four_bits
+        )
+    if cell.use_cache is not None:
+        model.config.use_cache = cell.use_cache
+    for parameter in model.parameters():  # what was not quantised may still lie in the mapped file
+        if parameter.dtype is not torch.uint8:
+            parameter.data = parameter.data.clone()
+    return prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+
+
+def with_adapter(model: Any, cell: Cell) -> nn.Module:
+    """``model`` under PEFT's adapter, which is all that is trained."""
+    from peft import LoraConfig, get_peft_model
+
+    targets = cell.lora_targets if cell.lora_targets == "all-linear" else cell.lora_targets.split(",")
+    config = LoraConfig(
+        r=cell.lora_rank,
+        lora_alpha=2 * cell.lora_rank,
+        target_modules=targets,
+        use_dora=cell.dora,
+        modules_to_save=cell.lora_modules_to_save.split(",") if cell.lora_modules_to_save else None,
+    )
+    return get_peft_model(model, config)
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:
@@ -75,14 +126,14 @@ def build_optimizer(cell: Cell, model: nn.Module) -> torch.optim.Optimizer:
 
 def autocast(cell: Cell) -> contextlib.AbstractContextManager[Any]:
     """Autocast where ``--trainer loop`` has it: mixed precision without an engine that casts by itself."""
-    engine_casts = cell.strategy in ("fsdp2", "hsdp") or cell.strategy.startswith("zero")
+    engine_casts = cell.strategy in FSDP or cell.strategy.startswith("zero")
     on = cell.precision == "bf16-params" or (cell.is_mixed and not engine_casts)
     return torch.autocast("cpu", dtype=torch.bfloat16) if on else contextlib.nullcontext()
 
 
 def wrapped_classes(cell: Cell, model: nn.Module) -> set[str]:
     """The classes of the model's blocks."""
-    base = model.get_base_model() if cell.method == "lora" else model
+    base = model.get_base_model() if cell.method != "full" else model
     return set(base._no_split_modules or ()) & {type(module).__name__ for module in base.modules()}
 
 
@@ -113,6 +164,54 @@ def shard(cell: Cell, model: nn.Module) -> nn.Module:
     return model
 
 
+def shard_flat(cell: Cell, model: nn.Module) -> nn.Module:
+    """``FullyShardedDataParallel`` around every block and the root, with accelerate's defaults."""
+    from functools import partial
+
+    from torch.distributed.fsdp import BackwardPrefetch, FullyShardedDataParallel, MixedPrecision, ShardingStrategy
+    from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
+
+    names = wrapped_classes(cell, model)
+    classes = {type(module) for module in model.modules() if type(module).__name__ in names}
+    reduce_dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[cell.reduce_dtype]
+    policy = MixedPrecision(param_dtype=torch.bfloat16, reduce_dtype=reduce_dtype, buffer_dtype=torch.bfloat16)
+    # the member is spelled with an underscore, since torch does not document it
+    sharding = "_HYBRID_SHARD_ZERO2" if cell.sharding == "hybrid_shard_zero2" else cell.sharding.upper()
+    return FullyShardedDataParallel(
+        model,
+        process_group=shard_groups(cell),
+        sharding_strategy=ShardingStrategy[sharding],
+        auto_wrap_policy=partial(transformer_auto_wrap_policy, transformer_layer_cls=classes),
+        mixed_precision=policy if cell.is_mixed else None,
+        backward_prefetch=BackwardPrefetch.BACKWARD_PRE,
+        use_orig_params=cell.use_orig_params,
+        device_id=torch.device("cpu"),
+    )
+
+
+def shard_groups(cell: Cell) -> Any:
+    """This rank's shard group and its group of replicas, under hybrid sharding; else None, which means all ranks."""
+    size = cell.shard_group_size or cell.num_processes
+    if not cell.sharding.startswith("hybrid"):
+        return None
+    ranks = torch.arange(cell.num_processes).reshape(-1, size)
+    shards, _ = dist.new_subgroups_by_enumeration(ranks.tolist())
+    replicas, _ = dist.new_subgroups_by_enumeration(ranks.T.tolist())
+    return shards, replicas
+
+
+def replicate(cell: Cell, model: nn.Module) -> nn.Module:
+    """``DistributedDataParallel`` with the cell's arguments."""
+    from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+
+    arguments = dict(cell.ddp)
+    hook = arguments.pop("comm_hook", "")
+    wrapped = nn.parallel.DistributedDataParallel(model, **arguments)
+    if hook:
+        wrapped.register_comm_hook(None, getattr(default_hooks, f"{hook}_compress_hook"))
+    return wrapped
+
+
 def batches(cell: Cell, vocab_size: int) -> Iterator[dict[str, torch.Tensor]]:
     """One micro-batch after another, labels in a tensor of their own as collators make them."""
     while True:
@@ -121,34 +220,46 @@ def batches(cell: Cell, vocab_size: int) -> Iterator[dict[str, torch.Tensor]]:
 
 
 def resident_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of this rank's parameters, buffers, gradients and optimizer states."""
+    """Bytes of this rank's parameters, buffers, gradients and optimizer states, and of DDP's buckets."""
     tensors = [*model.parameters(), *model.buffers(), *(p.grad for p in model.parameters() if p.grad is not None)]
+    # under use_orig_params these outlive zero_grad
+    flat = [module._flat_param for module in model.modules() if getattr(module, "_has_params", False)]
+    tensors += [parameter.grad for parameter in flat if parameter.grad is not None]
     tensors += [t for state in optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor)]
     storages = {}
     for tensor in tensors:
         local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
         storage = local.untyped_storage()
         storages[storage._cdata] = storage.nbytes()
-    return sum(storages.values())
+    return sum(storages.values()) + reducer_bytes(model)
+
+
+def reducer_bytes(model: nn.Module) -> int:
+    """Bytes of DDP's buckets, which no tensor of Python's shows: as many as gradients, and a map of what was used."""
+    if not isinstance(model, nn.parallel.DistributedDataParallel):
+        return 0
+    trained = trainable(model)
+    used = 4 * len(trained) if model.find_unused_parameters and not model.static_graph else 0
+    return sum(parameter.numel() * parameter.element_size() for parameter in trained) + used
 
 
 def run_loop(cell: Cell) -> list[int]:
-    """The plain step of ``--trainer loop``, on one process, DDP or FSDP2. Under FSDP2, what is resident at the start of
-    each step and at the end; elsewhere nothing, as no ghosts arise."""
+    """The plain step of ``--trainer loop``, on one process, DDP or FSDP. On several, what is resident at the start
+    of each step and at the end; elsewhere nothing, as no ghosts arise."""
     model = build_model(cell)
-    vocab_size = model.config.vocab_size
+    config = model.config
     if cell.strategy in ("fsdp2", "hsdp"):
         model = shard(cell, model)
+    elif cell.strategy == "fsdp":
+        model = shard_flat(cell, model)
     elif cell.strategy == "ddp":
-        model = nn.parallel.DistributedDataParallel(model)
+        model = replicate(cell, model)
     optimizer = build_optimizer(cell, model)
-    data = batches(cell, vocab_size)
+    data = task_batches(cell, config)
     resident = []
     for step in range(cell.num_steps):
         gc.collect()
-        resident.append(
-            resident_bytes(model, optimizer) + (BYTES_PER_TOKEN * cell.micro_batch * cell.seq_len if step else 0)
-        )
+        resident.append(resident_bytes(model, optimizer))
         with record_function(f"{MARK}step.{step}"):
             for micro in range(cell.gradient_accumulation_steps):
                 batch = next(data)
@@ -163,8 +274,8 @@ def run_loop(cell: Cell) -> list[int]:
                     nn.utils.clip_grad_norm_(trainable(model), cell.max_grad_norm)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
-    resident.append(resident_bytes(model, optimizer) + BYTES_PER_TOKEN * cell.micro_batch * cell.seq_len)
-    return resident if cell.strategy in ("fsdp2", "hsdp") else []
+    resident.append(resident_bytes(model, optimizer))
+    return resident if cell.num_processes > 1 else []
 
 
 def gradient_sync(cell: Cell, model: nn.Module, *, last: bool) -> contextlib.AbstractContextManager[Any]:
@@ -175,11 +286,16 @@ def gradient_sync(cell: Cell, model: nn.Module, *, last: bool) -> contextlib.Abs
 
 
 def deepspeed_config(cell: Cell) -> dict[str, Any]:
+    zero: dict[str, Any] = {"stage": int(cell.strategy[-1]), **cell.zero}
+    if cell.offload in ("optimizer", "all"):
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": False}  # pinning takes a GPU's driver
+    if cell.offload == "all":
+        zero["offload_param"] = {"device": "cpu", "pin_memory": False}
     return {
         "train_micro_batch_size_per_gpu": cell.micro_batch,
         "gradient_accumulation_steps": cell.gradient_accumulation_steps,
-        "gradient_clipping": cell.max_grad_norm,
-        "zero_optimization": {"stage": int(cell.strategy[-1])},  # bucket sizes are DeepSpeed's defaults
+        "gradient_clipping": (cell.max_grad_norm or 1.0) if cell.trainer == "hf" else cell.max_grad_norm,
+        "zero_optimization": zero,
         "bf16": {"enabled": cell.precision != "fp32"},
         "zero_force_ds_cpu_optimizer": False,
         "zero_allow_untested_optimizer": True,
@@ -187,12 +303,67 @@ def deepspeed_config(cell: Cell) -> dict[str, Any]:
     }
 
 
-def run_deepspeed(cell: Cell) -> list[int]:
-    """Raw ``deepspeed.initialize`` with a torch optimizer; nothing is compiled."""
+def uncompiled_deepspeed() -> Any:
+    """DeepSpeed without the shared-memory transport that every run on CPU would compile; gloo does without it."""
     import deepspeed
 
-    # Every run on CPU would compile a shared-memory transport; gloo does without it.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+class _Finished:
+    """A collective's work that is let go of a moment after it is done.
+
+    A thread of gloo's holds it too. Whoever lets go last frees the copies that gloo made, and the profiler sees that
+    only where it is this thread.
+    """
+
+    def __init__(self, work: Any) -> None:
+        self._work = work
+
+    def wait(self, *arguments: Any) -> bool:
+        done: bool = self._work.wait(*arguments)
+        time.sleep(GLOO_SECONDS)
+        return done
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._work, name)
+
+
+def outlive_gloo() -> None:
+    """Makes every collective of this process a ``_Finished`` one, so that no ghosts arise."""
+
+    def patched(collective: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*arguments: Any, async_op: bool = False, **others: Any) -> Any:
+            work = collective(*arguments, async_op=True, **others)
+            finished = None if work is None else _Finished(work)
+            if async_op or finished is None:
+                return finished
+            finished.wait()
+            return None
+
+        return run
+
+    for name in ("all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor", "all_gather", "broadcast", "reduce"):
+        setattr(dist, name, patched(getattr(dist, name)))
+
+
+def python_bytes() -> int:
+    """Bytes of every CPU storage that a tensor known to Python holds: between steps, all that is resident."""
+    storages = {}
+    for thing in gc.get_objects():
+        if issubclass(type(thing), torch.Tensor) and thing.device.type == "cpu":
+            storage = thing.untyped_storage()
+            storages[storage._cdata] = storage.nbytes()
+    return sum(storages.values())
+
+
+def run_deepspeed(cell: Cell) -> list[int]:
+    """Raw ``deepspeed.initialize`` with a torch optimizer; nothing is compiled. What is resident at the start of each
+    step and at the end, as of ``run_loop``."""
+    deepspeed = uncompiled_deepspeed()
+    outlive_gloo()
+    before = python_bytes()
     deepspeed.init_distributed(dist_backend="gloo")
     model = build_model(cell)
     vocab_size = model.config.vocab_size
@@ -201,8 +372,10 @@ def run_deepspeed(cell: Cell) -> list[int]:
     )
     del model
     data = batches(cell, vocab_size)
+    resident = []
     for step in range(cell.num_steps):
         gc.collect()
+        resident.append(python_bytes() - before)
         with record_function(f"{MARK}step.{step}"):
             for _ in range(cell.gradient_accumulation_steps):
                 batch = next(data)
@@ -213,7 +386,22 @@ def run_deepspeed(cell: Cell) -> list[int]:
                 del loss, batch
                 with record_function(f"{MARK}optimizer"):
                     engine.step()
-    return []
+    gc.collect()
+    return [*resident, python_bytes() - before]
+
+
+FSDP_VARIABLES: dict[str, Callable[[Cell], dict[str, str]]] = {
+    "fsdp": lambda cell: {
+        "FSDP_VERSION": "1",
+        "FSDP_SHARDING_STRATEGY": cell.sharding.upper(),
+        "FSDP_BACKWARD_PREFETCH": "BACKWARD_PRE",
+        "FSDP_USE_ORIG_PARAMS": str(cell.use_orig_params).lower(),
+    },
+    "fsdp2": lambda cell: {
+        "FSDP_VERSION": "2",
+        "FSDP_RESHARD_AFTER_FORWARD": str(cell.sharding == "full_shard").lower(),
+    },
+}
 
 
 def shard_through_accelerate(cell: Cell, model: nn.Module) -> None:
@@ -224,8 +412,7 @@ def shard_through_accelerate(cell: Cell, model: nn.Module) -> None:
     os.environ |= {
         "ACCELERATE_USE_FSDP": "true",
         "ACCELERATE_MIXED_PRECISION": "bf16" if cell.is_mixed else "no",
-        "FSDP_VERSION": "2",
-        "FSDP_RESHARD_AFTER_FORWARD": str(cell.sharding == "full_shard").lower(),
+        **FSDP_VARIABLES[cell.strategy](cell),
         "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
         "FSDP_TRANSFORMER_CLS_TO_WRAP": ",".join(wrapped_classes(cell, model)),
         "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
@@ -262,13 +449,16 @@ def make_trainer(cell: Cell, model: nn.Module, rows: list[dict[str, list[int]]],
 
 
 def run_trainer(cell: Cell) -> list[int]:
-    """The trainer of transformers or TRL with its defaults, on one process, DDP or FSDP2."""
+    """The trainer of transformers or TRL with its defaults, on one process, DDP, FSDP or ZeRO."""
     import tempfile
 
     from transformers import TrainerCallback
 
+    is_zero = cell.strategy.startswith("zero")
+    if is_zero:
+        uncompiled_deepspeed()
     model = build_model(cell)
-    is_sharded = cell.strategy == "fsdp2"
+    is_sharded = cell.strategy in FSDP_VARIABLES
     if is_sharded:
         shard_through_accelerate(cell, model)
     vocab_size = model.config.vocab_size
@@ -287,14 +477,14 @@ def run_trainer(cell: Cell) -> list[int]:
     class Marks(TrainerCallback):
         def on_step_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
             gc.collect()
-            resident.append(resident_bytes(others["model"], others["optimizer"]))
+            resident.append(resident_bytes(trainer.model_wrapped, others["optimizer"]))
             self.mark = record_function(f"{MARK}step.{state.global_step}")
             self.mark.__enter__()
 
         def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
             self.mark.__exit__(None, None, None)
             if state.global_step == cell.num_steps:
-                resident.append(resident_bytes(others["model"], others["optimizer"]))
+                resident.append(resident_bytes(trainer.model_wrapped, others["optimizer"]))
 
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(
@@ -317,13 +507,14 @@ def run_trainer(cell: Cell) -> list[int]:
             logging_strategy="no",
             report_to=[],
             disable_tqdm=True,
+            deepspeed=deepspeed_config(cell) if is_zero else None,
         )
         trainer.train()
         if cell.evaluation_micro_batch:
             gc.collect()
             with record_function(f"{MARK}evaluation"):
                 trainer.evaluate(trainer.train_dataset)
-    return resident if is_sharded else []
+    return resident if is_sharded or cell.strategy == "ddp" else []
 
 
 def runner(cell: Cell) -> Callable[[Cell], list[int]]:

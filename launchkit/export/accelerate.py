@@ -101,7 +101,7 @@ def _fsdp1_keys(layout: FsdpLayout, candidate: Candidate) -> dict[str, object]:
     return {
         "fsdp_sharding_strategy": layout.sharding.name,
         "fsdp_backward_prefetch": "BACKWARD_PRE" if fsdp.backward_prefetch else "NO_PREFETCH",
-        "fsdp_forward_prefetch": False,
+        "fsdp_forward_prefetch": fsdp.forward_prefetch,
         "fsdp_use_orig_params": fsdp.use_orig_params,
         "fsdp_sync_module_states": True,  # what loading on rank 0 alone relies on; harmless otherwise
     }

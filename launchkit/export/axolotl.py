@@ -14,6 +14,7 @@ from launchkit.export.layout import (
     clip_norm,
     ddp_arguments,
     fsdp_layout,
+    lora_modules_to_save,
     lora_target_modules,
     must_reenter,
 )
@@ -121,8 +122,11 @@ def _adapter(candidate: Candidate) -> dict[str, object]:
         "load_in_4bit": training.method is Method.QLORA,
         "lora_r": training.lora_rank,
         "lora_alpha": RECIPES[training.method].lora_alpha(training.lora_rank),
-        "lora_dropout": 0.0,  # what the plan's step was traced with
+        "lora_dropout": training.lora_dropout,
         **({"lora_target_linear": True} if modules == ("all-linear",) else {"lora_target_modules": list(modules)}),
+        **({"lora_modules_to_save": list(saved)} if (saved := lora_modules_to_save(training)) else {}),
+        **({"peft_use_dora": True} if training.dora else {}),
+        **({"peft_use_rslora": True} if training.rslora else {}),
     }
 
 

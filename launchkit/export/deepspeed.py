@@ -5,7 +5,7 @@ from __future__ import annotations
 from launchkit.export.layout import autocast_format, check_expressible, clip_norm, num_processes
 from launchkit.hardware import Cluster
 from launchkit.plan import Candidate
-from launchkit.scenario import Offload, Precision, ZeroSettings
+from launchkit.scenario import Offload, ZeroSettings
 from launchkit.units import divide_up
 
 AUTO = "auto"
@@ -57,7 +57,7 @@ def _precision(candidate: Candidate) -> dict[str, object]:
     if name == "no":
         return {}
     section: dict[str, object] = {"enabled": True}
-    if candidate.scenario.training.precision in (Precision.BF16_PARAMS, Precision.BF16_PURE):
+    if candidate.scenario.training.has_bf16_masters:
         section |= {"bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
     return {name: section}
 

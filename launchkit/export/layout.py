@@ -10,6 +10,8 @@ from launchkit.hardware import Backend, Cluster
 from launchkit.plan import Candidate
 from launchkit.scenario import (
     Checkpointing,
+    CommHook,
+    DdpSettings,
     Method,
     Offload,
     Precision,
@@ -17,6 +19,7 @@ from launchkit.scenario import (
     Sharding,
     StrategyKind,
     Trainer,
+    Training,
 )
 from launchkit.units import MIB
 
@@ -98,6 +101,11 @@ def lora_target_modules(candidate: Candidate) -> tuple[str, ...]:
     return tuple(name.strip() for name in targets.split(",") if name.strip())
 
 
+def lora_modules_to_save(training: Training) -> tuple[str, ...]:
+    """PEFT's ``modules_to_save``: what is trained whole beside the adapters."""
+    return tuple(name for name in training.lora_modules_to_save.split(",") if name)
+
+
 def must_reenter(candidate: Candidate) -> bool:
     """4-bit weights gathered by ZeRO-3 change their metadata, which non-reentrant checkpointing takes for an error."""
     scenario = candidate.scenario
@@ -109,8 +117,10 @@ def ddp_arguments(candidate: Candidate) -> dict[str, object]:
     strategy = candidate.scenario.strategy
     if strategy.kind is not StrategyKind.DDP:
         return {}
+    cap = strategy.ddp.bucket_cap_bytes
     return {
-        "ddp_bucket_cap_mb": strategy.ddp.bucket_cap_bytes // MIB,
+        # Said aloud, even the default would make the first bucket as large as the others.
+        **({} if cap == DdpSettings.bucket_cap_bytes else {"ddp_bucket_cap_mb": cap // MIB}),
         "ddp_find_unused_parameters": strategy.ddp.find_unused_parameters,
         "ddp_broadcast_buffers": strategy.ddp.broadcast_buffers,
     }
@@ -188,6 +198,13 @@ def _has_unwritable_fsdp1_setting(candidate: Candidate, cluster: Cluster) -> boo
     return strategy.kind is StrategyKind.FSDP and (has_own_groups or not strategy.fsdp.limit_all_gathers)
 
 
+def _has_unwritable_ddp_setting(candidate: Candidate, cluster: Cluster) -> bool:
+    strategy = candidate.scenario.strategy
+    ddp = strategy.ddp
+    is_unwritable = ddp.gradient_as_bucket_view or ddp.static_graph or ddp.comm_hook is not CommHook.NONE
+    return strategy.kind is StrategyKind.DDP and is_unwritable
+
+
 def _has_unnamed_blocks(candidate: Candidate, cluster: Cluster) -> bool:
     return candidate.scenario.strategy.kind.is_fsdp and not candidate.model.block_classes
 
@@ -227,6 +244,11 @@ _REFUSALS: tuple[_Refusal, ...] = (
         _has_unwritable_fsdp1_setting,
         "{name} with its own shard groups, or without limit_all_gathers, can be written to no file",
         "use --strategy hsdp",
+    ),
+    (
+        _has_unwritable_ddp_setting,
+        "{name} with bucket views, a static graph or a communication hook can be written to no file",
+        "leave them out, or pass DistributedDataParallelKwargs to the Accelerator of a script of your own",
     ),
     (_has_unnamed_blocks, "{name} needs the class of the model's blocks, and none is known", "use --strategy zero3"),
     (_has_fp8_zero, "{name} has no fp8", "use --precision bf16, or --strategy fsdp2"),

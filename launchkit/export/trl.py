@@ -10,6 +10,7 @@ from launchkit.export.layout import (
     check_expressible,
     clip_norm,
     ddp_arguments,
+    lora_modules_to_save,
     lora_target_modules,
     must_reenter,
 )
@@ -86,8 +87,11 @@ def _adapter(candidate: Candidate) -> dict[str, object]:
         "load_in_4bit": training.method is Method.QLORA,
         "lora_r": training.lora_rank,
         "lora_alpha": RECIPES[training.method].lora_alpha(training.lora_rank),
-        "lora_dropout": 0.0,
+        "lora_dropout": training.lora_dropout,
         "lora_target_modules": list(lora_target_modules(candidate)),
+        **({"lora_modules_to_save": list(saved)} if (saved := lora_modules_to_save(training)) else {}),
+        **({"use_dora": True} if training.dora else {}),
+        **({"use_rslora": True} if training.rslora else {}),
     }
 
 

@@ -40,7 +40,14 @@ def adapter_config(job: FineTuneJob) -> Any:
 
     targets = job.lora.targets[0] if job.lora.targets == ("all-linear",) else list(job.lora.targets)
     return LoraConfig(
-        r=job.lora.rank, lora_alpha=job.lora.alpha, lora_dropout=0.0, target_modules=targets, task_type="CAUSAL_LM"
+        r=job.lora.rank,
+        lora_alpha=job.lora.alpha,
+        lora_dropout=job.lora.dropout,
+        target_modules=targets,
+        modules_to_save=list(job.lora.modules_to_save) or None,
+        use_dora=job.lora.dora,
+        use_rslora=job.lora.rslora,
+        task_type="CAUSAL_LM",
     )
 
 

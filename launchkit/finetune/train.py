@@ -24,11 +24,11 @@ from launchkit.finetune.unpack import unpacked
 from launchkit.launch.environment import RUN_DIR_VARIABLE
 from launchkit.launch.job import FineTuneJob
 from launchkit.process.worker import global_rank, say
+from launchkit.recipe import KEPT_CHECKPOINTS
 from launchkit.scenario import Checkpointing, Loss
 from launchkit.scenario import Trainer as TrainerKind
 
 SHORT_RUN_STEPS = 200  # up to here every step is logged, beyond it every tenth
-NUM_CHECKPOINTS = 2
 
 
 def train(job: FineTuneJob) -> None:
@@ -113,7 +113,7 @@ def _argument_values(job: FineTuneJob) -> dict[str, Any]:
         "dataloader_pin_memory": not job.on_cpu,
         "remove_unused_columns": False,
         "save_strategy": "no" if is_trial else "epoch",
-        "save_total_limit": NUM_CHECKPOINTS,
+        "save_total_limit": KEPT_CHECKPOINTS,
         "logging_steps": 1 if 0 < job.data.max_steps <= SHORT_RUN_STEPS else 10,
         "report_to": "none",
         "disable_tqdm": True,

@@ -6,12 +6,13 @@ import json
 from dataclasses import dataclass
 
 from launchkit.errors import IllegalScenarioError, PlanFileError
-from launchkit.export.layout import autocast_format, clip_norm, lora_target_modules
+from launchkit.export.layout import autocast_format, clip_norm, lora_modules_to_save, lora_target_modules
 from launchkit.hardware import Backend, Cluster
 from launchkit.plan import Candidate
 from launchkit.recipe import RECIPES
 from launchkit.scenario import Batch, Checkpointing, Loss, Method, Precision, StrategyKind, Trainer, Training
 from launchkit.serialize import decode, encode
+from launchkit.strategies.weights import loaded_dtype
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,11 +32,15 @@ class Data:
 
 @dataclass(frozen=True, kw_only=True)
 class Lora:
-    """PEFT's adapter; ``alpha`` scales its update and costs no memory."""
+    """PEFT's adapter; ``alpha`` and ``rslora`` scale its update and cost no memory."""
 
     rank: int
     alpha: int
     targets: tuple[str, ...]
+    dropout: float = 0.0
+    modules_to_save: tuple[str, ...] = ()
+    dora: bool = False
+    rslora: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,24 +107,7 @@ def fine_tune_job(
 
 def weights_dtype_of(candidate: Candidate) -> str:
     """The dtype that the weights are loaded in, which is the one that the strategy's rewrite counts them in."""
-    precision = candidate.scenario.training.precision
-    if precision in (Precision.BF16_PARAMS, Precision.BF16_PURE):
-        return "bfloat16"
-    if not (precision.is_mixed and _holds_sixteen_bits(candidate)):
-        return "float32"
-    return "float16" if precision is Precision.FP16 else "bfloat16"
-
-
-def _holds_sixteen_bits(candidate: Candidate) -> bool:
-    """Whether mixed precision starts from 16-bit weights rather than from fp32 ones.
-
-    Under autocast it does not. DeepSpeed's engine holds 16-bit weights and makes its own fp32 master; accelerate's FSDP
-    upcasts what is trained and leaves frozen weights as they were loaded; 4-bit ones are unpacked into 16 bits.
-    """
-    training, kind = candidate.scenario.training, candidate.scenario.strategy.kind
-    if kind.zero_stage or training.method is Method.QLORA:
-        return True
-    return kind.is_fsdp and training.method is Method.LORA and training.trainer is not Trainer.LOOP
+    return loaded_dtype(candidate.scenario)
 
 
 def split_gguf(model_path: str) -> tuple[str, str]:
@@ -133,7 +121,15 @@ def split_gguf(model_path: str) -> tuple[str, str]:
 def _lora(candidate: Candidate) -> Lora:
     training = candidate.scenario.training
     alpha = RECIPES[training.method].lora_alpha(training.lora_rank)
-    return Lora(rank=training.lora_rank, alpha=alpha, targets=lora_target_modules(candidate))
+    return Lora(
+        rank=training.lora_rank,
+        alpha=alpha,
+        targets=lora_target_modules(candidate),
+        dropout=training.lora_dropout,
+        modules_to_save=lora_modules_to_save(training),
+        dora=training.dora,
+        rslora=training.rslora,
+    )
 
 
 def _check_trainable(candidate: Candidate) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from launchkit import __version__
@@ -11,7 +11,7 @@ from launchkit.hardware import Cluster, format_gpus
 from launchkit.model import ModelProfile, ModelSource
 from launchkit.plan import Candidate, Plan, Rejected, Suggestion
 from launchkit.planner.evaluate import Bench, judge, sketch
-from launchkit.planner.host import host_has_room
+from launchkit.planner.host import lacking
 from launchkit.planner.search import Option, Refused, Search
 from launchkit.request import Request, decisions
 from launchkit.scenario import (
@@ -45,20 +45,21 @@ def plan(source: ModelSource, *, cluster: Cluster, request: Request) -> Plan:
     if not options:
         reasons = dict.fromkeys(item.reason for item in refused)
         raise IllegalScenarioError("; ".join(reasons) or "nothing is left to choose from; give fewer flags")
-    chosen, chosen_option = _verified(bench, options)
-    fitting = [o for o in _best_of_each_method_first(_ranking(options)) if o.fits and o is not chosen_option]
+    chosen, misfits = _verified(bench, options)
+    losers = [option for option in options if not option.fits or option.scenario in misfits]
+    taken = {*misfits, chosen.scenario} if chosen else misfits
+    fitting = [o for o in _best_of_each_method_first(_ranking(options)) if o.fits and o.scenario not in taken]
     alternatives = _alternatives(bench, fitting) if chosen else ()
-    losers = [option for option in options if not option.fits]
     return Plan(
         request=request.given(),
         model=source.profile,
         cluster=cluster,
         chosen=chosen,
         alternatives=alternatives,
-        rejected=_rejected(bench, losers),
+        rejected=_rejected(bench, losers, misfits),
         suggestions=_suggestions(search, chosen, losers),
         assumptions=_assumptions(chosen.scenario if chosen else min(options, key=_need).scenario, source.profile),
-        notes=_notes(request, cluster, source.profile, chosen),
+        notes=_notes(request, source.profile, chosen),
         num_considered=search.num_considered,
         versions={"launchkit": __version__, **source.profile.versions},
     )
@@ -82,13 +83,16 @@ def _explore(search: Search) -> tuple[list[Option], list[Refused]]:
     return options, refused
 
 
-def _verified(bench: Bench, options: Sequence[Option]) -> tuple[Candidate | None, Option | None]:
-    """The first option in the order of preference that fits after its run through the allocator too."""
+def _verified(bench: Bench, options: Sequence[Option]) -> tuple[Candidate | None, dict[Scenario, Candidate]]:
+    """The first option in the order of preference that fits after its run through the allocator too, and those before
+    it that do not."""
+    misfits: dict[Scenario, Candidate] = {}
     for option in _ranking([option for option in options if option.fits]):
         candidate = judge(bench, option.scenario)
         if candidate.estimate.fits:
-            return candidate, option
-    return None, None
+            return candidate, misfits
+        misfits[option.scenario] = candidate
+    return None, misfits
 
 
 def _ranking(options: Sequence[Option]) -> list[Option]:
@@ -126,20 +130,22 @@ def _alternatives(bench: Bench, options: Sequence[Option]) -> tuple[Candidate, .
     return tuple(sketch(bench, option.scenario) for option in options[:SHOWN_ALTERNATIVES])
 
 
-def _rejected(bench: Bench, options: Sequence[Option]) -> tuple[Rejected, ...]:
+def _rejected(bench: Bench, options: Sequence[Option], judged: Mapping[Scenario, Candidate]) -> tuple[Rejected, ...]:
     """Those that need too much, the nearest to fitting of each method first, with what weighs most in them."""
     shown = _best_of_each_method_first(sorted(options, key=_need))[:SHOWN_REJECTED]
-    candidates = [sketch(bench, option.scenario) for option in shown]
+    candidates = [judged.get(option.scenario) or sketch(bench, option.scenario) for option in shown]
     return tuple(Rejected(candidate=candidate, reason=_reason(bench, candidate)) for candidate in candidates)
 
 
 def _reason(bench: Bench, candidate: Candidate) -> str:
-    """What is lacking on the host, or what weighs most on the device."""
-    scenario = candidate.scenario
-    offloads = scenario.strategy.offload is not Offload.NONE
-    if offloads and not host_has_room(bench.program(scenario), cluster=bench.cluster_of(scenario)):
-        return f"host memory {candidate.estimate.host_peak_bytes / GIB:.1f}"
-    owner, num_bytes = max(candidate.estimate.at_peak.items(), key=lambda item: item[1])
+    """What is lacking on the host, or what weighs most on the device, unless only the range's top is too much."""
+    estimate = candidate.estimate
+    uses = bench.host_uses(candidate.scenario)
+    if phase := lacking(uses, cluster=bench.cluster_of(candidate.scenario)):
+        return f"host memory {uses[phase].needed_bytes / GIB:.1f} {phase}"
+    if estimate.device_peak_bytes <= estimate.device_usable_bytes < estimate.device_peak_high_bytes:
+        return f"may reach {estimate.device_peak_high_bytes / GIB:.1f}"
+    owner, num_bytes = max(estimate.at_peak.items(), key=lambda item: item[1])
     return f"{owner.replace('_', ' ')} {num_bytes / GIB:.1f}"
 
 
@@ -251,11 +257,12 @@ def _assumptions(scenario: Scenario, profile: ModelProfile) -> tuple[str, ...]:
     return tuple(lines)
 
 
-def _notes(request: Request, cluster: Cluster, profile: ModelProfile, chosen: Candidate | None) -> tuple[str, ...]:
+def _notes(request: Request, profile: ModelProfile, chosen: Candidate | None) -> tuple[str, ...]:
     notes = [*profile.notes, *decisions(request, model=profile)]
-    if chosen and chosen.estimate.host_load_peak_bytes > cluster.node.host_memory_bytes > 0:
-        need, have = chosen.estimate.host_load_peak_bytes, cluster.node.host_memory_bytes
-        notes.append(f"loading takes {need / GIB:.0f} GiB of host memory, the node has {have / GIB:.0f}")
+    if chosen and profile.num_active_parameters and chosen.scenario.training.method is Method.QLORA:
+        notes.append(
+            "transformers fuses experts into tensors that bitsandbytes leaves unquantised: QLoRA saves little here"
+        )
     if chosen and not chosen.step.validated:
         notes.append("times are the clock's and were not checked on this hardware; use them to rank")
     return tuple(notes)

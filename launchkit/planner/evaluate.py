@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from launchkit import strategies
@@ -9,10 +10,22 @@ from launchkit.errors import IllegalScenarioError
 from launchkit.hardware import Cluster
 from launchkit.model import ModelProfile, ModelSource
 from launchkit.optimizers import FP32_BYTES, LocalTensor, find, traffic_bytes
-from launchkit.plan import Candidate, Estimate, StepTime
-from launchkit.planner.host import checkpoint_bytes, host_load_peak_bytes, host_peak_bytes
-from launchkit.program import Owner, Phase, Point, Section, Stage, StepProgram
-from launchkit.scenario import DeviceKind, Method, Scenario, State, StrategyKind, TraceKey
+from launchkit.plan import Candidate, Estimate, RunPhase, StepTime
+from launchkit.planner.disk import checkpoint_files
+from launchkit.planner.host import HostUse, lacking
+from launchkit.planner.phases import Run, StepPeak, phase_peaks
+from launchkit.planner.sizes import ModelSizes
+from launchkit.program import Owner, Point, StepProgram
+from launchkit.scenario import (
+    Batch,
+    Checkpointing,
+    DeviceKind,
+    Method,
+    Scenario,
+    State,
+    StrategyKind,
+    TraceKey,
+)
 from launchkit.simulate.clock import Job, simulate_time
 from launchkit.simulate.memory import MemoryReading, read_memory, simulate_memory
 from launchkit.simulate.overheads import (
@@ -23,7 +36,7 @@ from launchkit.simulate.overheads import (
     device_peak,
 )
 from launchkit.simulate.reading import CompiledProgram, compile_program
-from launchkit.units import divide_up
+from launchkit.units import divide_up, gib, gigabytes
 
 # Allocations smaller than this are padded to it. Source: CUDACachingAllocator's kMinBlockSize.
 CUDA_BLOCK_BYTES = 512
@@ -37,6 +50,7 @@ class Bench:
     cluster: Cluster
     _rewritten: dict[tuple[TraceKey, Scenario], StepProgram] = field(default_factory=dict)
     _compiled: dict[tuple[TraceKey, Scenario], CompiledProgram] = field(default_factory=dict)
+    _host_uses: dict[Scenario, Mapping[str, HostUse]] = field(default_factory=dict)
 
     def cluster_of(self, scenario: Scenario) -> Cluster:
         """The part of the cluster that a scenario uses: one GPU for a single process, else all."""
@@ -64,6 +78,14 @@ class Bench:
             self._compiled[identity] = compile_program(self.program(scenario))
         granularity = 1 if self.cluster.gpu.device_kind is DeviceKind.CPU else CUDA_BLOCK_BYTES
         return self._compiled[identity].peak(point_of(scenario), granularity_bytes=granularity).num_bytes
+
+    def host_uses(self, scenario: Scenario) -> Mapping[str, HostUse]:
+        """What a node of GPUs needs of its host's memory, by what it is doing; no batch changes it."""
+        training = replace(scenario.training, checkpointing=Checkpointing.NONE)
+        same = replace(scenario, training=training, batch=Batch())
+        if same not in self._host_uses:
+            self._host_uses[same] = run_of(self, scenario).hosts()
+        return self._host_uses[same]
 
     def _identity(self, scenario: Scenario) -> tuple[TraceKey, Scenario]:
         """The key, and the scenario without what a rewrite does not depend on: lengths, and how many micro-batches."""
@@ -119,53 +141,72 @@ def judge(bench: Bench, scenario: Scenario) -> Candidate:
         capacity_bytes=None if device_kind is DeviceKind.CPU else usable_bytes(cluster) - outside.typical,
         eager_optimizer_states=scenario.strategy.kind.zero_stage > 0,
     )
-    return candidate_of(bench, scenario, reading)
-
-
-# TrainingArguments' own per_device_eval_batch_size, which nothing that is exported changes. Source: transformers 5.23.
-EVALUATION_MICRO_BATCH = 8
-
-
-def evaluation_peak(bench: Bench, scenario: Scenario, *, micro_batch: int = EVALUATION_MICRO_BATCH) -> MemoryReading:
-    """The memory of ``Trainer.evaluate`` between two steps of ``scenario``: weights, optimizer states and buffers lie
-    there, and one batch after another goes forward, without gradients, for its loss alone.
-
-    ``micro_batch`` is ``per_device_eval_batch_size``. The reserved figures are an evaluation's alone: after a training
-    step it reuses what that one left cached. Omits: the logits that ``compute_metrics`` asks the trainer to keep, of
-    every batch until the evaluation ends. Raises ``TraceError`` where the evaluation cannot be traced.
-    """
-    batch = replace(scenario.batch, micro_batch=micro_batch, gradient_accumulation_steps=1)
-    scenario = replace(scenario, batch=batch, state=State.STEADY)
-    cluster = bench.cluster_of(scenario)
-    program = bench.source.program(replace(bench.key(scenario), evaluation=True).canonical)
-    rewritten = strategies.rewrite(_with_idle_backward(program), scenario=scenario, cluster=cluster)
-    forward = tuple(stage for stage in rewritten.stages if stage.phase in (Phase.FORWARD, Phase.LOSS))
-    persistent = (*rewritten.persistent, *cublas_workspaces(cluster.gpu))
-    return simulate_memory(
-        replace(rewritten, stages=forward, persistent=persistent),
-        point_of(scenario),
-        device_kind=cluster.gpu.device_kind,
+    candidate = candidate_of(bench, scenario, reading)
+    steps = _steps(bench, scenario, reading)
+    phases = phase_peaks(run_of(bench, scenario, reading.steady_bytes), reading, steps)
+    return replace(
+        candidate,
+        estimate=replace(candidate.estimate, phases=phases),
+        notes=(*candidate.notes, *_warnings(bench, candidate)),
     )
 
 
-def _with_idle_backward(program: StepProgram) -> StepProgram:
-    """``program``, which ends with its loss, with a backward pass that does nothing: strategies expect one."""
-    numbers: dict[str, int] = {}
-    sections = list(program.sections)
-    stages = list(program.stages)
-    for stage in reversed(program.stages):
-        layers = []
-        for layer in stage.layers:
-            group = program.sections[layer].group
-            if group not in numbers:
-                numbers[group] = len(sections)
-                sections.append(Section(events=(), group=group))
-            layers.append(numbers[group])
-        name = stage.name.replace("forward", "backward", 1)
-        stages.append(
-            Stage(name=name, phase=Phase.BACKWARD, layers=tuple(layers), stack=stage.stack, reverse=bool(stage.stack))
+def _warnings(bench: Bench, candidate: Candidate) -> Iterator[str]:
+    """What a run would fail by besides the device's memory, where the machine is known."""
+    cluster = bench.cluster_of(candidate.scenario)
+    node, checkpoint = cluster.node, candidate.estimate.checkpoint
+    uses = bench.host_uses(candidate.scenario)
+    if phase := lacking(uses, cluster=cluster):
+        need = gib(uses[phase].needed_bytes)
+        yield (
+            f"{need} of host memory are needed {phase} and a node has {gib(node.host_memory_bytes)}: the kernel would "
+            "kill the processes (exit code −9)"
         )
-    return replace(program, stages=tuple(stages), sections=tuple(sections))
+    if checkpoint and checkpoint.disk_peak_bytes > node.disk_free_bytes > 0:
+        yield (
+            f"checkpoints take up to {gigabytes(checkpoint.disk_peak_bytes)} of disk ({checkpoint.num_kept} kept, one "
+            f"being written, the final model), {gigabytes(node.disk_free_bytes)} are free"
+        )
+
+
+def _steps(bench: Bench, scenario: Scenario, reading: MemoryReading) -> tuple[StepPeak, ...]:
+    """The first step, a steady one, and one of the longest batch, which every batch is planned as.
+
+    ``reading`` is of one of the two states, run through the allocator; of the other the allocated peak is read, and its
+    reserved memory is what the cache held after the first step, or at least that.
+    """
+    other = State.FIRST if scenario.state is State.STEADY else State.STEADY
+    live = bench.live_peak_bytes(replace(scenario, state=other))
+    cached = reading.reserved_first_step_bytes if bench.cluster.gpu.device_kind is DeviceKind.CUDA else 0
+    peaks = {
+        scenario.state: (reading.allocated_peak_bytes, reading.reserved_peak_bytes),
+        other: (live, max(live, cached)),
+    }
+    phases = {
+        RunPhase.FIRST_STEP: State.FIRST,
+        RunPhase.STEADY_STEP: State.STEADY,
+        RunPhase.LONGEST_BATCH: State.STEADY,
+    }
+    return tuple(
+        StepPeak(phase=phase, allocated_bytes=peaks[state][0], reserved_bytes=peaks[state][1])
+        for phase, state in phases.items()
+    )
+
+
+def run_of(bench: Bench, scenario: Scenario, steady_bytes: int = 0) -> Run:
+    """The whole run whose devices hold ``steady_bytes`` between steps."""
+    cluster, program = bench.cluster_of(scenario), bench.program(scenario)
+    profile = bench.source.profile
+    return Run(
+        program=program,
+        sizes=ModelSizes.of(program, profile, scenario=scenario),
+        scenario=scenario,
+        cluster=cluster,
+        checkpoint_itemsize=profile.checkpoint_itemsize,
+        steady_bytes=steady_bytes,
+        room_bytes=usable_bytes(cluster) - cuda_context(cluster.gpu).plus(communicators(cluster, scenario)).typical,
+        num_communicators=_num_communicators(scenario),
+    )
 
 
 def communicators(cluster: Cluster, scenario: Scenario) -> ByteRange:
@@ -190,9 +231,8 @@ def sketch(bench: Bench, scenario: Scenario) -> Candidate:
 def candidate_of(bench: Bench, scenario: Scenario, reading: MemoryReading) -> Candidate:
     """A candidate from a reading of its memory."""
     profile, cluster = bench.source.profile, bench.cluster_of(scenario)
-    program = bench.program(scenario)
-    rank = point_of(scenario).lora_rank
-    num_trainable = program.num_parameters(rank, trainable=True)
+    run = run_of(bench, scenario, reading.steady_bytes)
+    checkpoint = checkpoint_files(run.sizes, scenario, num_ranks=cluster.num_gpus)
     device = device_peak(reading, cluster, num_communicators=_num_communicators(scenario))
     at_peak: dict[str, int] = {str(owner): reading.at_peak[owner] for owner in Owner}
     at_peak |= {
@@ -203,7 +243,7 @@ def candidate_of(bench: Bench, scenario: Scenario, reading: MemoryReading) -> Ca
     return Candidate(
         model=profile,
         num_parameters=profile.num_parameters,
-        num_trainable=num_trainable,
+        num_trainable=run.sizes.num_trained,
         scenario=scenario,
         estimate=Estimate(
             allocated_peak_bytes=reading.allocated_peak_bytes,
@@ -216,9 +256,10 @@ def candidate_of(bench: Bench, scenario: Scenario, reading: MemoryReading) -> Ca
             peak_stage=reading.peak_stage,
             at_peak=at_peak,
             steady_bytes=reading.steady_bytes,
-            host_peak_bytes=host_peak_bytes(program, cluster=cluster),
-            host_load_peak_bytes=host_load_peak_bytes(profile, scenario, cluster=cluster),
-            checkpoint_bytes=checkpoint_bytes(profile, scenario, num_trainable=num_trainable),
+            host_peak_bytes=run.host_training(reading.allocated_peak_bytes).resident_bytes,
+            host_load_peak_bytes=run.host_loading().resident_bytes,
+            checkpoint_bytes=checkpoint.weights_bytes or checkpoint.total_bytes,
+            checkpoint=checkpoint,
         ),
         step=step_time(bench, scenario),
     )

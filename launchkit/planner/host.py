@@ -1,66 +1,119 @@
-"""Host memory and disk: what loading, running and saving take besides the GPU."""
+"""Memory of one node's host: its processes, what they load, what is offloaded to it, what is gathered to be saved."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import NamedTuple
+
 from launchkit.hardware import Cluster
-from launchkit.model import ModelProfile
+from launchkit.planner.load import LoadPeak
+from launchkit.planner.sizes import ModelSizes
 from launchkit.program import StepProgram
 from launchkit.scenario import DeviceKind, Method, Scenario, StrategyKind
-from launchkit.units import MIB
+from launchkit.units import GB, MIB
 
-# Resident memory of one training process before it holds a model: the interpreter with torch, transformers, TRL and
-# deepspeed imported. Measured on the built-in fine-tune, CPU build of torch 2.13: 640 to 720 MiB; CUDA builds map more.
+# Resident memory of one process with torch, transformers, accelerate and PEFT imported (475 MiB measured, CPU build of
+# torch 2.13), and of a training one with TRL, datasets and deepspeed too (640 to 720 MiB in the built-in fine-tune).
+LOADING_PROCESS_BYTES = 480 * MIB
 PROCESS_BYTES = 700 * MIB
-CUDA_PROCESS_BYTES = 2600 * MIB  # with the CUDA libraries and a context; not measured here
+# Of these the pages of libraries, which the processes of a node share.
+SHARED_LIBRARY_BYTES = 130 * MIB
 
-ADAPTER_BYTES_PER_PARAMETER = 4  # PEFT keeps and saves adapters in fp32
+# What the first CUDA operation adds: 1203 MiB (pytorch#106511, 2023), 1717 and 1973 with cuDNN (pytorch#12873,
+# pytorch#15209, 2018). Not measured here.
+CUDA_PROCESS_BYTES = 1500 * MIB
+
+# ``save_pretrained`` copies the tensors of one file to the host at a time. Source: its ``max_shard_size``.
+LARGEST_FILE_BYTES = 50 * GB
 
 
-def host_peak_bytes(program: StepProgram, *, cluster: Cluster) -> int:
-    """Resident memory of all processes of one node while training, in bytes: the processes and what is offloaded.
+class HostUse(NamedTuple):
+    """Memory of one node: what its processes own, and pages of mapped files, which the kernel drops when it must."""
 
-    Omits: dataloader workers, the page cache. On a CPU cluster the device's memory is the host's and is counted there.
+    needed_bytes: int
+    mapped_bytes: int = 0
+
+    @property
+    def resident_bytes(self) -> int:
+        """What the node holds, each page counted once."""
+        return self.needed_bytes + self.mapped_bytes
+
+
+def host_while_training(program: StepProgram, *, cluster: Cluster, device_bytes: int) -> HostUse:
+    """Processes and what they keep on the host; of CPU processes also ``device_bytes``, what each of them allocates.
+
+    Omits: dataloader workers (none by default), the page cache of the data.
     """
-    per_rank = _process_bytes(cluster) + program.host_persistent_bytes
-    return per_rank * cluster.node.num_gpus
+    ranks = cluster.node.num_gpus
+    on_host = device_bytes if _is_host(cluster) else 0
+    return HostUse(_processes(PROCESS_BYTES, cluster) + ranks * (program.host_persistent_bytes + on_host))
 
 
-def host_has_room(program: StepProgram, *, cluster: Cluster) -> bool:
-    """Whether a node holds its processes and what they offload. Memory that nobody knows is taken to be enough, and a
-    CPU's is the device's own."""
-    memory_bytes = cluster.node.host_memory_bytes
-    if not memory_bytes or cluster.gpu.device_kind is DeviceKind.CPU:
-        return True
-    return host_peak_bytes(program, cluster=cluster) <= memory_bytes
+def host_while_loading(peak: LoadPeak, scenario: Scenario, *, cluster: Cluster) -> HostUse:
+    """Processes, each with its copies of converted weights, and the mapped weight files once for all of them."""
+    ranks = cluster.node.num_gpus
+    processes = _processes(LOADING_PROCESS_BYTES, cluster)
+    if _is_host(cluster):
+        moments = _loading_on_cpu(peak, scenario, ranks=ranks)
+        return max(
+            (HostUse(processes + needed, mapped) for needed, mapped in moments), key=lambda use: use.resident_bytes
+        )
+    return HostUse(processes + ranks * peak.copied_bytes, peak.mapped_bytes)
 
 
-def host_load_peak_bytes(profile: ModelProfile, scenario: Scenario, *, cluster: Cluster) -> int:
-    """Resident memory of one node at its highest while the checkpoint is loaded, in bytes.
+def _loading_on_cpu(peak: LoadPeak, scenario: Scenario, *, ranks: int) -> tuple[HostUse, HostUse]:
+    """Where the device's memory is the host's: when ``from_pretrained`` returns, and when the engine is ready.
 
-    Formula: processes + copies × checkpoint. Every rank reads a full copy, except under FSDP's
-    ``cpu_ram_efficient_loading`` (rank 0 alone) and ZeRO-3's ``zero.Init`` (one shared pass, each rank keeps a shard).
-    A single process loads straight to its device, one copy through the page cache.
-    Source: transformers ``from_pretrained`` under each engine, see launching notes in docs/configs.md.
+    Weights that are loaded as they are stored stay unread until then. A converted copy is the model itself, unless FSDP
+    shards it further. Only FSDP keeps the file mapped so long, for the weights that it has yet to shard.
     """
-    checkpoint = profile.num_parameters * profile.checkpoint_itemsize
     kind = scenario.strategy.kind
-    ranks = 1 if kind is StrategyKind.SINGLE else cluster.node.num_gpus
-    efficient = kind.is_fsdp and scenario.strategy.fsdp.cpu_ram_efficient_loading
-    copies = 1 if efficient and scenario.training.method is not Method.QLORA else ranks
-    if kind is StrategyKind.ZERO3:
-        copies = 1
-    return ranks * _process_bytes(cluster) + copies * checkpoint
+    loaded = HostUse(ranks * peak.copied_bytes, peak.mapped_bytes if peak.copied_bytes else 0)
+    if kind is StrategyKind.SINGLE:
+        return loaded, loaded
+    copies, mapped = (peak.copied_bytes, 0 if peak.copied_bytes else peak.mapped_bytes) if kind.is_fsdp else (0, 0)
+    return loaded, HostUse(ranks * (peak.written_bytes + copies), mapped)
 
 
-def checkpoint_bytes(profile: ModelProfile, scenario: Scenario, *, num_trainable: int) -> int:
-    """Weights that one checkpoint holds, in bytes on disk: the adapter's, or the whole model's in its stored dtype.
+def host_while_saving(
+    sizes: ModelSizes, scenario: Scenario, training: HostUse, *, cluster: Cluster, device_bytes: int
+) -> HostUse:
+    """What is there between steps, and the copies that a checkpoint is written from: on the first node.
 
-    Omits: optimizer states, which the trainer saves beside them unless told not to.
+    Formula: FSDP's full state dict and full optimizer state, one after the other, on rank 0. ZeRO-3's 16-bit weights on
+    rank 0. ZeRO-1 and 2 clone the whole state dict on every rank. Without an engine the tensors of one file.
+    Source: accelerate 1.15 ``get_state_dict``; DeepSpeed 0.19.8 ``_zero3_consolidated_16bit_state_dict``,
+    ``clone_tensors_for_torch_save``; safetensors 0.8 ``_flatten_as_ptr``, which copies nothing on the CPU.
     """
-    if scenario.training.method is Method.FULL:
-        return profile.num_parameters * profile.checkpoint_itemsize
-    return num_trainable * ADAPTER_BYTES_PER_PARAMETER
+    strategy, ranks = scenario.strategy, cluster.node.num_gpus
+    on_host = ranks * device_bytes if _is_host(cluster) else 0
+    if strategy.kind.is_fsdp:
+        copies = max(sizes.state_dict_bytes, sizes.state_bytes) if strategy.fsdp.full_state_dict else 0
+    elif strategy.kind is StrategyKind.ZERO3:
+        gathers = strategy.zero.gather_16bit_weights_on_model_save or scenario.training.method is not Method.FULL
+        copies = sizes.trained_bytes if gathers else 0
+    elif strategy.kind.zero_stage:
+        copies = ranks * sizes.state_dict_bytes
+    else:
+        copies = 0 if _is_host(cluster) else min(sizes.trained_bytes, LARGEST_FILE_BYTES)
+    return HostUse(training.needed_bytes + on_host + copies)
 
 
-def _process_bytes(cluster: Cluster) -> int:
-    return PROCESS_BYTES if cluster.gpu.device_kind == "cpu" else CUDA_PROCESS_BYTES
+def lacking(uses: Mapping[str, HostUse], *, cluster: Cluster) -> str | None:
+    """The phase that needs more than a node's memory, the most demanding one: there the kernel kills processes (exit
+    code -9). None where all have room; memory that nobody knows is taken to be enough, and a CPU's is the device's."""
+    memory_bytes = cluster.node.host_memory_bytes
+    if not memory_bytes or _is_host(cluster):
+        return None
+    phase = max(uses, key=lambda name: uses[name].needed_bytes)
+    return phase if uses[phase].needed_bytes > memory_bytes else None
+
+
+def _processes(each_bytes: int, cluster: Cluster) -> int:
+    """The processes of a node. Formula: private pages of each, and the libraries' once."""
+    each = each_bytes + (0 if _is_host(cluster) else CUDA_PROCESS_BYTES)
+    return cluster.node.num_gpus * (each - SHARED_LIBRARY_BYTES) + SHARED_LIBRARY_BYTES
+
+
+def _is_host(cluster: Cluster) -> bool:
+    return cluster.gpu.device_kind is DeviceKind.CPU

@@ -11,7 +11,7 @@ from launchkit.hardware import Cluster
 from launchkit.model import ModelProfile
 from launchkit.plan import StepTime
 from launchkit.planner.evaluate import Bench, communicators, step_time, usable_bytes
-from launchkit.planner.host import host_has_room
+from launchkit.planner.host import lacking
 from launchkit.request import Request, resolve
 from launchkit.scenario import (
     Batch,
@@ -27,6 +27,7 @@ from launchkit.scenario import (
 )
 from launchkit.simulate.overheads import MEMORY_MODEL_ERROR, cuda_context
 from launchkit.units import round_up
+from launchkit.zero_settings import read_zero_settings
 
 DEFAULT_GLOBAL_BATCH = 32  # sequences per optimizer step where none is asked for: what most recipes use
 LARGEST_MICRO_BATCH = 64
@@ -78,8 +79,8 @@ _WITHOUT_PURPOSE = {
 @dataclass(frozen=True, kw_only=True)
 class Option:
     """The best batch found for one method, strategy and offload. ``live_bytes`` are its allocated peak by the cheap
-    reading, ``fits`` says whether that leaves room on the device, and on the host what is offloaded; ``step`` is its
-    time, of one that fits."""
+    reading, ``fits`` says whether that leaves room on the device, and whether the host has room in every phase;
+    ``step`` is its time, of one that fits."""
 
     scenario: Scenario
     live_bytes: int
@@ -145,6 +146,8 @@ class Search:
             strategy = _strategy(kind, offload)
             if request.fsdp_sharding is not None and kind.is_fsdp:
                 strategy = replace(strategy, fsdp=replace(strategy.fsdp, sharding=request.fsdp_sharding))
+            if request.zero_settings is not None and kind.zero_stage:
+                strategy = replace(strategy, zero=read_zero_settings(request.zero_settings))
             yield strategy
 
     def base(self, method: Method, strategy: Strategy) -> Scenario:
@@ -156,6 +159,7 @@ class Search:
             strategy=StrategyKind.SINGLE,
             offload=None,
             fsdp_sharding=None,
+            zero_settings=None,
             micro_batch=None,
             global_batch=None,
             precision=self.request.precision or default_precision(method, self._cluster),
@@ -191,6 +195,9 @@ class Search:
     def best_batch(self, least: Scenario) -> Option:
         """The fastest batch and checkpointing that fit, from the least demanding one upwards."""
         option = self._read(least)
+        if not option.fits and _keeps_whole_gradients(least):
+            at_once = self._read(self._without_accumulation(least))
+            option = at_once if at_once.fits else min(option, at_once, key=lambda option: option.live_bytes)
         if not option.fits:
             return option
         found = [self._timed(option)]
@@ -204,13 +211,18 @@ class Search:
                     training=replace(least.training, checkpointing=checkpointing),
                     batch=self._batch(micro_batch, least.batch.seq_len, least.strategy),
                 )
-                if scenario == least:
+                if scenario == option.scenario:
                     continue
-                option = self._read(scenario)
-                if not option.fits:
+                larger = self._read(scenario)
+                if not larger.fits:
                     break
-                found.append(self._timed(option))
+                found.append(self._timed(larger))
         return min(found, key=lambda option: (option.seconds, option.live_bytes))
+
+    def _without_accumulation(self, scenario: Scenario) -> Scenario:
+        """The same global batch in one pass, where that is a micro-batch to be tried."""
+        *_, largest = self._micro_batches(scenario)
+        return replace(scenario, batch=self._batch(largest, scenario.batch.seq_len, scenario.strategy))
 
     def _micro_batches(self, scenario: Scenario) -> Iterator[int]:
         """Micro-batches to try, smallest first; those that keep the global batch whole."""
@@ -252,8 +264,7 @@ class Search:
         self.num_considered += 1
         live = self.bench.live_peak_bytes(scenario)
         fits = live <= self.room_bytes(scenario)
-        if fits and scenario.strategy.offload is not Offload.NONE:
-            fits = host_has_room(self.bench.program(scenario), cluster=self.bench.cluster_of(scenario))
+        fits = fits and not lacking(self.bench.host_uses(scenario), cluster=self.bench.cluster_of(scenario))
         return Option(scenario=scenario, live_bytes=live, fits=fits)
 
     def room_bytes(self, scenario: Scenario) -> int:
@@ -265,6 +276,13 @@ class Search:
 
     def _timed(self, option: Option) -> Option:
         return replace(option, step=step_time(self.bench, option.scenario))
+
+
+def _keeps_whole_gradients(scenario: Scenario) -> bool:
+    """Whether micro-batches are added up in gradients that are not sharded, which one large micro-batch does without:
+    FSDP under accelerate's ``no_sync``. Adapters have too few gradients for that to matter."""
+    accumulates = scenario.batch.gradient_accumulation_steps > 1
+    return accumulates and scenario.strategy.kind.is_fsdp and scenario.training.method is Method.FULL
 
 
 def default_precision(method: Method, cluster: Cluster) -> Precision:

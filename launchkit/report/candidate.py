@@ -7,7 +7,7 @@ from pathlib import PurePath
 
 from launchkit.hardware import Backend, Cluster
 from launchkit.model import ModelProfile
-from launchkit.plan import Candidate, Estimate, StepTime
+from launchkit.plan import Candidate, Estimate, RunPhase, StepTime
 from launchkit.report.text import Canvas, Ink, MemoryScale, bar
 from launchkit.report.verdict import Verdict, verdict
 from launchkit.scenario import Checkpointing, Method, Precision, Scenario, StrategyKind, Training
@@ -86,7 +86,11 @@ def method_text(training: Training) -> str:
         return "full fine-tuning"
     named = {"all-linear": "all linear layers", "attention": "the attention layers"}
     targets = named.get(training.lora_targets, training.lora_targets)
-    return f"{_METHODS[training.method]} r={training.lora_rank} on {targets}"
+    adapter = " ".join(
+        [_METHODS[training.method], *["DoRA"] * training.dora, *["rsLoRA"] * training.rslora, f"r={training.lora_rank}"]
+    )
+    saved = training.lora_modules_to_save.replace(",", " and ")
+    return f"{adapter} on {targets}" + (f", with {saved}" if saved else "")
 
 
 def strategy_text(scenario: Scenario, *, cluster: Cluster) -> str:
@@ -115,10 +119,15 @@ def memory_lines(candidate: Candidate, *, cluster: Cluster, canvas: Canvas) -> l
     parts = [peak_text(estimate, cluster=cluster), f"host {gib(estimate.host_peak_bytes)}"]
     if estimate.host_load_peak_bytes > estimate.host_peak_bytes:
         parts[-1] += f" ({gib(estimate.host_load_peak_bytes)} while loading)"
-    parts.append(f"{gigabytes(estimate.checkpoint_bytes)} per checkpoint")
+    parts.append(f"{gigabytes(_checkpoint_bytes(estimate))} per checkpoint")
     if speed := speed_text(candidate):
         parts.append(speed)
     return canvas.flow(parts, first=INDENT, rest=INDENT, separator=" · ")
+
+
+def _checkpoint_bytes(estimate: Estimate) -> int:
+    """Everything that a checkpoint writes, where its parts are known."""
+    return estimate.checkpoint.total_bytes if estimate.checkpoint else estimate.checkpoint_bytes
 
 
 def peak_text(estimate: Estimate, *, cluster: Cluster) -> str:
@@ -160,16 +169,21 @@ def bars(estimate: Estimate, *, canvas: Canvas) -> list[str]:
 
 
 def worst_moment(estimate: Estimate) -> str:
-    """When the peak comes."""
-    names = {
-        "forward": "the forward",
-        "loss": "the loss",
-        "backward": "the backward",
-        "optimizer": "the optimizer step",
-    }
-    return f"worst moment: {names.get(estimate.peak_phase, estimate.peak_phase)}"
+    """When the peak comes: in which part of a step, or in which other phase of the run."""
+    return f"worst moment: {_PHASES.get(estimate.worst_phase) or _STEP_PHASES[estimate.peak_phase]}"
 
 
+_STEP_PHASES = {
+    "forward": "the forward",
+    "loss": "the loss",
+    "backward": "the backward",
+    "optimizer": "the optimizer step",
+}
+_PHASES = {
+    RunPhase.LOAD: "loading the model",
+    RunPhase.FIRST_STEP: "the first step",
+    RunPhase.SAVE: "saving a checkpoint",
+}
 _METHODS = {Method.FULL: "full", Method.LORA: "LoRA", Method.QLORA: "QLoRA"}
 
 

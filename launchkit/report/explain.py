@@ -148,14 +148,28 @@ TERMS: tuple[Term, ...] = (
     Term(
         name="host",
         text="Memory of one node's processes together: the framework, pinned buffers, and offloaded states or weights. "
-        "While loading, every process may hold a whole copy of the weights; exit code −9 means this ran out.",
-        also=("host_peak_bytes", "host_load_peak_bytes"),
-        see=("offload",),
+        "While loading in another dtype than the stored one, every process holds a whole copy of the weights, also "
+        "under FSDP's cpu_ram_efficient_loading; while saving, rank 0 gathers them under FSDP and ZeRO-3, and every "
+        "rank clones them under ZeRO-1 and 2. Exit code −9 means this ran out.",
+        omits="dataloader workers, of which there are none unless asked for; the page cache.",
+        also=("host_peak_bytes", "host_load_peak_bytes", "host_needed_bytes"),
+        see=("offload", "phases"),
+    ),
+    Term(
+        name="phases",
+        text="The peaks of a whole run: loading, the first step (no optimizer states yet), a steady step, the longest "
+        "batch, saving. Every batch is planned as long as --seq-len, so that the longest batch is a steady step. Host "
+        "memory is counted twice: resident, and needed, which leaves out the mapped weight files that the kernel can "
+        "drop.",
+        also=("worst_phase", "load"),
+        see=("worst moment", "host", "checkpoint"),
     ),
     Term(
         name="checkpoint",
-        text="Disk space of one saved checkpoint: the model's weights in their stored dtype, or the adapter in fp32.",
-        omits="optimizer states, which a trainer saves beside it unless told not to.",
+        text="Disk space of one saved checkpoint: the model as it is held, or the adapter alone; beside it the copy "
+        "that FSDP, ZeRO-1 and ZeRO-2 keep to resume from, and the optimizer's states, under ZeRO with the fp32 master "
+        "weights. At most, a run holds those kept, the one being written and the final model.",
+        omits="the tokenizer, random states and training arguments, below 1 % of any model worth tuning.",
         also=("checkpoint_bytes",),
     ),
     Term(
@@ -269,7 +283,7 @@ TERMS: tuple[Term, ...] = (
         text="The flags of a published recipe under one name. What you type, set in LAUNCHKIT_* or write in "
         "launchkit.toml wins over them; they win over the defaults.",
         omits="the GPUs, the attention and the trainer, which stay yours; the learning rate and the data; and the "
-        "dropout of adapters, which plans take to be none.",
+        "dropout of adapters, for which --lora-dropout stands.",
         also=("presets",),
     ),
     Term(

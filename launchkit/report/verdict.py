@@ -28,7 +28,9 @@ def verdict(estimate: Estimate) -> Verdict:
     """How one estimate stands to the memory it may use."""
     if estimate.fits:
         return Verdict.FITS
-    return Verdict.NARROW if estimate.device_peak_bytes <= estimate.device_usable_bytes else Verdict.DOES_NOT_FIT
+    peaks = (phase.device_peak_bytes for phase in estimate.phases)
+    likeliest = max(estimate.device_peak_bytes, *peaks, 0)
+    return Verdict.NARROW if likeliest <= estimate.device_usable_bytes else Verdict.DOES_NOT_FIT
 
 
 def plan_verdict(plan: Plan) -> Verdict:

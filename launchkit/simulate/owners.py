@@ -87,7 +87,7 @@ class _Walk:
         self.slots = [_slots(section) for section in program.sections]
         self.origins = [_origins(section) for section in program.sections]
         self.templates: dict[tuple[str, int, tuple[int, ...]], tuple[_Piece, ...]] = {}
-        self.sizes: dict[Size, int] = {}
+        self.sizes: dict[int, int] = {}  # by identity, which is cheaper than the hash of a polynomial
 
     def run(self) -> OwnerReading:
         live = [0] * len(OWNERS)
@@ -152,9 +152,9 @@ class _Walk:
         yield _piece(deltas, owners, -1)
 
     def _bytes(self, size: Size) -> int:
-        num_bytes = self.sizes.get(size)
+        num_bytes = self.sizes.get(id(size))
         if num_bytes is None:
-            num_bytes = self.sizes[size] = size.at(self.point)
+            num_bytes = self.sizes[id(size)] = size.at(self.point)
         return num_bytes
 
     def _owner(self, ref: TensorRef, source: int) -> int:

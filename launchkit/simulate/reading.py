@@ -152,14 +152,17 @@ class _Compiler:
         self.tracked_slots = self._find_tracked_slots()
         sizes = [persistent.size for persistent in program.persistent]
         sizes += [event.size for event in events if not isinstance(event, FreeAll)]
-        distinct = dict.fromkeys(sizes)
+        objects = {id(size): size for size in sizes}  # a program has few; hashing the polynomial of each event is slow
+        distinct = dict.fromkeys(objects.values())
         simple = [size for size in distinct if len(size.terms) == 1 and size.denominator == 1 and not size.tiles]
         self.other = [size for size in distinct if len(size.terms) != 1 or size.denominator != 1 or size.tiles]
         self.simple = simple
-        self.indices = {size: index for index, size in enumerate([*simple, *self.other])}
+        indices = {size: index for index, size in enumerate([*simple, *self.other])}
+        self.indices = {key: indices[size] for key, size in objects.items()}
+        self.num_sizes = len(indices)
 
     def compile(self) -> CompiledProgram:
-        powers = dict.fromkeys(term[1:] for size in self.indices for term in size.terms)
+        powers = dict.fromkeys(term[1:] for size in (*self.simple, *self.other) for term in size.terms)
         monomials = {key: index for index, key in enumerate(powers)}
         templates: dict[tuple[int, tuple[int, ...]], int] = {}
         runs = tuple(self._runs(templates))
@@ -170,7 +173,7 @@ class _Compiler:
             templates=tuple(tuple(self._pieces(*key)) for key in templates),
             runs=runs,
             persistent=tuple(
-                (self.indices[size], count, self._tracked_index(owner))
+                (self.indices[id(size)], count, self._tracked_index(owner))
                 for size, owner, count in self.program.persistent
             ),
             num_tracked=len(self.tracked),
@@ -196,7 +199,7 @@ class _Compiler:
     def _pieces(self, number: int, owners: tuple[int, ...]) -> Iterator[_Piece]:
         """Section ``number`` with ``owners`` for those of its frees that may concern a tracked owner."""
         freed = iter(owners)
-        num_sizes = len(self.indices)
+        num_sizes = self.num_sizes
         tracked_index = {owner: index for index, owner in enumerate(self.tracked)}
         deltas: list[int] = []
         tracked: list[list[int]] = [[] for _ in self.tracked]
@@ -205,7 +208,7 @@ class _Compiler:
                 yield _Piece(tuple(deltas), tuple(map(tuple, tracked)), self._tracked_index(event.owner))
                 deltas, tracked = [], [[] for _ in self.tracked]
                 continue
-            delta, owner = self.indices[event.size], -1
+            delta, owner = self.indices[id(event.size)], -1
             if isinstance(event, Alloc):
                 owner = tracked_index.get(event.owner, -1)
             else:

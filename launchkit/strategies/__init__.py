@@ -13,7 +13,7 @@ from launchkit.scenario import (
     Attention,
     Checkpointing,
     DeviceKind,
-    Loss,
+    Method,
     Precision,
     Scenario,
     Strategy,
@@ -62,11 +62,26 @@ def refusal(scenario: Scenario, profile: ModelProfile, cluster: Cluster) -> str 
     """Why this combination would be refused when it is launched, with what to type instead; None when it would not."""
     find(scenario.training.optimizer)
     return (
-        _unmodelled(scenario.training)
+        _pointless(scenario.training)
+        or _unmodelled(scenario.training)
         or _hardware_refusal(scenario, cluster)
         or _model_refusal(scenario, profile, cluster)
         or _engine_refusal(scenario, profile, cluster)
     )
+
+
+def _pointless(training: Training) -> str | None:
+    """Settings of an adapter where there is none."""
+    if training.method is not Method.FULL:
+        return None
+    settings = {
+        f"--lora-dropout {training.lora_dropout:g}": training.lora_dropout > 0,
+        "--dora": training.dora,
+        "--rslora": training.rslora,
+        f"--lora-modules-to-save {training.lora_modules_to_save}": bool(training.lora_modules_to_save),
+    }
+    given = next((setting for setting, is_given in settings.items() if is_given), None)
+    return given and f"{given} says nothing under --method full; add --method lora"
 
 
 def _unmodelled(training: Training) -> str | None:

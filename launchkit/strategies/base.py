@@ -66,6 +66,7 @@ AUTOCAST_COMPUTE = {
 
 def make_trace_key(training: Training, compute: Compute, device: DeviceKind, *, single_sequence: bool) -> TraceKey:
     """The key of the program in which ``training`` computes as ``compute``."""
+    has_adapter = training.method is not Method.FULL
     return TraceKey(
         device=device,
         method=training.method,
@@ -74,8 +75,11 @@ def make_trace_key(training: Training, compute: Compute, device: DeviceKind, *, 
         attention=training.attention,
         loss=training.loss,
         trainer=training.trainer,
-        lora_targets="" if training.method is Method.FULL else training.lora_targets,
+        lora_targets=training.lora_targets if has_adapter else "",
         single_sequence=single_sequence,
+        adapter_dropout=training.lora_dropout > 0 and has_adapter,
+        dora=training.dora and has_adapter,
+        modules_to_save=training.lora_modules_to_save if has_adapter else "",
     )
 
 

@@ -2,26 +2,49 @@
 
 Source: torch 2.13 ``torch/nn/parallel/distributed.py`` (``_ddp_init_helper``) and
 ``torch/csrc/distributed/c10d/reducer.cpp``: buckets are allocated when the module is wrapped, and anew, in the
-order in which gradients arrived, before the second step's forward pass.
+order in which gradients arrived, before the second step's forward pass. A communication hook (``default_hooks.py``)
+copies a bucket that is full into 16 bits, reduces the copy, and copies it back.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from itertools import islice
+from typing import NamedTuple
 
 from launchkit.hardware import Cluster
-from launchkit.program import Collective, CollectiveKind, Moment, Owner, Persistent, Phase, Section, Size, StepProgram
-from launchkit.scenario import DdpSettings, Scenario, State
+from launchkit.program import (
+    Alloc,
+    Collective,
+    CollectiveKind,
+    Event,
+    Free,
+    Moment,
+    Owner,
+    Persistent,
+    Phase,
+    Section,
+    Size,
+    Stage,
+    StepProgram,
+    local,
+)
+from launchkit.scenario import CommHook, DdpSettings, Scenario, State
 from launchkit.strategies import single
 from launchkit.strategies.base import (
     arriving_gradients,
     gradient_bytes,
     gradients_die_when_ready,
     lora_rank,
+    map_layers,
     map_sections,
+    next_slot,
     whole_tensors,
+    with_ready_gradients,
 )
+
+HALF_BYTES = 2  # what a communication hook sends of each element
 
 trace_key = single.trace_key
 refusal = single.refusal
@@ -30,9 +53,7 @@ refusal = single.refusal
 def rewrite(program: StepProgram, *, scenario: Scenario, cluster: Cluster) -> StepProgram:
     """Every rank holds everything; gradients exist twice unless they are views of the buckets."""
     buckets = bucket_storages(program, scenario=scenario)
-    reduced = map_sections(
-        program, Phase.BACKWARD, lambda stage, section: _reduced(program, section, rank=lora_rank(scenario))
-    )
+    reduced = map_layers(program, Phase.BACKWARD, _Closings(program, scenario).of_layer, _reduced)
     rewritten = single.rewrite(reduced, scenario=scenario, cluster=cluster)
     if scenario.strategy.ddp.gradient_as_bucket_view:
         rewritten = _without_own_gradients(rewritten)
@@ -41,23 +62,28 @@ def rewrite(program: StepProgram, *, scenario: Scenario, cluster: Cluster) -> St
 
 def bucket_storages(program: StepProgram, *, scenario: Scenario) -> tuple[Persistent, ...]:
     """The flat buffers, and with ``find_unused_parameters`` the map of what was used."""
-    settings = scenario.strategy.ddp
     gradients = arriving_gradients(program, rank=lora_rank(scenario))
-    limits = bucket_limits(settings, first_step=scenario.state is State.FIRST)
-    sizes = list(assign_buckets(gradients, limits))
-    if settings.find_unused_parameters:
+    sizes = list(assign_buckets(gradients, _limits(scenario)))
+    if scenario.strategy.ddp.find_unused_parameters:
         sizes.append(4 * len(whole_tensors(program, scenario=scenario)))  # int32 per parameter
     return tuple(Persistent(Size.constant(size), Owner.COMMUNICATION) for size in sizes)
+
+
+def _limits(scenario: Scenario) -> tuple[int, ...]:
+    return bucket_limits(scenario.strategy.ddp, first_step=scenario.state is State.FIRST)
 
 
 def bucket_limits(settings: DdpSettings, *, first_step: bool) -> tuple[int, ...]:
     """Bytes at which the first bucket is closed, the second, and (the last limit) every one after.
 
     Buckets that will be rebuilt in the order of arrival start as a single one; without rebuilding (which
-    ``find_unused_parameters`` rules out) they have their final sizes from the start.
+    ``find_unused_parameters`` rules out) they have their final sizes from the start. A cap of one's own holds for the
+    first bucket too. Source: ``BucketCapacityConfig`` in ``torch/nn/parallel/distributed.py``.
     """
     if first_step and (settings.static_graph or not settings.find_unused_parameters):
         return ()
+    if settings.bucket_cap_bytes != DdpSettings.bucket_cap_bytes:
+        return (settings.bucket_cap_bytes,)
     return (settings.first_bucket_bytes, settings.bucket_cap_bytes)
 
 
@@ -66,28 +92,79 @@ def assign_buckets(gradients: Iterable[tuple[int, int]], limits: tuple[int, ...]
 
     Source: ``compute_bucket_assignment_by_size`` in ``reducer.cpp``. No limits: one bucket per dtype.
     """
+    return (bucket.num_bytes for closed in closings(gradients, limits) for bucket in closed)
+
+
+class Bucket(NamedTuple):
+    num_bytes: int
+    itemsize: int
+
+    @property
+    def compressed_bytes(self) -> int:
+        return self.num_bytes // self.itemsize * HALF_BYTES
+
+
+def closings(gradients: Iterable[tuple[int, int]], limits: tuple[int, ...]) -> Iterator[tuple[Bucket, ...]]:
+    """For each gradient the buckets that it closes; the last one closes all that are left."""
     filled: dict[int, int] = {}
     closed: dict[int, int] = {}
-    for itemsize, num_bytes in gradients:
+    arrived = list(gradients)
+    for left, (itemsize, num_bytes) in zip(range(len(arrived) - 1, -1, -1), arrived, strict=True):
         filled[itemsize] = filled.get(itemsize, 0) + num_bytes
         position = closed.get(itemsize, 0)
-        if limits and filled[itemsize] >= limits[min(position, len(limits) - 1)]:
-            yield filled.pop(itemsize)
-            closed[itemsize] = position + 1
-    yield from filled.values()
+        full = limits and filled[itemsize] >= limits[min(position, len(limits) - 1)]
+        found = [Bucket(filled.pop(itemsize), itemsize)] if full else []
+        closed[itemsize] = position + len(found)
+        yield (*found, *(Bucket(size, width) for width, size in filled.items())) if not left else tuple(found)
 
 
-def _reduced(program: StepProgram, section: Section, *, rank: int) -> Section:
-    """``section`` with an all-reduce of what it completes.
+class _Closings:
+    """Hands out, layer by layer in execution order, what a section's gradients close and cost to send."""
 
-    Omits: a bucket is sent when it is full, not when a layer is done. The bytes are the same; the messages here are
-    as many as layers, so that equal layers stay equal.
-    """
-    num_bytes = sum(gradient_bytes(program, section, rank=rank))
-    if not num_bytes:
+    def __init__(self, program: StepProgram, scenario: Scenario) -> None:
+        self.rank = lora_rank(scenario)
+        self.program = program
+        self.compresses = scenario.strategy.ddp.comm_hook is not CommHook.NONE
+        self.closings = closings(arriving_gradients(program, rank=self.rank), _limits(scenario))
+
+    def of_layer(self, stage: Stage, layer: int, section: Section) -> _Sent:
+        """Omits: a bucket is sent when it is full, not when a layer is done. The bytes are the same; the messages here
+        are as many as layers, so that equal layers stay equal. On CUDA the 16-bit copy lives until its message is known
+        to have arrived, a little longer than here."""
+        if not self.compresses:
+            return _Sent(sum(gradient_bytes(self.program, section, rank=self.rank)), ())
+        parameters = self.program.groups[section.group].parameters
+        num_elements = sum(parameters[event.parameter].numel(self.rank) for event in section.gradients)
+        closed = [next(self.closings) for _ in section.gradients]
+        copies = tuple(sum(b.compressed_bytes for b in buckets if b.itemsize > HALF_BYTES) for buckets in closed)
+        return _Sent(num_elements * HALF_BYTES, copies)
+
+
+class _Sent(NamedTuple):
+    """Bytes that one layer's gradients send, and of the 16-bit copies that are made as each is ready."""
+
+    num_bytes: int
+    copies: tuple[int, ...]
+
+
+def _reduced(stage: Stage, layer: int, section: Section, sent: _Sent) -> Section:
+    """``section`` with an all-reduce of what it completes, and the copies that a hook sends instead."""
+    if not sent.num_bytes:
         return section
-    message = Collective(CollectiveKind.ALL_REDUCE, Size.constant(num_bytes), Moment.AFTER)
-    return replace(section, collectives=(*section.collectives, message))
+    message = Collective(CollectiveKind.ALL_REDUCE, Size.constant(sent.num_bytes), Moment.AFTER)
+    section = replace(section, collectives=(*section.collectives, message))
+    return replace(section, events=tuple(_compressed(stage, section, sent))) if any(sent.copies) else section
+
+
+def _compressed(stage: Stage, section: Section, sent: _Sent) -> Iterator[Event]:
+    slot = next_slot(section.events)
+    copies = iter(sent.copies)
+    for event, ready in with_ready_gradients(section.events):
+        yield event
+        for num_bytes in islice(copies, len(ready)):
+            if num_bytes:
+                yield Alloc(slot, Size.constant(num_bytes), Owner.COMMUNICATION)
+                yield Free(local(stage.name, slot), Size.constant(num_bytes))
 
 
 def _without_own_gradients(program: StepProgram) -> StepProgram:

@@ -10,7 +10,8 @@ unit, as torch 2.13 has it (``torch/distributed/fsdp/_fully_shard``, confirmed o
 - before its backward the unit is gathered again, if the prefetch has not done so: each unit's backward begins by
   gathering the next one's, so two are there at a time.
 - after its backward the copies die, then the previous unit's reduce input; the gradients are copied into this
-  unit's reduce input and die, and the reduced shard, in the dtype of the shards, becomes the gradient.
+  unit's reduce input and die, all but the unit's last, and the reduced shard, in the dtype of the shards, becomes the
+  gradient; then the last one dies too.
 
 Shards are padded to equal size, so the first rank is the largest. On CPU the gloo backend copies what it is given: one
 more buffer of the collective's size, for the time of the call.
@@ -19,7 +20,7 @@ more buffer of the collective's size, for the time of the call.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from functools import cached_property
 from typing import NamedTuple
@@ -29,7 +30,6 @@ from launchkit.model import ModelProfile
 from launchkit.optimizers import LocalTensor, find
 from launchkit.program import (
     Alloc,
-    Anchor,
     Collective,
     CollectiveKind,
     Copy,
@@ -42,12 +42,9 @@ from launchkit.program import (
     Parameter,
     Persistent,
     Phase,
-    Section,
     Size,
-    Stage,
     StepProgram,
     TensorRef,
-    local,
 )
 from launchkit.scenario import (
     Compute,
@@ -67,19 +64,18 @@ from launchkit.strategies.base import (
     ROOT_GROUP,
     OptimizerStep,
     accumulates,
-    compact,
-    is_gradient,
+    gradients_die_when_ready,
     lora_rank,
     make_trace_key,
-    next_slot,
+    map_sections,
     persistent_run,
     with_optimizer,
 )
+from launchkit.strategies.frames import Frame, FramedProgram, Live, Place, Visit
 from launchkit.units import divide_up
 
 FP32_BYTES = 4
 HALF_BYTES = 2
-ACCUMULATED = "accumulated"
 
 # Gathered weights are 16-bit already; accelerate wraps the forward pass in autocast all the same.
 _COMPUTE = {
@@ -153,7 +149,7 @@ def shard_group_size(strategy: Strategy, cluster: Cluster) -> int:
 
 def rewrite(program: StepProgram, *, scenario: Scenario, cluster: Cluster) -> StepProgram:
     """What the first rank, the largest, does in a step."""
-    layout = _Layout.of(scenario, cluster)
+    layout = Layout.of(scenario, cluster)
     units = _units(program, layout)
     rewritten = _Rewriter(program, layout, units).run()
     parameters = [p for unit, count in _counted(program, units) for _ in range(count) for p in unit.parameters]
@@ -161,7 +157,7 @@ def rewrite(program: StepProgram, *, scenario: Scenario, cluster: Cluster) -> St
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Layout:
+class Layout:
     """How one scenario shards and in which dtypes, as numbers. Item sizes of 0 mean the parameter's own."""
 
     num_shards: int
@@ -178,7 +174,7 @@ class _Layout:
     copies_on_wire: bool  # gloo
 
     @classmethod
-    def of(cls, scenario: Scenario, cluster: Cluster) -> _Layout:
+    def of(cls, scenario: Scenario, cluster: Cluster) -> Layout:
         training, strategy = scenario.training, scenario.strategy
         num_shards = shard_group_size(strategy, cluster)
         in_loop = training.trainer is Trainer.LOOP
@@ -284,7 +280,7 @@ class _Unit:
         return sum(p.stored_bytes for p in self.trainable)
 
 
-def _sharded(parameter: Parameter, layout: _Layout, *, in_block: bool) -> _Sharded:
+def _sharded(parameter: Parameter, layout: Layout, *, in_block: bool) -> _Sharded:
     """The first rank's shard of ``parameter``: ``ceil(rows / shards)`` rows. 4-bit weights shard as packed bytes."""
     if parameter.packed_bytes:
         packed = divide_up(parameter.packed_bytes, layout.num_shards)
@@ -300,7 +296,7 @@ def _sharded(parameter: Parameter, layout: _Layout, *, in_block: bool) -> _Shard
     )
 
 
-def _unit(program: StepProgram, layout: _Layout, *, group: str, indices: Sequence[int], reshards: bool) -> _Unit:
+def _unit(program: StepProgram, layout: Layout, *, group: str, indices: Sequence[int], reshards: bool) -> _Unit:
     rows = program.groups[group].parameters
     in_block = group != ROOT_GROUP
     parameters = tuple(_sharded(rows[index], layout, in_block=in_block) for index in indices)
@@ -318,7 +314,7 @@ class _Units:
     tail: _Unit | None = None
 
 
-def _units(program: StepProgram, layout: _Layout) -> _Units:
+def _units(program: StepProgram, layout: Layout) -> _Units:
     """Source: accelerate 1.15 ``fsdp2_prepare_model``, which carves up the root unless embedding and head are tied."""
     blocks = {
         name: _unit(program, layout, group=name, indices=range(len(group.parameters)), reshards=layout.reshards)
@@ -365,68 +361,25 @@ class _Slot(IntEnum):
     COPIES = 8  # the first of one per parameter
 
 
-class _Place(NamedTuple):
-    stage: str
-    layer: int
+class _Gradient(NamedTuple):
+    """An unsharded gradient: whose it is, and its end."""
+
+    parameter: int
+    free: Free
 
 
-class _Live(NamedTuple):
-    """A storage of the rewrite's own that is to be freed later."""
-
-    place: _Place
-    slot: int
-    num_bytes: int
-
-
-class _Visit(NamedTuple):
-    """A unit and where its forward and its backward begin and end."""
-
-    unit: _Unit
-    forward_begin: _Place
-    forward_end: _Place
-    backward_begin: _Place
-    backward_end: _Place
-
-
-@dataclass
-class _Frame:
-    """What the rewrite adds to one section: events before, after its last logits, and behind; and what the clock
-    needs."""
-
-    before: list[Event] = field(default_factory=list)
-    after_logits: list[Event] = field(default_factory=list)
-    behind: list[Event] = field(default_factory=list)
-    kernels: list[Kernel] = field(default_factory=list)
-    collectives: list[Collective] = field(default_factory=list)
-    copies: list[Copy] = field(default_factory=list)
-
-    @property
-    def key(self) -> tuple[object, ...]:
-        return (
-            tuple(self.before),
-            tuple(self.after_logits),
-            tuple(self.behind),
-            tuple(self.kernels),
-            tuple(self.collectives),
-            tuple(self.copies),
-        )
-
-
-class _Rewriter:
+class _Rewriter(FramedProgram):
     """Walks the units in the order in which the engine meets them and notes what each adds to each section."""
 
-    def __init__(self, program: StepProgram, layout: _Layout, units: _Units) -> None:
-        self.program = program
+    def __init__(self, program: StepProgram, layout: Layout, units: _Units) -> None:
+        super().__init__(
+            map_sections(program, Phase.BACKWARD, gradients_die_when_ready) if layout.defers_reduction else program
+        )
         self.layout = layout
         self.units = units
-        self.frames: dict[_Place, _Frame] = {}
-        self.first_slot = max((next_slot(section.events) for section in program.sections), default=0)
-        self.forward = [stage for stage in program.stages if stage.phase in (Phase.FORWARD, Phase.LOSS)]
-        self.backward = [stage for stage in program.stages if stage.phase is Phase.BACKWARD]
-        self.copies_of: dict[int, _Place] = {}  # index of a visit -> where its parameters were copied out
-        self.reduce_input: _Live | None = None
-        self.retained: list[_Live] = []
-        self.accumulated: dict[_Place, list[Alloc]] = {}
+        self.copies_of: dict[int, Place] = {}  # index of a visit -> where its parameters were copied out
+        self.reduce_input: Live | None = None
+        self.retained: list[Live] = []
 
     def run(self) -> StepProgram:
         visits = list(self._visits())
@@ -434,55 +387,55 @@ class _Rewriter:
             self._pile_up(visits)
         self._run_forward(visits)
         self._run_backward(visits)
-        return self._assemble()
+        return self.assemble()
 
-    def _visits(self) -> Iterator[_Visit]:
+    def _visits(self) -> Iterator[Visit[_Unit]]:
         """Units in the order in which their forward ends."""
-        begin, end = _Place(self.forward[0].name, 0), _Place(self.forward[-1].name, 0)
-        back_begin, back_end = _Place(self.backward[0].name, 0), _Place(self.backward[-1].name, 0)
         if self.units.embedding:
-            yield _Visit(self.units.embedding, begin, begin, back_end, back_end)
-        for stage in self.forward:
-            for layer in stage.order() if stage.stack else ():
-                unit = self.units.blocks[self.program.section_of(stage, layer).group]
-                there, back = _Place(stage.name, layer), _Place(f"backward.{stage.stack}", layer)
-                yield _Visit(unit, there, there, back, back)
+            yield Visit.at(self.units.embedding, self.forward_begin, self.backward_end)
+        for group, there, back in self.layers():
+            yield Visit.at(self.units.blocks[group], there, back)
         if self.units.tail:
-            yield _Visit(self.units.tail, end, end, back_begin, back_begin)
+            yield Visit.at(self.units.tail, self.forward_end, self.backward_begin)
         if self.units.root:
-            yield _Visit(self.units.root, begin, end, back_begin, back_end)
+            yield Visit(
+                unit=self.units.root,
+                forward_begin=self.forward_begin,
+                forward_end=self.forward_end,
+                backward_begin=self.backward_begin,
+                backward_end=self.backward_end,
+            )
 
-    def _run_forward(self, visits: Sequence[_Visit]) -> None:
+    def _run_forward(self, visits: Sequence[Visit[_Unit]]) -> None:
         order = list(range(len(visits)))
         if self.units.root:  # it begins first and ends last
             order = [order[-1], *order[:-1]]
-        previous: _Live | None = None
+        previous: Live | None = None
         for index in order:
             unit, begin, end = visits[index].unit, visits[index].forward_begin, visits[index].forward_end
-            frame = self._frame(begin)
+            frame = self.frame(begin)
             gathered = self._gather(unit, begin, frame.before, slot=_Slot.GATHERED)
             self._copy_out(index, unit, begin, frame.before)
             if previous:
-                frame.before.append(self._free(previous, begin))
+                frame.before.append(self.free(previous, begin))
             previous = gathered
             self._clock_gather(unit, frame)
             if unit.reshards:
-                self._reshard(index, unit, end, self._frame(end).behind)
+                self._reshard(index, unit, end, self.frame(end).behind)
         if previous:
-            last = _Place(self.forward[-1].name, 0)
-            self._frame(last).behind.append(self._free(previous, last))
+            self.frame(self.forward_end).behind.append(self.free(previous, self.forward_end))
 
-    def _run_backward(self, visits: Sequence[_Visit]) -> None:
-        prefetched: _Live | None = None
+    def _run_backward(self, visits: Sequence[Visit[_Unit]]) -> None:
+        prefetched: Live | None = None
         for index in range(len(visits) - 1, -1, -1):
             visit = visits[index]
-            frame = self._frame(visit.backward_begin)
+            frame = self.frame(visit.backward_begin)
             if index not in self.copies_of and self._is_reached(visit):
                 if prefetched is None:
                     prefetched = self._gather(visit.unit, visit.backward_begin, frame.before, slot=_Slot.GATHERED)
                 self._copy_out(index, visit.unit, visit.backward_begin, frame.before)
                 if prefetched:
-                    frame.before.append(self._free(prefetched, visit.backward_begin))
+                    frame.before.append(self.free(prefetched, visit.backward_begin))
                 prefetched = None
                 self._clock_gather(visit.unit, frame)
             ahead = visits[index - 1] if index else None
@@ -491,133 +444,111 @@ class _Rewriter:
                 prefetched = self._gather(ahead.unit, visit.backward_begin, events, slot=_Slot.PREFETCHED)
             if visit.unit is not self.units.root:
                 self._finish(index, visit)
-        end = _Place(self.backward[-1].name, 0)
+        end = self.backward_end
         if self.units.root:
             self._finish(len(visits) - 1, visits[-1])
         for live in (prefetched, self.reduce_input, *self.retained):
             if live:
-                self._frame(end).behind.append(self._free(live, end))
+                self.frame(end).behind.append(self.free(live, end))
 
-    def _is_reached(self, visit: _Visit) -> bool:
+    def _is_reached(self, visit: Visit[_Unit]) -> bool:
         """A frozen embedding has no backward of its own, though the prefetch gathers it."""
         return visit.unit is not self.units.embedding or bool(visit.unit.trainable)
 
-    def _gather(self, unit: _Unit, place: _Place, events: list[Event], *, slot: _Slot) -> _Live | None:
+    def _gather(self, unit: _Unit, place: Place, events: list[Event], *, slot: _Slot) -> Live | None:
         """The all-gather's buffers. One rank alone gathers nothing and copies its shard out."""
         if self.layout.num_shards == 1 or not unit.parameters:
             return None
-        flat = self._alloc(place, slot - 1, unit.sent_bytes(offloads=self.layout.offloads), events)
-        gathered = self._alloc(place, slot, unit.gathered_bytes, events)
+        flat = self.alloc(place, slot - 1, unit.sent_bytes(offloads=self.layout.offloads), events)
+        gathered = self.alloc(place, slot, unit.gathered_bytes, events)
         self._pass_through_wire(place, unit.gathered_bytes, events)
-        events.append(self._free(flat, place))
+        events.append(self.free(flat, place))
         return gathered
 
-    def _copy_out(self, index: int, unit: _Unit, place: _Place, events: list[Event]) -> None:
+    def _copy_out(self, index: int, unit: _Unit, place: Place, events: list[Event]) -> None:
         first = self.first_slot + _Slot.COPIES
         events += [Alloc(slot, size, Owner.GATHERED_WEIGHTS) for slot, size in enumerate(unit.copy_sizes, first)]
         self.copies_of[index] = place
 
-    def _reshard(self, index: int, unit: _Unit, place: _Place, events: list[Event]) -> None:
+    def _reshard(self, index: int, unit: _Unit, place: Place, events: list[Event]) -> None:
         born = self.copies_of.pop(index, None)
         if born is None:
             return
-        stage, anchor, layer, first = self._ref(_Live(born, self.first_slot + _Slot.COPIES, 0), place)
+        stage, anchor, layer, first = self.ref(Live(born, self.first_slot + _Slot.COPIES, 0), place)
         sizes = enumerate(unit.copy_sizes, first)
         events += [Free(TensorRef(stage, anchor, layer, slot), size) for slot, size in sizes]
 
-    def _finish(self, index: int, visit: _Visit) -> None:
+    def _finish(self, index: int, visit: Visit[_Unit]) -> None:
         """What follows a unit's backward: reshard, the previous reduce input, this unit's reduction."""
         unit, place = visit.unit, visit.backward_end
-        frame = self._frame(place)
+        frame = self.frame(place)
         self._reshard(index, unit, place, frame.behind)
         if self.reduce_input:
-            frame.behind.append(self._free(self.reduce_input, place))
+            frame.behind.append(self.free(self.reduce_input, place))
             self.reduce_input = None
         if unit.trainable:
             self._reduce(visit, frame)
 
-    def _reduce(self, visit: _Visit, frame: _Frame) -> None:
+    def _reduce(self, visit: Visit[_Unit], frame: Frame) -> None:
         unit, place, events = visit.unit, visit.backward_end, frame.behind
         num_shards = self.layout.num_shards
-        self.reduce_input = self._alloc(place, _Slot.REDUCE_INPUT, unit.reduced_bytes * num_shards, events)
-        events.extend(self._gradient_frees(visit))
+        self.reduce_input = self.alloc(place, _Slot.REDUCE_INPUT, unit.reduced_bytes * num_shards, events)
+        gradients = list(self._unsharded_gradients(visit))
+        # torch's loop over gradients (``foreach_reduce``) keeps its variable, so the last one, until it returns.
+        last = max(live.parameter for live in gradients) if num_shards > 1 and gradients else -1
+        events.extend(live.free for live in gradients if live.parameter != last)
         changes_dtype = unit.reduced_bytes != unit.gradient_bytes
         owner = Owner.COMMUNICATION if changes_dtype else Owner.GRADIENTS
-        reduced = self._alloc(place, _Slot.REDUCED, unit.reduced_bytes, events, owner)
+        reduced = self.alloc(place, _Slot.REDUCED, unit.reduced_bytes, events, owner)
         if num_shards > 1:
             self._pass_through_wire(place, unit.reduced_bytes * num_shards, events)
         gradient = reduced
         if changes_dtype:
-            gradient = self._alloc(place, _Slot.GRADIENT, unit.gradient_bytes, events, Owner.GRADIENTS)
+            gradient = self.alloc(place, _Slot.GRADIENT, unit.gradient_bytes, events, Owner.GRADIENTS)
             # With replicas the buffer of the all-reduce is kept until the backward ends, lest it be reused in flight.
             if self.layout.num_replicas > 1:
                 self.retained.append(reduced)
             else:
-                events.append(self._free(reduced, place))
+                events.append(self.free(reduced, place))
+        events.extend(live.free for live in gradients if live.parameter == last)
         if self.layout.offloads or (self.layout.accumulates and not self.layout.defers_reduction):
-            events.append(self._free(gradient, place))
+            events.append(self.free(gradient, place))
         self._clock_reduce(unit, frame)
 
-    def _gradient_frees(self, visit: _Visit) -> Iterator[Event]:
-        """The unsharded gradients of the unit, wherever they arose, die once they are copied in."""
-        for born, event in self._gradients(visit):
-            if self.layout.defers_reduction:
-                break
-            yield Free(self._ref(_Live(born, event.slot, 0), visit.backward_end), event.size)
-        for place, allocs in self.accumulated.items():
-            if place == self._pile(visit):
-                for alloc in allocs:
-                    if alloc.parameter in visit.unit.indices:
-                        yield Free(self._ref(_Live(place, alloc.slot, 0), visit.backward_end), alloc.size)
+    def _unsharded_gradients(self, visit: Visit[_Unit]) -> Iterator[_Gradient]:
+        """The unsharded gradients of the unit, wherever they arose: of this micro-batch, or of all under no_sync."""
+        born: Iterable[tuple[Place, Alloc]] = self._gradients(visit)
+        if self.layout.defers_reduction:
+            pile = self.pile(visit.unit.group, visit.forward_begin)
+            born = [(pile, alloc) for alloc in self.accumulated[pile] if alloc.parameter in visit.unit.indices]
+        for place, alloc in born:
+            ref = self.ref(Live(place, alloc.slot, 0), visit.backward_end)
+            yield _Gradient(alloc.parameter, Free(ref, alloc.size))
 
-    def _gradients(self, visit: _Visit) -> Iterator[tuple[_Place, Alloc]]:
+    def _gradients(self, visit: Visit[_Unit]) -> Iterator[tuple[Place, Alloc]]:
         for stage in self.backward:
             is_own = stage.name == visit.backward_end.stage or visit.unit.group == ROOT_GROUP
             if not is_own or (visit.unit.group == ROOT_GROUP and stage.stack):
                 continue
-            place = _Place(stage.name, visit.backward_end.layer)
+            place = Place(stage.name, visit.backward_end.layer)
             for event in self.program.section_of(stage, place.layer).gradients:
                 if event.parameter in visit.unit.indices:
                     yield place, event
 
-    def _pile(self, visit: _Visit) -> _Place:
-        """Where the unit's accumulated gradients are said to come into being."""
-        stack = visit.forward_begin.stage.partition(".")[2] if visit.unit.group != ROOT_GROUP else ROOT_GROUP
-        return _Place(f"{ACCUMULATED}.{stack}", visit.forward_begin.layer)
-
-    def _pile_up(self, visits: Sequence[_Visit]) -> None:
+    def _pile_up(self, visits: Sequence[Visit[_Unit]]) -> None:
         """Whole gradients of earlier micro-batches, in the dtype of computation, there when the last one begins."""
         for visit in visits:
-            allocs = self.accumulated.setdefault(self._pile(visit), [])
+            allocs = self.accumulated.setdefault(self.pile(visit.unit.group, visit.forward_begin), [])
             for index, parameter in zip(visit.unit.indices, visit.unit.parameters, strict=True):
                 if parameter.trainable:
                     size = Size.constant(parameter.gradient_bytes)
                     allocs.append(Alloc(self.first_slot + index, size, Owner.GRADIENTS, index))
 
-    def _pass_through_wire(self, place: _Place, num_bytes: int, events: list[Event]) -> None:
+    def _pass_through_wire(self, place: Place, num_bytes: int, events: list[Event]) -> None:
         if self.layout.copies_on_wire:
-            events.append(self._free(self._alloc(place, _Slot.WIRE, num_bytes, events), place))
+            events.append(self.free(self.alloc(place, _Slot.WIRE, num_bytes, events), place))
 
-    def _alloc(
-        self, place: _Place, slot: int, num_bytes: int, events: list[Event], owner: Owner = Owner.COMMUNICATION
-    ) -> _Live:
-        events.append(Alloc(self.first_slot + slot, Size.constant(num_bytes), owner))
-        return _Live(place, self.first_slot + slot, num_bytes)
-
-    def _free(self, live: _Live, place: _Place) -> Free:
-        return Free(self._ref(live, place), Size.constant(live.num_bytes))
-
-    def _ref(self, live: _Live, place: _Place) -> TensorRef:
-        """``live`` as a section at ``place`` names it: by distance along the same stack, so that layers share it."""
-        born = live.place
-        if born.stage.partition(".")[2] == place.stage.partition(".")[2]:
-            return TensorRef(born.stage, Anchor.RELATIVE, born.layer - place.layer, live.slot)
-        return TensorRef(born.stage, Anchor.FIRST, born.layer, live.slot)
-
-    def _frame(self, place: _Place) -> _Frame:
-        return self.frames.setdefault(place, _Frame())
-
-    def _clock_gather(self, unit: _Unit, frame: _Frame) -> None:
+    def _clock_gather(self, unit: _Unit, frame: Frame) -> None:
         if self.layout.offloads:
             frame.copies.append(Copy(True, Size.constant(unit.stored_bytes), Moment.BEFORE))
         if self.layout.num_shards > 1 and unit.parameters:
@@ -626,7 +557,7 @@ class _Rewriter:
         moved = unit.stored_bytes + unit.cast_bytes + 2 * unit.gathered_bytes
         frame.kernels.append(Kernel(1, Size.constant(0), Size.constant(moved), False))
 
-    def _clock_reduce(self, unit: _Unit, frame: _Frame) -> None:
+    def _clock_reduce(self, unit: _Unit, frame: Frame) -> None:
         payload = unit.reduced_bytes * self.layout.num_shards
         if self.layout.num_shards > 1:
             frame.collectives.append(
@@ -639,70 +570,12 @@ class _Rewriter:
             frame.copies.append(Copy(False, Size.constant(unit.gradient_bytes), Moment.AFTER))
         frame.kernels.append(Kernel(1, Size.constant(0), Size.constant(2 * payload), False))
 
-    def _assemble(self) -> StepProgram:
-        """The program with every frame in place; layers whose section and frame are alike share a section."""
-        sections: list[Section] = []
-        numbers: dict[tuple[object, ...], int] = {}
-        stages = [*self._pile_stages(sections)]
-        for stage in self.program.stages:
-            layers = []
-            for layer, original in enumerate(stage.layers):
-                frame = self.frames.get(_Place(stage.name, layer), _Frame())
-                key = (stage.phase is Phase.BACKWARD, original, frame.key)
-                if key not in numbers:
-                    numbers[key] = len(sections)
-                    sections.append(self._framed(stage, self.program.sections[original], frame))
-                layers.append(numbers[key])
-            stages.append(replace(stage, layers=tuple(layers)))
-        return compact(replace(self.program, stages=tuple(stages), sections=tuple(sections)))
-
-    def _framed(self, stage: Stage, section: Section, frame: _Frame) -> Section:
-        events: list[Event] = []
-        for event in section.events if self.layout.defers_reduction else ():
-            events.append(event)
-            if is_gradient(event):
-                events[-1] = event._replace(owner=Owner.TEMPORARIES, parameter=-1)
-                events.append(Free(local(stage.name, event.slot), event.size))
-        events = events or list(section.events)
-        if frame.after_logits:
-            position = _after_logits(events)
-            events[position:position] = frame.after_logits
-        return replace(
-            section,
-            events=(*frame.before, *events, *frame.behind),
-            kernels=(*section.kernels, *frame.kernels),
-            collectives=(*section.collectives, *frame.collectives),
-            copies=(*section.copies, *frame.copies),
-        )
-
-    def _pile_stages(self, sections: list[Section]) -> Iterator[Stage]:
-        names = dict.fromkeys(place.stage for place in self.accumulated)
-        for name in names:
-            layers = []
-            for place in sorted(place for place in self.accumulated if place.stage == name):
-                layers.append(len(sections))
-                sections.append(Section(events=tuple(self.accumulated[place])))
-            stack = name.partition(".")[2]
-            yield Stage(
-                name=name, phase=Phase.FORWARD, layers=tuple(layers), stack="" if stack == ROOT_GROUP else stack
-            )
-
-
-def _after_logits(events: Sequence[Event]) -> int:
-    """The position at which the head's backward begins: after the gradient of its output, and what died with it."""
-    position = 1 + max(
-        (i for i, e in enumerate(events) if isinstance(e, Alloc) and e.owner is Owner.LOGITS), default=-1
-    )
-    while position < len(events) and isinstance(events[position], Free):
-        position += 1
-    return position
-
 
 def _with_state(
     program: StepProgram,
     parameters: Iterable[_Sharded],
     units: _Units,
-    layout: _Layout,
+    layout: Layout,
     *,
     scenario: Scenario,
     cluster: Cluster,
@@ -710,10 +583,10 @@ def _with_state(
     """``program`` with the shards, the optimizer on them and what earlier micro-batches left."""
     shards = list(parameters)
     trained = tuple(LocalTensor(p.shape, p.stored_itemsize, p.in_block) for p in shards if p.trainable)
-    persistent = [*program.persistent, *_unsharded_scales(program)]
+    persistent = [*program.persistent, *unsharded_scales(program)]
     on_host = 0
     if layout.offloads:
-        on_host = sum(p.stored_bytes for p in shards) + _host_optimizer_bytes(trained, scenario=scenario)
+        on_host = sum(p.stored_bytes for p in shards) + host_optimizer_bytes(trained, scenario=scenario)
     else:
         persistent += persistent_run((p.stored_bytes for p in shards), Owner.WEIGHTS)
         if layout.accumulates and not layout.defers_reduction:
@@ -728,7 +601,7 @@ def _with_state(
     return with_optimizer(program, step, scenario=scenario, device=cluster.gpu.device_kind)
 
 
-def _unsharded_scales(program: StepProgram) -> Iterator[Persistent]:
+def unsharded_scales(program: StepProgram) -> Iterator[Persistent]:
     """Scales of 4-bit weights are no parameters: every rank keeps them all."""
     for name, group in program.groups.items():
         for parameter in group.parameters:
@@ -737,7 +610,7 @@ def _unsharded_scales(program: StepProgram) -> Iterator[Persistent]:
                 yield Persistent(size, Owner.WEIGHTS, program.group_counts[name])
 
 
-def _host_optimizer_bytes(trained: Sequence[LocalTensor], *, scenario: Scenario) -> int:
+def host_optimizer_bytes(trained: Sequence[LocalTensor], *, scenario: Scenario) -> int:
     """Gradients and optimizer states of one rank in host memory."""
     optimizer = find(scenario.training.optimizer)
     states = optimizer.total_state_bytes(trained, device=DeviceKind.CPU)

@@ -42,7 +42,9 @@ def refusal(scenario: Scenario, profile: ModelProfile, cluster: Cluster) -> str 
     if offload is Offload.PARAMS:
         return "DeepSpeed moves parameters only together with the optimizer; use --offload all"
     if offload is Offload.NVME and not scenario.strategy.zero.nvme_path:
-        return "--offload nvme needs a directory on a local disk; set nvme_path in launchkit.toml"
+        return "--offload nvme needs a directory on a local disk; add --zero-settings nvme_path=/local_nvme"
+    if offload.optimizer and scenario.training.has_bf16_masters:
+        return f"DeepSpeed offloads no bf16 optimizer states; use --precision bf16 with --offload {offload}"
     if offload.optimizer and optimizer not in _HOST_OPTIMIZERS:
         return (
             f"--optimizer {optimizer} has no CPU kernel in DeepSpeed, which --offload {offload} needs; "

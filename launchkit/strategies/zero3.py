@@ -41,6 +41,7 @@ from launchkit.scenario import Checkpointing, DeviceKind, Offload, State
 from launchkit.strategies.base import (
     OPTIMIZER_STAGE,
     OptimizerStep,
+    accumulates,
     map_layers,
     next_slot,
     persistent_run,
@@ -56,7 +57,7 @@ from launchkit.strategies.zero_job import (
     EventList,
     Job,
     add_stage,
-    host_optimizer_bytes,
+    host_state_bytes_planned,
     host_state_events,
     last_alloc_freed,
     write_flush,
@@ -120,8 +121,8 @@ def sub_groups(job: Job) -> tuple[int, ...]:
 
 
 def _has_recorded(job: Job) -> bool:
-    """Whether an earlier step has told the coordinator the order of modules; until then it keeps nothing gathered."""
-    return job.scenario.state is State.STEADY
+    """Whether an earlier pass has told the coordinator the order of modules; until then it keeps nothing gathered."""
+    return job.scenario.state is State.STEADY or accumulates(job.scenario)
 
 
 def is_persistent(job: Job, numel: int) -> bool:
@@ -146,7 +147,7 @@ def _storages(job: Job) -> Iterator[Persistent]:
     yield Persistent(Size.constant(job.settings.reduce_bucket_size * job.itemsize), Owner.COMMUNICATION)
     if not job.offloads_optimizer:
         yield Persistent(Size.constant(partition * job.itemsize), Owner.GRADIENTS)
-        yield from persistent_run((numel * FP32_BYTES for numel in sub_groups(job)), Owner.MASTER_WEIGHTS)
+        yield from persistent_run((numel * job.master_itemsize for numel in sub_groups(job)), Owner.MASTER_WEIGHTS)
 
 
 def _host_bytes(job: Job) -> int:
@@ -157,7 +158,8 @@ def _host_bytes(job: Job) -> int:
         return parameters + _NVME_OPTIMIZER_BUFFERS * max(sub_groups(job)) * FP32_BYTES + partition * job.itemsize
     total = 0
     if job.offloads_optimizer:
-        total += host_optimizer_bytes(job, partition) + partition * job.itemsize
+        masters_and_gradients = 2 * sum(job.pinned_bytes(numel * FP32_BYTES) for numel in sub_groups(job))
+        total += masters_and_gradients + host_state_bytes_planned(job, partition) + partition * job.itemsize
     if job.scenario.strategy.offload.params:
         frozen = sum(_partition(job, numel) for numel in job.numels(trainable=False))
         total += (partition + frozen) * job.itemsize
@@ -331,7 +333,7 @@ def _step(job: Job) -> OptimizerStep:
         return OptimizerStep(tensors=(), on_host=True, before=states, collectives=gathers, copies=copies)
     before = _fp32_gradients(job)
     return OptimizerStep(
-        tensors=tuple(LocalTensor((numel,), FP32_BYTES) for numel in sub_groups(job)),
+        tensors=tuple(LocalTensor((numel,), job.master_itemsize) for numel in sub_groups(job)),
         before=before,
         after=(last_alloc_freed(before), *_regathered(job, persistent, slot=next_slot(before))),
         collectives=gathers,
@@ -349,8 +351,8 @@ def _fp32_gradients(job: Job) -> tuple[Event, ...]:
     events.passing(max(_partitions(job)) * NORM_BYTES, Owner.TEMPORARIES)
     numel = max(sub_groups(job))
     flat = events.alloc(numel * job.itemsize, Owner.TEMPORARIES)
-    if job.itemsize != FP32_BYTES:
-        events.alloc(numel * FP32_BYTES, Owner.TEMPORARIES)
+    if job.itemsize != job.master_itemsize:
+        events.alloc(numel * job.master_itemsize, Owner.TEMPORARIES)
         events.events.append(flat)
     return tuple(events.events)
 

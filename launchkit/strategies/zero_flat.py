@@ -14,8 +14,10 @@ Source: DeepSpeed 0.19.8 ``deepspeed/runtime/zero/stage_1_and_2.py``, confirmed 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import groupby
 from typing import NamedTuple
 
 from launchkit.optimizers import FP32_BYTES, LocalTensor
@@ -47,55 +49,132 @@ from launchkit.strategies.base import (
     gradient_storages,
     map_layers,
     next_slot,
+    persistent_run,
     with_optimizer,
     with_ready_gradients,
 )
 from launchkit.strategies.zero_job import (
     NORM_BYTES,
     REDUCE_STAGE,
-    Arrival,
-    Bucket,
     EventList,
-    Flush,
+    GradientRef,
     Job,
+    ParameterKey,
+    Placed,
     add_stage,
     frozen_weights,
-    host_optimizer_bytes,
+    host_state_bytes_planned,
     host_state_events,
     last_alloc_freed,
-    write_flush,
 )
 from launchkit.units import round_up
 
 
-class Flat(NamedTuple):
-    """The flat buffer of trainable weights and one rank's part of it, in elements."""
+class Span(NamedTuple):
+    """A part of a parameter: the rank that owns it, and its elements."""
 
-    total: int
-    partition: int
-    gradient_buffer: int  # of the fullest rank: parameters that reach into its partition, each whole
-    largest_slice: int
-    largest_parameter: int
+    owner: int
+    numel: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flat:
+    """The flat buffers of trainable weights, one per group of the optimizer, and how ranks share them, in elements."""
+
+    totals: tuple[int, ...]  # padded to twice the ranks
+    spans: Mapping[ParameterKey, tuple[Span, ...]]
+    world_size: int
 
     @classmethod
-    def of(cls, numels: Sequence[int], world_size: int) -> Flat:
-        total = round_up(sum(numels), 2 * world_size)
-        partition = total // world_size
-        whole = [0] * world_size
-        start = largest_slice = 0
-        for numel in numels:
-            first, last = start // partition, (start + numel - 1) // partition
-            for owner in range(first, last + 1):
-                whole[owner] += numel
-                overlap = min(start + numel, (owner + 1) * partition) - max(start, owner * partition)
-                largest_slice = max(largest_slice, overlap)
-            start += numel
-        return cls(total, partition, max(whole), largest_slice, max(numels))
+    def of(cls, groups: Sequence[Sequence[Placed]], world_size: int) -> Flat:
+        totals = []
+        spans: dict[ParameterKey, tuple[Span, ...]] = {}
+        for group in groups:
+            total = round_up(sum(placed.numel for placed in group), 2 * world_size)
+            start = 0
+            for key, numel in group:
+                spans[key] = tuple(_spans(start, numel, total // world_size))
+                start += numel
+            totals.append(total)
+        return cls(totals=tuple(totals), spans=spans, world_size=world_size)
+
+    @property
+    def total(self) -> int:
+        return sum(self.totals)
+
+    @property
+    def partitions(self) -> tuple[int, ...]:
+        """One rank's part of each group."""
+        return tuple(total // self.world_size for total in self.totals)
+
+    @property
+    def partition(self) -> int:
+        return sum(self.partitions)
+
+    def is_owned(self, key: ParameterKey, rank: int) -> bool:
+        return any(span.owner == rank for span in self.spans[key])
+
+    @cached_property
+    def gradient_buffers(self) -> tuple[int, ...]:
+        """By rank, the buffer of its gradients: parameters that reach into its partition, each whole."""
+        whole = [0] * self.world_size
+        for spans in self.spans.values():
+            numel = sum([span.numel for span in spans])
+            for span in spans:
+                whole[span.owner] += numel
+        return tuple(whole)
+
+    @property
+    def gradient_buffer(self) -> int:
+        """The fullest rank's."""
+        return max(self.gradient_buffers)
+
+    @property
+    def largest_slice(self) -> int:
+        return max(span.numel for spans in self.spans.values() for span in spans)
+
+    @property
+    def largest_parameter(self) -> int:
+        return max(sum([span.numel for span in spans]) for spans in self.spans.values())
+
+
+def _spans(start: int, numel: int, partition: int) -> Iterator[Span]:
+    """Who owns what of the elements from ``start`` on."""
+    end = start + numel
+    while start < end:
+        owner = start // partition
+        stop = min(end, (owner + 1) * partition)
+        yield Span(owner, stop - start)
+        start = stop
+
+
+def round_robin(group: Sequence[Placed], world_size: int) -> tuple[Placed, ...]:
+    """``round_robin_gradients``: every ``world_size``-th parameter together, so that ranks fill at the same pace."""
+    return tuple(placed for first in range(world_size) for placed in group[first::world_size])
+
+
+def reduce_copies(spans: Iterable[Span], capacity: int) -> tuple[int, ...]:
+    """Elements of the flat copies that one flush makes of the bucket.
+
+    Neighbours of one owner count as one slice. Slices are reduced together until they are more than the bucket holds,
+    and only several of them are copied to lie flat (``allreduce_and_scatter``).
+    """
+    slices = [sum(span.numel for span in run) for _, run in groupby(spans, key=lambda span: span.owner)]
+    copies, together = [], [0]
+    for numel in slices:
+        together.append(numel)
+        if sum(together) > capacity:
+            copies.append(together)
+            together = [0]
+    return tuple(sum(parts) for parts in (*copies, together) if len(parts) > 2)
 
 
 def rewrite(job: Job) -> StepProgram:
     """The step of one rank under ZeRO-1 or ZeRO-2."""
-    flat = Flat.of(tuple(job.numels(trainable=True)), job.world_size)
+    groups = job.optimizer_groups
+    if job.settings.round_robin_gradients:
+        groups = tuple(round_robin(group, job.world_size) for group in groups)
+    flat = Flat.of(groups, job.world_size)
     program = _reduced_as_it_arrives(job, flat) if _is_eager(job) else _reduced_at_the_end(job, flat)
     program = replace(
         program,
@@ -110,20 +189,29 @@ def _is_eager(job: Job) -> bool:
     return job.scenario.strategy.kind.zero_stage == 2 or job.overlap_comm
 
 
+def _is_contiguous(job: Job) -> bool:
+    """Whether gradients are copied into a bucket; an offloaded optimizer needs that."""
+    return job.settings.contiguous_gradients or job.offloads_optimizer
+
+
 def _bucket_bytes(job: Job) -> int:
     return job.settings.reduce_bucket_size * job.itemsize
 
 
 def _num_buckets(job: Job) -> int:
+    if not _is_contiguous(job):
+        return 0
     return 2 if job.overlap_comm else 1
 
 
 def _flat_storages(job: Job, flat: Flat) -> tuple[Persistent, ...]:
-    storages = [Persistent(Size.constant(flat.total * job.itemsize), Owner.WEIGHTS), *frozen_weights(job)]
+    storages = [Persistent(Size.constant(total * job.itemsize), Owner.WEIGHTS) for total in flat.totals]
+    storages.extend(frozen_weights(job))
     if job.offloads_optimizer:
         storages.append(Persistent(Size.constant(flat.largest_parameter * job.itemsize), Owner.COMMUNICATION))
     else:
-        storages.append(Persistent(Size.constant(flat.partition * FP32_BYTES), Owner.MASTER_WEIGHTS))
+        sizes = (partition * job.master_itemsize for partition in flat.partitions)
+        storages.extend(persistent_run(sizes, Owner.MASTER_WEIGHTS))
     if accumulates(job.scenario):
         storages.extend(_accumulated(job, flat))
     return tuple(storages)
@@ -133,34 +221,102 @@ def _accumulated(job: Job, flat: Flat) -> Iterator[Persistent]:
     """What earlier micro-batches leave: stage 2 the reduced gradients, stage 1 all of them and its bucket."""
     if not _is_eager(job):
         yield from gradient_storages(job.program, scenario=job.scenario)
-        yield Persistent(Size.constant(_bucket_bytes(job)), Owner.COMMUNICATION, _num_buckets(job))
+        yield from persistent_run([_bucket_bytes(job)] * _num_buckets(job), Owner.COMMUNICATION)
     elif not job.offloads_optimizer:
         yield Persistent(Size.constant(flat.gradient_buffer * job.itemsize), Owner.GRADIENTS)
 
 
 def _host_bytes(job: Job, flat: Flat) -> int:
-    """Beside the optimizer's own: the updated weights on their way back, and one parameter's gradient."""
+    """Of an offloaded optimizer: master weights and gradients in fp32 and its states, the updated weights on their way
+    back, one parameter's gradient; under accumulation the gradients of the partition as they came, too."""
     if not job.offloads_optimizer:
         return 0
-    return host_optimizer_bytes(job, flat.partition) + (flat.partition + flat.largest_parameter) * job.itemsize
+    masters = 2 * sum(job.pinned_bytes(partition * FP32_BYTES) for partition in flat.partitions)
+    ways_back = sum(job.pinned_bytes(partition * job.itemsize) for partition in flat.partitions)
+    gradient = job.pinned_bytes(flat.largest_parameter * job.itemsize)
+    kept = flat.gradient_buffer * job.itemsize if accumulates(job.scenario) else 0
+    return masters + host_state_bytes_planned(job, flat.partition) + ways_back + gradient + kept
+
+
+class FlatFlush(NamedTuple):
+    """What one flush of stage 1 or 2 does: its flat copies in elements, whether gradients of this rank are among what
+    it reduces, and the gradients that die with it."""
+
+    copies: tuple[int, ...]
+    is_owned: bool
+    dying: tuple[GradientRef, ...]
+
+
+class FlatArrival(NamedTuple):
+    """What a gradient does: the bucket is flushed before it where it is full; copied into it, the gradient dies."""
+
+    flush: FlatFlush | None
+    is_copied: bool
+
+
+class FlatBucket:
+    """The reduce bucket of one backward pass, as the rank that owns the last partition sees it.
+
+    That rank's gradients come first, so its buffer is there for the longest time. A gradient larger than the bucket is
+    not copied: it stays until the next one comes, and is reduced by itself. Without ``contiguous_gradients`` none is
+    copied, and those that the rank owns stay for the optimizer.
+    """
+
+    def __init__(self, job: Job, flat: Flat) -> None:
+        self._job = job
+        self._flat = flat
+        self._rank = job.world_size - 1
+        self._capacity = job.settings.reduce_bucket_size
+        self._elements = 0
+        self._waiting: list[GradientRef] = []
+
+    def take(self, gradient: GradientRef) -> FlatArrival:
+        """Adds a gradient, after a flush where it does not fit any more."""
+        overflows = bool(self._waiting) and self._elements + gradient.numel > self._capacity
+        flush = self.flush() if overflows else None
+        self._elements += gradient.numel
+        self._waiting.append(gradient)
+        return FlatArrival(flush, self._is_copied(gradient))
+
+    def flush(self) -> FlatFlush:
+        """Empties the bucket."""
+        owned = [gradient for gradient in self._waiting if self._flat.is_owned(gradient.key, self._rank)]
+        dying = [gradient for gradient in self._waiting if not self._is_copied(gradient)]
+        if not _is_contiguous(self._job):
+            dying = [gradient for gradient in dying if gradient not in owned]
+        flush = FlatFlush(self._copies(), bool(owned), tuple(dying))
+        self._waiting.clear()
+        self._elements = 0
+        return flush
+
+    def _is_copied(self, gradient: GradientRef) -> bool:
+        return _is_contiguous(self._job) and gradient.numel <= self._capacity
+
+    def _copies(self) -> tuple[int, ...]:
+        if not _is_contiguous(self._job):
+            return (self._elements,) if len(self._waiting) > 1 else ()
+        if not self._job.settings.reduce_scatter:
+            return ()  # the bucket itself is reduced
+        spans = (span for gradient in self._waiting for span in self._flat.spans[gradient.key])
+        return reduce_copies(spans, self._capacity)
 
 
 class _Arrivals(NamedTuple):
     """What the gradients of one layer do. ``opens`` when the first of them allocates the bucket, ``collects`` when the
     first flush among theirs allocates the buffer of this rank's gradients."""
 
-    arrivals: tuple[Arrival, ...]
+    arrivals: tuple[FlatArrival, ...]
     opens: bool
     collects: bool
 
 
-class _EagerReduction:
-    """Stage 2: each gradient goes into the bucket and dies; full buckets are flushed on the way."""
+class _Reduction:
+    """The bucket and this rank's buffer as they come into being, wherever in the step that is."""
 
     def __init__(self, job: Job, flat: Flat) -> None:
         self.job = job
         self.flat = flat
-        self.bucket = Bucket(job.settings.reduce_bucket_size)
+        self.bucket = FlatBucket(job, flat)
         self.has_opened = self.has_collected = False
         self.opened: list[Free] = []
         self.collected: list[Free] = []
@@ -168,7 +324,7 @@ class _EagerReduction:
     def decide(self, stage: Stage, layer: int, section: Section) -> _Arrivals:
         arrivals = tuple([self.bucket.take(gradient) for gradient in self.job.arriving(stage, layer)])
         opens = bool(arrivals) and not self.has_opened
-        collects = any(arrival.flush for arrival in arrivals) and not self.has_collected
+        collects = any(flush.is_owned for flush, _ in arrivals if flush) and not self.has_collected
         self.has_opened |= opens
         self.has_collected |= collects
         return _Arrivals(arrivals, opens, collects)
@@ -180,66 +336,88 @@ class _EagerReduction:
             events.events.append(event)
             for alloc in ready:
                 flush, is_copied = next(arrivals)
-                if not self.opened:
-                    self.opened.extend(_elsewhere(free, stage.name, layer) for free in _open_buckets(self.job, events))
+                self.open(events, stage=stage.name, layer=layer)
                 if flush is not None:
                     self.flush(events, flush, stage=stage.name, layer=layer)
                 if is_copied:
                     events.events.append(Free(local(stage.name, alloc.slot), alloc.size))
         return _with_reduction(self.job, replace(section, events=tuple(events.events)))
 
-    def flush(self, events: EventList, flush: Flush, *, stage: str, layer: int) -> None:
-        write_flush(events, flush, itemsize=self.job.itemsize)
-        buffers = _collect(self.job, self.flat, events, self.collected)
-        self.collected.extend(_elsewhere(free, stage, layer) for free in buffers)
+    def open(self, events: EventList, *, stage: str, layer: int) -> None:
+        if not self.opened:
+            buckets = [
+                events.alloc(_bucket_bytes(self.job), Owner.COMMUNICATION) for _ in range(_num_buckets(self.job))
+            ]
+            self.opened.extend(_elsewhere(free, stage, layer) for free in buckets)
+
+    def flush(self, events: EventList, flush: FlatFlush, *, stage: str, layer: int) -> None:
+        """Reduces; then this rank's gradients go to a buffer of their own, made once, or, through fp32, to the host."""
+        for elements in flush.copies:
+            events.passing(elements * self.job.itemsize, Owner.COMMUNICATION)
+        if flush.is_owned and _is_contiguous(self.job):
+            if self.job.offloads_optimizer:
+                _to_host(self.job, self.flat, events)
+            elif not self.collected:
+                own = events.alloc(self.flat.gradient_buffers[-1] * self.job.itemsize, Owner.GRADIENTS)
+                self.collected.append(_elsewhere(own, stage, layer))
+        events.events.extend(Free(gradient.ref, gradient.size) for gradient in flush.dying)
+
+    def finish(self, events: EventList) -> None:
+        """The last flush. Another rank's buffer may be larger by now than the last one's."""
+        self.flush(events, self.bucket.flush(), stage=REDUCE_STAGE, layer=0)
+        if self.collected:
+            more = self.flat.gradient_buffer - self.flat.gradient_buffers[-1]
+            self.collected.append(_elsewhere(events.alloc(more * self.job.itemsize, Owner.GRADIENTS), REDUCE_STAGE, 0))
+        events.events.extend(self.opened)
+
+
+def _to_host(job: Job, flat: Flat, events: EventList) -> None:
+    """A gradient on its way: its norm in fp64, then its copy in fp32."""
+    events.passing(flat.largest_slice * NORM_BYTES, Owner.TEMPORARIES)
+    events.passing(flat.largest_slice * FP32_BYTES if job.itemsize != FP32_BYTES else 0, Owner.COMMUNICATION)
 
 
 def _reduced_as_it_arrives(job: Job, flat: Flat) -> StepProgram:
-    reduction = _EagerReduction(job, flat)
+    reduction = _Reduction(job, flat)
     program = map_layers(job.program, Phase.BACKWARD, reduction.decide, reduction.change)
     events = EventList(REDUCE_STAGE)
-    reduction.flush(events, reduction.bucket.flush(), stage=REDUCE_STAGE, layer=0)
-    events.events.extend(reduction.opened)
+    reduction.finish(events)
     if accumulates(job.scenario):
         events.events.extend(reduction.collected)
     return add_stage(program, REDUCE_STAGE, Section(events=tuple(events.events), copies=_gradients_to_host(job, flat)))
 
 
 def _reduced_at_the_end(job: Job, flat: Flat) -> StepProgram:
-    """Stage 1: the bucket is there from the first gradient on, but is filled after the last."""
+    """Stage 1: the bucket is there from the first gradient on, but is filled after the last, in the model's order."""
+    reduction = _Reduction(job, flat)
+    program = accumulate_gradients(job.program) if accumulates(job.scenario) else _with_bucket_opened(job, reduction)
     events = EventList(REDUCE_STAGE)
-    bucket = Bucket(job.settings.reduce_bucket_size)
-    gradients = tuple(job.gradients())
+    arrived = {gradient.key: gradient for gradient in job.gradients()}
+    for placed in (placed for group in job.optimizer_groups for placed in group if placed.key in arrived):
+        gradient = arrived[placed.key]
+        flush, is_copied = reduction.bucket.take(gradient)
+        if flush is not None:
+            reduction.flush(events, _kept(job, flush), stage=REDUCE_STAGE, layer=0)
+        if is_copied and not accumulates(job.scenario):
+            events.events.append(Free(gradient.ref, gradient.size))
+    reduction.finish(events)
     if accumulates(job.scenario):
-        program = accumulate_gradients(job.program)
-        full = Flush(min(bucket.capacity, flat.total), ())
-        write_flush(events, full, itemsize=job.itemsize)
-        _collect(job, flat, events, ())
         events.events.append(FreeAll(Owner.COMMUNICATION))
-    else:
-        program, opened = _with_bucket_opened(job)
-        collected: list[Free] = []
-        for gradient in gradients:
-            flush, is_copied = bucket.take(gradient)
-            if flush is not None:
-                write_flush(events, flush, itemsize=job.itemsize)
-                collected.extend(_collect(job, flat, events, collected))
-            if is_copied:
-                events.events.append(Free(gradient.ref, gradient.size))
-        write_flush(events, bucket.flush(), itemsize=job.itemsize)
-        _collect(job, flat, events, collected)
-        events.events.extend(opened)
     section = Section(
         events=tuple(events.events),
-        collectives=_all_reduce(job, sum(gradient.numel for gradient in gradients), Moment.BLOCKING),
+        collectives=_all_reduce(job, sum(gradient.numel for gradient in arrived.values()), Moment.BLOCKING),
         copies=_gradients_to_host(job, flat),
     )
     return add_stage(program, REDUCE_STAGE, section)
 
 
-def _with_bucket_opened(job: Job) -> tuple[StepProgram, list[Free]]:
-    """The program with the bucket allocated at the first gradient, and the events that free it."""
-    opened: list[Free] = []
+def _kept(job: Job, flush: FlatFlush) -> FlatFlush:
+    """Accumulated gradients are no allocations of this step, and die all together behind it."""
+    return flush._replace(dying=()) if accumulates(job.scenario) else flush
+
+
+def _with_bucket_opened(job: Job, reduction: _Reduction) -> StepProgram:
+    """The program with the bucket allocated at the first gradient."""
     first = next((gradient.ref for gradient in job.gradients()), None)
 
     def opens(stage: Stage, layer: int, section: Section) -> bool:
@@ -251,23 +429,11 @@ def _with_bucket_opened(job: Job) -> tuple[StepProgram, list[Free]]:
         events = EventList(stage.name, slot=next_slot(section.events))
         for event, ready in with_ready_gradients(section.events):
             events.events.append(event)
-            if ready and not opened:
-                opened.extend(_elsewhere(free, stage.name, layer) for free in _open_buckets(job, events))
+            if ready:
+                reduction.open(events, stage=stage.name, layer=layer)
         return replace(section, events=tuple(events.events))
 
-    return map_layers(job.program, Phase.BACKWARD, opens, change), opened
-
-
-def _open_buckets(job: Job, events: EventList) -> list[Free]:
-    return [events.alloc(_bucket_bytes(job), Owner.COMMUNICATION) for _ in range(_num_buckets(job))]
-
-
-def _collect(job: Job, flat: Flat, events: EventList, collected: Sequence[Free]) -> list[Free]:
-    """After a flush, this rank's gradients go to a buffer of their own, made once; or, through fp32, to the host."""
-    if job.offloads_optimizer:
-        events.passing(flat.largest_slice * FP32_BYTES if job.itemsize != FP32_BYTES else 0, Owner.COMMUNICATION)
-        return []
-    return [] if collected else [events.alloc(flat.gradient_buffer * job.itemsize, Owner.GRADIENTS)]
+    return map_layers(job.program, Phase.BACKWARD, opens, change)
 
 
 def _elsewhere(free: Free, stage: str, layer: int) -> Free:
@@ -308,27 +474,35 @@ def _flat_step(job: Job, flat: Flat) -> OptimizerStep:
             collectives=gathers,
             copies=(Copy(True, Size.constant(flat.partition * job.itemsize), Moment.BLOCKING),),
         )
-    before = fp32_gradient_events(job, flat.partition, largest_slice=flat.largest_slice)
+    before = _master_gradient_events(job, flat)
     return OptimizerStep(
-        tensors=(LocalTensor((flat.partition,), FP32_BYTES),),
+        tensors=tuple(LocalTensor((partition,), job.master_itemsize) for partition in flat.partitions),
         before=before,
-        after=(last_alloc_freed(before), *_gather_copies(job, flat, slot=next_slot(before))),
+        after=(
+            last_alloc_freed(before),
+            FreeAll(Owner.GRADIENTS),
+            *_gather_copies(job, flat, slot=next_slot(before)),
+        ),
         collectives=gathers,
     )
 
 
-def fp32_gradient_events(job: Job, numel: int, *, largest_slice: int) -> tuple[Event, ...]:
-    """The norm in fp64, slice by slice; the gradients flattened; the flat copy cast to fp32, where it is not already.
+def _master_gradient_events(job: Job, flat: Flat) -> tuple[Event, ...]:
+    """The norm in fp64, slice by slice; the gradients flattened; the flat copy cast to the master weights' dtype, where
+    it is not of it already. Then this rank's buffer dies, unless another group of the optimizer still waits in it.
 
     The last allocation is the gradient that the optimizer reads.
+
+    Omits: that groups are updated one after the other; the second, of norms and biases, is small.
     """
     events = EventList(OPTIMIZER_STAGE)
-    events.passing(largest_slice * NORM_BYTES, Owner.TEMPORARIES)
-    flat = events.alloc(numel * job.itemsize, Owner.TEMPORARIES)
-    if job.itemsize != FP32_BYTES:
-        events.alloc(numel * FP32_BYTES, Owner.TEMPORARIES)
-        events.events.append(flat)
-    events.events.append(FreeAll(Owner.GRADIENTS))
+    events.passing(flat.largest_slice * NORM_BYTES, Owner.TEMPORARIES)
+    flattened = events.alloc(flat.partition * job.itemsize, Owner.TEMPORARIES)
+    if job.itemsize != job.master_itemsize:
+        events.alloc(flat.partition * job.master_itemsize, Owner.TEMPORARIES)
+        events.events.append(flattened)
+    if len(flat.totals) == 1:
+        events.events.append(FreeAll(Owner.GRADIENTS))
     return tuple(events.events)
 
 
@@ -337,5 +511,5 @@ def _gather_copies(job: Job, flat: Flat, *, slot: int) -> tuple[Event, ...]:
     if job.device is not DeviceKind.CPU or job.world_size == 1:
         return ()
     events = EventList(OPTIMIZER_STAGE, slot=slot)
-    events.passing(flat.total * job.itemsize, Owner.COMMUNICATION)
+    events.passing(max(flat.totals) * job.itemsize, Owner.COMMUNICATION)
     return tuple(events.events)

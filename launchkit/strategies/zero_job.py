@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -15,6 +16,7 @@ from launchkit.program import (
     Event,
     Free,
     Owner,
+    Parameter,
     Persistent,
     Phase,
     Section,
@@ -24,19 +26,35 @@ from launchkit.program import (
     TensorRef,
     local,
 )
-from launchkit.scenario import DeviceKind, Precision, Scenario, State, ZeroSettings
-from launchkit.strategies.base import OPTIMIZER_STAGE, located_parameters, lora_rank
+from launchkit.scenario import DeviceKind, Precision, Scenario, State, Trainer, ZeroSettings
+from launchkit.strategies.base import OPTIMIZER_STAGE, ROOT_GROUP, located_parameters, lora_rank
 
 REDUCE_STAGE = "backward.reduce"
 NORM_BYTES = 8  # gradient norms are taken in fp64
 
 
+# A parameter by the stack it is in (or ROOT_GROUP), the layer there and its index in the section's group.
+ParameterKey = tuple[str, int, int]
+
+# What the Hugging Face Trainer takes weight decay off: ``Trainer.get_decay_parameter_names``, transformers 5.23. It
+# asks for the class of a norm as well; the vectors among its parameters say the same.
+_NO_DECAY = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
+
+
+class Placed(NamedTuple):
+    """A trainable parameter and its elements."""
+
+    key: ParameterKey
+    numel: int
+
+
 class GradientRef(NamedTuple):
-    """A parameter's gradient: where it is allocated, its size, its elements."""
+    """A parameter's gradient: where it is allocated, its size, its elements, whose it is."""
 
     ref: TensorRef
     size: Size
     numel: int
+    key: ParameterKey
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +84,21 @@ class Job:
         return FP32_BYTES if self.scenario.training.precision is Precision.FP32 else 2
 
     @property
+    def master_itemsize(self) -> int:
+        """Bytes per element of master weights and states: fp32's, unless these are in bf16 too."""
+        return self.itemsize if self.scenario.training.has_bf16_masters else FP32_BYTES
+
+    def pinned_bytes(self, num_bytes: int) -> int:
+        """Host memory that a page-locked buffer takes: torch's host allocator rounds up to a power of two.
+
+        Source: ``CachingHostAllocatorImpl::allocate`` in ATen/core/CachingHostAllocator.h, torch 2.13. A CPU build of
+        torch pins nothing.
+        """
+        if not self.settings.offload_pin_memory or self.device is DeviceKind.CPU:
+            return num_bytes
+        return 1 << max(0, num_bytes - 1).bit_length()
+
+    @property
     def offloads_optimizer(self) -> bool:
         return self.scenario.strategy.offload.optimizer
 
@@ -82,21 +115,57 @@ class Job:
                 yield place.parameter.numel(self.rank)
 
     @cached_property
-    def _arriving(self) -> dict[int, tuple[tuple[int, Size, int], ...]]:
-        """By section: slot, size and elements of each gradient that it completes, in order."""
+    def optimizer_groups(self) -> tuple[tuple[Placed, ...], ...]:
+        """Trainable parameters as the optimizer has them: in the model's order, and in the Trainer's two groups, with
+        and without weight decay. DeepSpeed drops a group without parameters."""
+        groups: tuple[list[Placed], list[Placed]] = ([], [])
+        split = self.scenario.training.trainer is not Trainer.LOOP
+        for key, parameter in self._in_model_order().items():
+            if parameter.trainable:
+                undecayed = split and (len(parameter.shape) == 1 or bool(_NO_DECAY.search(parameter.name.lower())))
+                groups[undecayed].append(Placed(key, parameter.numel(self.rank)))
+        return tuple(tuple(group) for group in groups if group)
+
+    def _in_model_order(self) -> dict[ParameterKey, Parameter]:
+        """Every parameter: what is used outside the stacks in the order of its first use, a stack's where it runs."""
+        found: dict[ParameterKey, Parameter] = {}
+        for stage in self.program.stages:
+            if stage.phase in (Phase.FORWARD, Phase.LOSS):
+                for layer in range(len(stage.layers)):
+                    section = self.program.section_of(stage, layer)
+                    parameters = self.program.groups[section.group].parameters
+                    for index in range(len(parameters)) if stage.stack else section.uses:
+                        found.setdefault(parameter_key(stage, layer, index), parameters[index])
+        root = self.program.groups.get(ROOT_GROUP)
+        for index, parameter in enumerate(root.parameters if root else ()):
+            found.setdefault((ROOT_GROUP, 0, index), parameter)
+        return found
+
+    @cached_property
+    def _arriving(self) -> dict[int, tuple[tuple[int, Size, int, int], ...]]:
+        """By section: slot, size, elements and parameter of each gradient that it completes, in order."""
         numels = {
             name: tuple(parameter.numel(self.rank) for parameter in group.parameters)
             for name, group in self.program.groups.items()
         }
         return {
-            number: tuple((slot, size, numels[section.group][index]) for slot, size, _, index in section.gradients)
+            number: tuple(
+                (slot, size, numels[section.group][index], index) for slot, size, _, index in section.gradients
+            )
             for number, section in enumerate(self.program.sections)
         }
 
     def arriving(self, stage: Stage, layer: int) -> tuple[GradientRef, ...]:
         """The gradients that a layer of one of ``program``'s stages completes, in order."""
         rows = self._arriving[stage.layers[layer]]
-        return tuple([GradientRef(TensorRef(stage.name, Anchor.FIRST, layer, row[0]), *row[1:]) for row in rows])
+        return tuple(
+            [
+                GradientRef(
+                    TensorRef(stage.name, Anchor.FIRST, layer, slot), size, numel, parameter_key(stage, layer, index)
+                )
+                for slot, size, numel, index in rows
+            ]
+        )
 
     def gradients(self) -> Iterator[GradientRef]:
         """Every parameter's gradient in the order in which the backward pass completes them."""
@@ -104,6 +173,10 @@ class Job:
             if stage.phase is Phase.BACKWARD:
                 for layer in stage.order():
                     yield from self.arriving(stage, layer)
+
+
+def parameter_key(stage: Stage, layer: int, index: int) -> ParameterKey:
+    return (stage.stack, layer, index) if stage.stack else (ROOT_GROUP, 0, index)
 
 
 class EventList:
@@ -187,11 +260,9 @@ def frozen_weights(job: Job) -> Iterator[Persistent]:
             yield Persistent(Size.constant(parameter.extra_bytes), Owner.WEIGHTS, place.copies)
 
 
-def host_optimizer_bytes(job: Job, numel: int) -> int:
-    """Pinned host memory of an offloaded optimizer over ``numel`` elements: master weights, gradients and states in
-    fp32."""
-    states = 0 if makes_host_states(job) else host_state_bytes(job, numel)
-    return 2 * numel * FP32_BYTES + states
+def host_state_bytes_planned(job: Job, numel: int) -> int:
+    """Host memory of an offloaded optimizer's states, in fp32, where the step begins with them."""
+    return 0 if makes_host_states(job) else host_state_bytes(job, numel)
 
 
 def host_state_bytes(job: Job, numel: int) -> int:

@@ -33,7 +33,8 @@ from launchkit.program import (
 from launchkit.trace.build import Stack, surroundings
 from launchkit.trace.fit import Fitter
 from launchkit.trace.heads import VOCABULARY_TILE
-from launchkit.trace.recorder import AllocRecord, Log, Place
+from launchkit.trace.loops import fold, fold_kernels
+from launchkit.trace.recorder import AllocRecord, KernelRecord, Log, Place
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,8 +79,9 @@ class _Story:
 def assemble(model: TracedModel, logs: Sequence[Log], points: Sequence[Point]) -> StepProgram:
     """The program that explains ``logs``, seen at ``points`` (the last one is held back for checking)."""
     fitter = Fitter(points)
-    story = _read(logs, fitter)
-    kernels = _read_kernels(logs, fitter)
+    numbered, kernels_seen = _told_alike(logs)
+    story = _read(numbered, logs[0].gradients, fitter)
+    kernels = _read_kernels(kernels_seen, fitter)
     builder = _Builder(model, story, kernels, logs[0].uses)
     inputs = tuple(
         Persistent(fitter.fit([log.inputs[i] for log in logs], what="an input"), Owner.INPUTS)
@@ -110,13 +112,29 @@ def same_story(a: Log, b: Log) -> bool:
     ]
 
 
-def _read(logs: Sequence[Log], fitter: Fitter) -> _Story:
+def _told_alike(logs: Sequence[Log]) -> tuple[list[_Numbered], list[list[KernelRecord]]]:
+    """The stories and the kernels of all logs; where they differ, with the loops over the sequence folded."""
     stories = [_Numbered.of(log) for log in logs]
+    kernels = [log.kernels for log in logs]
+    if any(story.events != stories[0].events for story in stories):
+        stories = [_Numbered(*fold(story.events, story.records)) for story in stories]
+        kernels = [fold_kernels(log.kernels) for log in logs]
+    return stories, kernels
+
+
+def _first_difference(a: _Numbered, b: _Numbered) -> str:
+    for (is_alloc, place, number), event in zip(a.events, b.events, strict=False):
+        if (is_alloc, place, number) != event:
+            what = "the output" if is_alloc else "the end of the output"
+            return f"at {what} of {a.records[number].op} in {place.stage}"
+    return "at its end"
+
+
+def _read(stories: Sequence[_Numbered], gradients: Mapping[int, str], fitter: Fitter) -> _Story:
     first = stories[0]
     for other in stories[1:]:
         if other.events != first.events:
-            stage = next((a[1].stage for a, b in zip(first.events, other.events, strict=False) if a != b), "its end")
-            raise TraceError(f"the step differs between batch sizes or lengths in {stage}")
+            raise TraceError(f"the step differs between batch sizes or lengths {_first_difference(first, other)}")
     story = _Story()
     slots: dict[Place, int] = {}
     for is_alloc, place, number in first.events:
@@ -132,7 +150,7 @@ def _read(logs: Sequence[Log], fitter: Fitter) -> _Story:
                 size=_size([s.records[number] for s in stories], fitter),
                 op=record.op,
                 last_dim=record.last_dim,
-                gradient_of=logs[0].gradients.get(record.storage),
+                gradient_of=gradients.get(record.storage),
             )
         else:
             story.tensors[number].freed_in = place
@@ -188,14 +206,16 @@ class _Numbered:
         return cls(events, records)
 
 
-def _read_kernels(logs: Sequence[Log], fitter: Fitter) -> dict[Place, tuple[Kernel, ...]]:
+def _read_kernels(logs: Sequence[Sequence[KernelRecord]], fitter: Fitter) -> dict[Place, tuple[Kernel, ...]]:
     counted: dict[Place, dict[tuple[Size, Size, bool], int]] = {}
-    for records in zip(*(log.kernels for log in logs), strict=True):
+    if len({len(records) for records in logs}) > 1:
+        raise TraceError("the number of kernels differs between batch sizes or lengths")
+    for records in zip(*logs, strict=True):
         first = records[0]
         if any(r.op != first.op or r.place != first.place for r in records):
             raise TraceError(f"the kernels differ between batch sizes or lengths in {first.place.stage}")
         flops = fitter.fit([r.flops for r in records], what=f"the FLOPs of {first.op}")
-        moved = fitter.fit([r.num_bytes for r in records], what=f"the traffic of {first.op}")
+        moved = fitter.fit_traffic([r.num_bytes for r in records])
         key = (flops, moved, bool(flops.terms))
         place = counted.setdefault(first.place, {})
         place[key] = place.get(key, 0) + 1

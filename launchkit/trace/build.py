@@ -159,16 +159,44 @@ def find_stacks(model: nn.Module) -> dict[str, nn.ModuleList]:
 
 
 def layer_kinds(config: PreTrainedConfig, stack: nn.ModuleList) -> tuple[str, ...]:
-    """What distinguishes each layer: its type in ``config.layer_types``, and the shapes of its parameters."""
+    """What distinguishes each layer: its type in ``config.layer_types``, how it was set up, and the shapes of its
+    parameters, which stand behind the ``#``."""
     text_config = config.get_text_config()
     types = getattr(text_config, "layer_types", None)
     named = types if types is not None and len(types) == len(stack) else [""] * len(stack)
     shapes: dict[str, int] = {}
     kinds = []
-    for name, block in zip(named, stack, strict=True):
+    for name, manner, block in zip(named, _manners(stack), stack, strict=True):
         shape = repr([(n, tuple(p.shape)) for n, p in block.named_parameters()])
-        kinds.append(f"{name}#{shapes.setdefault(shape, len(shapes))}")
+        kinds.append(f"{name}{manner}#{shapes.setdefault(shape, len(shapes))}")
     return tuple(kinds)
+
+
+def _manners(stack: nn.ModuleList) -> list[str]:
+    """A mark per layer, the same for layers whose modules were set up alike; all empty where all were.
+
+    Layers of one class and one shape may still compute differently: without rotary embeddings in every fourth
+    (SmolLM3), with a window, with dropout. An attribute that differs in every layer only numbers it.
+    """
+    settings = [_settings(block) for block in stack]
+    names = {name for found in settings for name in found}
+    values = {name: [found.get(name) for found in settings] for name in names}
+    telling = [name for name in sorted(names) if 1 < len(set(values[name])) < max(3, len(stack))]
+    marks: dict[str, int] = {}
+    texts = [repr([found.get(name) for name in telling]) for found in settings]
+    numbers = [marks.setdefault(text, len(marks)) for text in texts]
+    return [f"~{number}" if len(marks) > 1 else "" for number in numbers]
+
+
+def _settings(block: nn.Module) -> dict[str, Any]:
+    """The plain values that a block's modules hold, by path, and the class of each; of a float, whether it is zero."""
+    found: dict[str, Any] = {}
+    for path, module in block.named_modules():
+        found[path] = type(module).__name__
+        for name, value in vars(module).items():
+            if not name.startswith("_") and isinstance(value, (bool, int, float, str)):
+                found[f"{path}.{name}"] = bool(value) if isinstance(value, float) else value
+    return found
 
 
 def surroundings(kinds: Sequence[str]) -> tuple[tuple[object, ...], ...]:
@@ -198,7 +226,7 @@ def cut(model: nn.Module, config: PreTrainedConfig) -> tuple[Stack, ...]:
     stacks = []
     for path, modules in find_stacks(model).items():
         kinds = layer_kinds(config, modules)
-        kept = choose_layers(kinds)
+        kept = choose_layers(kinds) if _can_cut_layer_types(model, kinds) else tuple(range(len(kinds)))
         parent, _, name = path.rpartition(".")
         setattr(model.get_submodule(parent), name, nn.ModuleList([modules[i] for i in kept]))
         stacks.append(Stack(path=path, kinds=kinds, kept=kept, block_class=type(modules[0]).__name__))
@@ -206,13 +234,28 @@ def cut(model: nn.Module, config: PreTrainedConfig) -> tuple[Stack, ...]:
     return tuple(stacks)
 
 
+def _layer_typed(model: nn.Module, num_layers: int) -> list[PreTrainedConfig]:
+    """The configurations in ``model`` that list a type for each of ``num_layers`` layers."""
+    found = {id(config): config for m in model.modules() if (config := getattr(m, "config", None)) is not None}
+    return [config for config in found.values() if len(getattr(config, "layer_types", None) or ()) == num_layers]
+
+
+def _can_cut_layer_types(model: nn.Module, kinds: Sequence[str]) -> bool:
+    """Whether layers can be left out: some configurations derive the types of layers, and one of a few layers would
+    derive others."""
+    return len(set(kinds)) == 1 or not any(_derives_types(config) for config in _layer_typed(model, len(kinds)))
+
+
+def _derives_types(config: PreTrainedConfig) -> bool:
+    name = type(config).attribute_map.get("layer_types", "layer_types")
+    return isinstance(getattr(type(config), name, None), property)
+
+
 def _cut_layer_types(model: nn.Module, kinds: Sequence[str], kept: Sequence[int]) -> None:
     """Some models look a layer's type up by its index in the stack, so the list in the configuration shrinks too."""
-    for module in model.modules():
-        config = getattr(module, "config", None)
-        types = getattr(config, "layer_types", None)
-        if types is not None and len(types) == len(kinds):
-            config.layer_types = [types[i] for i in kept]
+    for config in _layer_typed(model, len(kinds)):
+        if not _derives_types(config):
+            config.layer_types = [config.layer_types[i] for i in kept]
 
 
 def to_fake(model: nn.Module, mode: FakeTensorMode) -> None:

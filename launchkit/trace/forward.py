@@ -84,7 +84,7 @@ def _liger(model: nn.Module, batch: Batch) -> torch.Tensor:
 
 
 def _cut(model: nn.Module, batch: Batch) -> torch.Tensor:
-    """Source: cut-cross-entropy 25.1.1 ``cce_linear_cross_entropy``, with ``shift``, as models are patched with it."""
+    """Source: cut-cross-entropy 25.1.1 ``cce_linear_cross_entropy``, ``shift`` as its transformers patch has it."""
     hidden, head = _backbone(model, batch)
     rows = hidden.contiguous().flatten(0, -2)
     return CutCrossEntropy.apply(rows, head.weight, batch["labels"].flatten())  # type: ignore[no-any-return]

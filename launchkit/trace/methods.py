@@ -18,6 +18,8 @@ _ATTENTION = re.compile(
     r"(q_proj|k_proj|v_proj|o_proj|qkv_proj|query_key_value|c_attn|q_lin|k_lin|v_lin|out_lin|query|key|value|out_proj|Wqkv|Wo|q|k|v|o|dense)$"
 )
 
+_ANY_DROPOUT = 0.1  # the bytes of dropout are the same for every share above zero
+
 WEIGHT_DTYPE: Mapping[Compute, torch.dtype] = {
     Compute.FP32: torch.float32,
     Compute.AUTOCAST_BF16: torch.float32,
@@ -31,7 +33,7 @@ WEIGHT_DTYPE: Mapping[Compute, torch.dtype] = {
 def apply_method(model: nn.Module, key: TraceKey, *, lora_rank: int) -> nn.Module:
     """The model as it is trained: itself, or wrapped by PEFT with everything else frozen.
 
-    Dropout is left out of adapters (PEFT's ``lora_dropout=0``, the default). Adapters of a 16-bit model are fp32, as
+    Adapters of a 16-bit model are fp32, as
     PEFT's ``autocast_adapter_dtype=True`` makes them, unless the key says that an engine casts them.
     """
     if key.method is Method.FULL:
@@ -40,14 +42,24 @@ def apply_method(model: nn.Module, key: TraceKey, *, lora_rank: int) -> nn.Modul
 
     targets = lora_targets(model, key.lora_targets)
     if key.method is Method.QLORA:
-        quantise_linears(model, compute_dtype=WEIGHT_DTYPE[key.compute])
+        quantise_linears(model, dtype=WEIGHT_DTYPE[key.compute], device=key.device)
         prepare_for_kbit_training(model, upcast=not key.cast_adapters)
     task = {"CausalLM": "CAUSAL_LM", "SequenceClassification": "SEQ_CLS", "ConditionalGeneration": None}
     task_type = next((t for suffix, t in task.items() if type(model).__name__.endswith(suffix)), None)
     config = LoraConfig(
-        r=lora_rank, lora_alpha=RECIPES[key.method].lora_alpha(lora_rank), target_modules=targets, task_type=task_type
+        r=lora_rank,
+        lora_alpha=RECIPES[key.method].lora_alpha(lora_rank),
+        lora_dropout=_ANY_DROPOUT if key.adapter_dropout else 0.0,
+        target_modules=targets,
+        modules_to_save=_modules_to_save(model, key.modules_to_save),
+        use_dora=key.dora,
+        task_type=task_type,
     )
-    return get_peft_model(model, config, autocast_adapter_dtype=not key.cast_adapters)
+    try:
+        return get_peft_model(model, config, autocast_adapter_dtype=not key.cast_adapters)
+    except (TypeError, ValueError) as error:
+        reason = " ".join(str(error).removeprefix("[PEFT:PeftType.LORA] ").split())
+        raise TraceError(f"PEFT refuses --lora-targets {key.lora_targets}: {reason}") from None
 
 
 def lora_targets(model: nn.Module, targets: str) -> str | list[str]:
@@ -75,6 +87,23 @@ def lora_targets(model: nn.Module, targets: str) -> str | list[str]:
             f"choose among all-linear, attention, {', '.join(sorted(names))}"
         )
     return chosen
+
+
+def _modules_to_save(model: nn.Module, names: str) -> list[str] | None:
+    """PEFT's ``modules_to_save``. Raises ``TraceError`` where the model has no module of that name."""
+    if not names:
+        return None
+    known = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    missing = sorted(set(names.split(",")) - known)
+    if missing:
+        outer = sorted(
+            name for name in ("embed_tokens", "lm_head", "wte", "embed_in", "embed_out", "score") if name in known
+        )
+        raise TraceError(
+            f"--lora-modules-to-save {','.join(missing)} names no module of the model; "
+            f"try {' or '.join(outer) or 'a name of its module tree'}"
+        )
+    return names.split(",")
 
 
 def _is_linear(module: nn.Module) -> bool:

@@ -7,12 +7,17 @@ matrix product the weight unpacked into the compute dtype. The scales are counte
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.base import get_keys_to_not_convert
+from transformers.quantizers.quantizers_utils import should_convert_module
 
 from launchkit.errors import MissingExtraError
+from launchkit.scenario import DeviceKind
 from launchkit.units import divide_up
 
 # bitsandbytes' defaults under transformers' BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4",
@@ -36,35 +41,60 @@ def scale_bytes(numel: int) -> int:
 
 
 class _MatMul4Bit(torch.autograd.Function):
-    """``x @ W.T`` with ``W`` unpacked for the product and dropped again; the backward unpacks it once more."""
+    """``x @ W.T`` with ``W`` unpacked for the product and dropped again; the backward unpacks it once more.
+
+    Source: bitsandbytes 0.50.2 ``autograd/_functions.py`` and, for what lives beside the product, the
+    ``gemm_4bit`` of ``backends/cuda/ops.py`` (``_dequant_linear_fallback``) and of ``backends/default/ops.py``. Omits:
+    CUDA's fused kernel, which may serve micro-batches of up to 1536 tokens and unpacks nothing in the forward.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, packed: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
-        ctx.packed, ctx.shape = packed, shape
-        return nn.functional.linear(x, _unpacked(packed, shape, x.dtype))
+    def forward(ctx: Any, x: torch.Tensor, weight: Packed, bias: torch.Tensor | None) -> torch.Tensor:
+        ctx.weight = weight
+        first = torch.empty(weight.num_blocks, dtype=torch.float32)
+        scales = first + 0.0  # their common offset
+        if not weight.on_cuda:
+            del first  # an intermediate of the expression there, a variable on CUDA
+        unpacked = torch.empty(weight.shape, dtype=x.dtype)
+        out = nn.functional.linear(x, unpacked, bias)
+        del scales
+        return out
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, None, None]:
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, None, torch.Tensor | None]:
         (gradient,) = gradients
-        if not ctx.needs_input_grad[0]:
-            return None, None, None
-        return torch.matmul(gradient, _unpacked(ctx.packed, ctx.shape, gradient.dtype)), None, None
+        needs_x, _, needs_bias = ctx.needs_input_grad
+        bias_gradient = gradient.sum(0) if needs_bias else None
+        x_gradient = torch.matmul(gradient, ctx.weight.unpack().to(gradient.dtype)) if needs_x else None
+        return x_gradient, None, bias_gradient
 
 
-def _unpacked(packed: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
-    """The dequantised weight; its scales are unpacked to fp32 first, and gone when it is there."""
-    scales = torch.empty(divide_up(shape[0] * shape[1], _BLOCK), dtype=torch.float32)
-    weight = torch.empty(shape, dtype=dtype)
-    del scales
-    return weight
+@dataclass(frozen=True, kw_only=True)
+class Packed:
+    """A 4-bit weight as its layer's products see it. ``dtype`` is what it was quantised from, and is unpacked into."""
+
+    shape: tuple[int, int]
+    dtype: torch.dtype
+    on_cuda: bool
+
+    @property
+    def num_blocks(self) -> int:
+        return divide_up(self.shape[0] * self.shape[1], _BLOCK)
+
+    def unpack(self) -> torch.Tensor:
+        """``functional.dequantize_4bit``: the scales in fp32 first, gone when the weight is there."""
+        scales = torch.empty(self.num_blocks, dtype=torch.float32)
+        weight = torch.empty(self.shape, dtype=self.dtype)
+        del scales
+        return weight
 
 
-def quantise_linears(model: nn.Module, *, compute_dtype: torch.dtype) -> None:
-    """Replaces, in place and on the meta device, every linear layer that transformers would quantise.
+def quantise_linears(model: nn.Module, *, dtype: torch.dtype, device: DeviceKind) -> None:
+    """Replaces, in place and on the meta device, every linear layer that transformers would quantise from ``dtype``.
 
-    Left alone: output embeddings and the last module (transformers' ``get_keys_to_not_convert``), and experts held as
-    one three-dimensional parameter, which bitsandbytes does not quantise. Raises ``MissingExtraError`` where
-    bitsandbytes is missing.
+    Left alone: what is tied, output embeddings and the last module (transformers' ``get_keys_to_not_convert``), and
+    experts held as one three-dimensional parameter, which bitsandbytes does not quantise. Products compute in ``dtype``
+    too. Raises ``MissingExtraError`` where bitsandbytes is missing.
     """
     try:
         from bitsandbytes.nn import Linear4bit
@@ -75,45 +105,46 @@ def quantise_linears(model: nn.Module, *, compute_dtype: torch.dtype) -> None:
         ) from None
 
     class TracedLinear4bit(Linear4bit):  # type: ignore[misc]
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            out = _MatMul4Bit.apply(x.to(compute_dtype), self.weight, (self.out_features, self.in_features))
-            if self.bias is not None:
-                out = out + self.bias.to(compute_dtype)
-            return out.to(x.dtype)
+        packed: Packed
 
-    heads = {getattr(model, "get_output_embeddings", lambda: None)(), list(model.children())[-1]}
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return _MatMul4Bit.apply(x.to(dtype), self.packed, self.bias).to(x.dtype)  # type: ignore[no-any-return]
+
+    kept = get_keys_to_not_convert(model)
     for name, module in list(model.named_modules()):
-        if type(module) is not nn.Linear or module in heads:
+        if not (type(module) is nn.Linear or isinstance(module, Conv1D)) or not should_convert_module(name, kept):
             continue
-        quantised = TracedLinear4bit(
-            module.in_features,
-            module.out_features,
-            bias=module.bias is not None,
-            compute_dtype=compute_dtype,
-            quant_type="nf4",
-            device="meta",
+        shape = tuple(module.weight.shape)
+        rows, columns = shape[::-1] if isinstance(module, Conv1D) else shape
+        layer = TracedLinear4bit(
+            columns, rows, bias=module.bias is not None, compute_dtype=dtype, quant_type="nf4", device="meta"
         )
-        numel = module.weight.numel()
-        weight = nn.Parameter(
-            torch.empty(packed_bytes(numel), 1, dtype=torch.uint8, device="meta"), requires_grad=False
-        )
-        weight.compress_statistics, weight.quant_type = True, "nf4"  # type: ignore[attr-defined]
-        weight.logical_shape = tuple(module.weight.shape)  # type: ignore[attr-defined]
-        quantised._parameters["weight"] = weight
+        layer.packed = Packed(shape=(rows, columns), dtype=dtype, on_cuda=device is DeviceKind.CUDA)
+        layer._parameters["weight"] = _packed_parameter(rows, columns)
         if module.bias is not None:
-            quantised._parameters["bias"] = module.bias
+            layer._parameters["bias"] = module.bias
         parent, _, last = name.rpartition(".")
-        setattr(model.get_submodule(parent), last, quantised)
+        setattr(model.get_submodule(parent), last, layer)
     model.is_loaded_in_4bit = True  # type: ignore[assignment]
+
+
+def _packed_parameter(rows: int, columns: int) -> nn.Parameter:
+    data = torch.empty(packed_bytes(rows * columns), 1, dtype=torch.uint8, device="meta")
+    weight = nn.Parameter(data, requires_grad=False)
+    weight.compress_statistics, weight.quant_type = True, "nf4"  # type: ignore[attr-defined]
+    weight.logical_shape = (rows, columns)  # type: ignore[attr-defined]
+    return weight
 
 
 def prepare_for_kbit_training(model: nn.Module, *, upcast: bool) -> None:
     """PEFT's ``prepare_model_for_kbit_training``: everything frozen, what is still 16-bit upcast to fp32.
 
     An engine that computes on 16-bit copies of all parameters (FSDP's mixed precision, DeepSpeed's bf16) undoes the
-    upcast; it is left out for those.
+    upcast; it is left out for those. The bias of a 4-bit layer is undone by the layer itself: its first forward puts
+    it into the compute dtype for good (bitsandbytes ``Linear4bit.forward``).
     """
+    biases = {id(module.bias) for module in model.modules() if hasattr(module, "packed")}
     for parameter in model.parameters():
         parameter.requires_grad = False
-        if upcast and parameter.dtype in (torch.float16, torch.bfloat16):
+        if upcast and id(parameter) not in biases and parameter.dtype in (torch.float16, torch.bfloat16):
             parameter.data = parameter.data.to(torch.float32)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
+import math
+import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -40,25 +43,76 @@ from launchkit.trace.methods import WEIGHT_DTYPE, apply_method
 from launchkit.trace.quantised import packed_bytes, scale_bytes
 from launchkit.trace.recorder import Log
 from launchkit.trace.step import trace_step
+from launchkit.units import divide_up
 
 ProgressHook = Callable[[int, int, str], None]
 
-# Where the step is traced. The last point of each list is held back: it checks the polynomials and shapes none.
-# Lengths are multiples of 32, to which CUDA's attention kernels pad; ranks occur among the points so that a size
-# linear in the rank is told from one that is not.
-_POINTS_BATCHED = (Point(2, 64, 8), Point(3, 64, 8), Point(2, 96, 8), Point(4, 160, 16))
-_POINTS_SINGLE = (Point(1, 64, 8), Point(1, 96, 8), Point(1, 160, 16))
+# Where the step is traced, lengths in strides. The last point of each list is held back: it checks the polynomials and
+# shapes none. Ranks occur among the points so that a size linear in the rank is told from one that is not.
+_POINTS_BATCHED = (Point(2, 2, 8), Point(3, 2, 8), Point(2, 3, 8), Point(4, 5, 16))
+_POINTS_SINGLE = (Point(1, 2, 8), Point(1, 3, 8), Point(1, 5, 16))
+# A loop over the sequence is told from a few of its steps, not from two, and its sums have a term of each power.
+_LOOPED_BATCHED = (Point(2, 6, 8), Point(3, 6, 8), Point(2, 8, 8), Point(2, 9, 8), Point(4, 11, 16))
+_LOOPED_SINGLE = (Point(1, 6, 8), Point(1, 8, 8), Point(1, 9, 8), Point(1, 11, 16))
+
+# CUDA's attention kernels pad lengths to multiples of 32.
+_STRIDE = 32
+_STRIDE_WITHOUT_ATTENTION = 4
 
 
-def trace_points(key: TraceKey, *, window: int = 0) -> tuple[Point, ...]:
-    """The points that a program is fitted to, the held-back one last; all beyond ``window`` tokens."""
-    points = _POINTS_SINGLE if key.single_sequence else _POINTS_BATCHED
-    if window:
-        points = tuple(point._replace(seq_len=point.seq_len + -(-window // 32) * 32) for point in points)
+@dataclass(frozen=True, kw_only=True)
+class Lengths:
+    """Which sequence lengths show how a model's sizes go with the length: multiples of ``stride`` beyond ``window``,
+    enough of them to see the steps of a loop where the model is ``looped``."""
+
+    stride: int = _STRIDE
+    window: int = 0
+    looped: bool = False
+
+    def of(self, point: Point) -> Point:
+        """``point``, whose length is in strides, with its length in tokens."""
+        return point._replace(seq_len=(point.seq_len + divide_up(self.window, self.stride)) * self.stride)
+
+
+def trace_points(key: TraceKey, lengths: Lengths = Lengths()) -> tuple[Point, ...]:  # frozen
+    """The points that a program is fitted to, the held-back one last."""
+    batched, single = (_LOOPED_BATCHED, _LOOPED_SINGLE) if lengths.looped else (_POINTS_BATCHED, _POINTS_SINGLE)
+    points = tuple(lengths.of(point) for point in (single if key.single_sequence else batched))
     if key.method is Method.FULL:
         return tuple(point._replace(lora_rank=0) for point in points)
-    ranked = points[0]._replace(seq_len=points[0].seq_len + 64, lora_rank=16)
+    ranked = points[0]._replace(seq_len=points[0].seq_len + 2 * lengths.stride, lora_rank=16)
     return (*points[:-1], ranked, points[-1])
+
+
+def telling_lengths(config: PreTrainedConfig, *, beyond_window: bool) -> Lengths:
+    """The lengths for the model of ``config``."""
+    text = config.get_text_config()
+    types = set(getattr(text, "layer_types", None) or ())
+    chunk = _chunk_size(config)
+    stride = math.lcm(chunk, _STRIDE) if chunk else _STRIDE
+    if types == {"linear_attention"} and not chunk:
+        stride = _STRIDE_WITHOUT_ATTENTION
+    return Lengths(
+        stride=stride, window=_sliding_window(text) if beyond_window else 0, looped="linear_attention" in types
+    )
+
+
+def _chunk_size(config: PreTrainedConfig) -> int:
+    """Tokens that the model's recurrent layers take at once and pad the sequence to; 0 where they go token by token.
+
+    It is in the configuration (Mamba 2), or the default of a function beside the model's class (the gated delta rule).
+    """
+    text = config.get_text_config()
+    for name in ("chunk_size", "mamba_chunk_size", "block_size"):
+        if isinstance(size := getattr(text, name, None), int):
+            return size
+    functions = vars(sys.modules[checkpoint_class(config).__module__]).values()
+    defaults = (p.default for f in functions if inspect.isfunction(f) for p in _parameters(f) if p.name == "chunk_size")
+    return next((size for size in defaults if isinstance(size, int)), 0)
+
+
+def _parameters(function: Callable[..., Any]) -> tuple[inspect.Parameter, ...]:
+    return tuple(inspect.signature(function).parameters.values())
 
 
 def trace_model(config: Mapping[str, Any], key: TraceKey, *, progress: ProgressHook | None = None) -> StepProgram:
@@ -73,7 +127,7 @@ def trace_model(config: Mapping[str, Any], key: TraceKey, *, progress: ProgressH
     with ExitStack() as stack:
         stack.enter_context(_quiet())
         settings = load_config(config)
-        points = trace_points(key, window=_sliding_window(settings.get_text_config()) if key.beyond_window else 0)
+        points = trace_points(key, telling_lengths(settings, beyond_window=key.beyond_window))
         if key.device is DeviceKind.CUDA:
             stack.enter_context(faithful_to_cuda())
         stack.enter_context(liger_kernels(key, training_class(settings)[0], settings.model_type))
@@ -129,6 +183,8 @@ def _build(settings: PreTrainedConfig, key: TraceKey, *, lora_rank: int) -> _Tra
         _enable_checkpointing(model)
     prefix = _prefix(whole, model)
     traced = _describe(model, stacks, prefix=prefix, config=settings, lora_rank=lora_rank)
+    if key.flat_gradients:
+        _train_with_adapters([model.get_submodule(f"{prefix}{s.path}.{j}") for s in stacks for j in range(len(s.kept))])
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     to_fake(model, mode)
     built = Built(model=model, config=settings, stacks=stacks, task=task, prefix=prefix)
@@ -138,6 +194,14 @@ def _build(settings: PreTrainedConfig, key: TraceKey, *, lora_rank: int) -> _Tra
 def _enable_checkpointing(model: nn.Module) -> None:
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
+
+
+def _train_with_adapters(blocks: Sequence[nn.Module]) -> None:
+    """What is flattened with something that is trained is a view of a tensor that requires a gradient."""
+    for block in blocks:
+        if any(parameter.requires_grad for parameter in block.parameters()):
+            for parameter in block.parameters():
+                parameter.requires_grad = parameter.is_floating_point()
 
 
 def _prefix(whole: nn.Module, model: nn.Module) -> str:

@@ -38,6 +38,7 @@ from launchkit.program import (
     StepProgram,
     TensorRef,
     Term,
+    Tiles,
     local,
 )
 from launchkit.scenario import Attention
@@ -62,10 +63,10 @@ PROFILE = ModelProfile(
 counts = st.integers(0, 2**63)
 small = st.integers(0, 5)
 names = st.text(st.characters(codec="utf-8"), max_size=8)
-sizes = st.builds(
-    Size,
-    st.lists(st.builds(Term, st.integers(-(2**40), 2**63), small, small, small), max_size=3).map(tuple),
-    st.integers(1, 4),
+terms = st.lists(st.builds(Term, st.integers(-(2**40), 2**63), small, small, small), max_size=3).map(tuple)
+sizes = st.one_of(
+    st.builds(Size, terms, st.integers(1, 4), st.none()),
+    st.builds(Size, terms, st.just(1), st.builds(Tiles, counts, counts, counts)),
 )
 owners = st.sampled_from(Owner)
 moments = st.sampled_from(Moment)

@@ -8,6 +8,7 @@ from unittest import mock
 
 import pytest
 
+import launchkit
 from launchkit import planner, strategies
 from launchkit.errors import IllegalScenarioError
 from launchkit.hardware import Cluster
@@ -62,6 +63,24 @@ def test_full_then_lora_then_qlora_then_offload(num_layers: int, method: Method,
 @pytest.mark.parametrize(("num_layers", "kind"), [(2, StrategyKind.DDP), (12, StrategyKind.FSDP2)])
 def test_several_gpus_are_sharded_only_when_they_have_to_be(num_layers: int, kind: StrategyKind) -> None:
     assert chosen_of(made(num_layers, num_gpus=4)).scenario.strategy.kind is kind
+
+
+def test_what_the_allocator_run_finds_too_large_is_rejected_with_its_range() -> None:
+    """HSDP passes the cheap reading and leads the ranking; its run shows that the top of the range is too much."""
+    plan = launchkit.plan("Qwen/Qwen3-30B-A3B", gpus="2x8xH100", method="full")
+    reasons = {r.candidate.scenario.strategy.kind: r.reason for r in plan.rejected}
+    assert reasons[StrategyKind.HSDP].startswith("may reach")
+    assert StrategyKind.HSDP not in {a.scenario.strategy.kind for a in plan.alternatives}
+
+
+def test_fsdp_is_tried_without_accumulation_where_whole_gradients_would_not_fit() -> None:
+    """Accumulating under FSDP keeps gradients unsharded: one pass of two sequences fits where two of one do not."""
+    plan = launchkit.plan("Qwen/Qwen3-30B-A3B", gpus="2x8xH100", method="full", strategy="fsdp2")
+    assert chosen_of(plan).scenario.batch.gradient_accumulation_steps == 1
+    two = launchkit.estimate(
+        "Qwen/Qwen3-30B-A3B", gpus="2x8xH100", strategy="fsdp2", checkpointing="full", global_batch=32
+    )
+    assert not two.estimate.fits
 
 
 def test_offload_needs_host_memory() -> None:

@@ -172,7 +172,6 @@ def test_deepspeed_casts_adapters() -> None:
     [
         ({"precision": "bf16"}, {"bf16_flops_per_s": 0.0}, "has no bf16; use --precision fp16"),
         ({"precision": "fp8"}, {}, "--precision fp8 is not modelled yet; use --precision bf16"),
-        ({"loss": "chunked"}, {}, "--loss chunked is not modelled yet; use --loss plain"),
         ({"checkpointing": "selective"}, {}, "--checkpointing selective is not modelled yet"),
         ({"compile": True}, {}, "--compile is not modelled yet"),
         ({"attention": "flash_attention_2"}, {"compute_capability": (7, 5)}, "use --attention sdpa"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -11,7 +12,8 @@ from hypothesis import strategies as st
 from launchkit import strategies
 from launchkit.program import CollectiveKind, Owner, Phase, StepProgram
 from launchkit.strategies.zero3_fetch import FetchSettings, ModuleUse, replay
-from launchkit.strategies.zero_flat import Flat
+from launchkit.strategies.zero_flat import Flat, Span, reduce_copies
+from launchkit.strategies.zero_job import Placed
 from tests.strategies.small import NUM_ELEMENTS, POINT, end, most, peak, plain, program, ranks, start
 
 BUCKET = 300  # elements; the model has 392
@@ -27,20 +29,43 @@ def rewritten(strategy: str, *, num_gpus: int = 2, cpu: bool = False, **override
 @pytest.mark.parametrize(
     ("numels", "world_size", "expected"),
     [
-        ((8,), 2, Flat(8, 4, 8, 4, 8)),
-        ((5, 5), 2, Flat(12, 6, 10, 5, 5)),
-        ((4, 4), 2, Flat(8, 4, 4, 4, 4)),
-        ((3, 10, 3), 4, Flat(16, 4, 13, 4, 10)),
-        ((1,), 8, Flat(16, 2, 1, 1, 1)),
+        ((8,), 2, (8, 4, 8, 4, 8)),
+        ((5, 5), 2, (12, 6, 10, 5, 5)),
+        ((4, 4), 2, (8, 4, 4, 4, 4)),
+        ((3, 10, 3), 4, (16, 4, 13, 4, 10)),
+        ((1,), 8, (16, 2, 1, 1, 1)),
     ],
 )
-def test_flat_partition(numels: tuple[int, ...], world_size: int, expected: Flat) -> None:
-    assert Flat.of(numels, world_size) == expected
+def test_flat_partition(numels: tuple[int, ...], world_size: int, expected: tuple[int, ...]) -> None:
+    flat = Flat.of([placed(numels)], world_size)
+    found = (flat.total, flat.partition, flat.gradient_buffer, flat.largest_slice, flat.largest_parameter)
+    assert found == expected
+
+
+def placed(numels: Sequence[int]) -> tuple[Placed, ...]:
+    return tuple(Placed(("layers", 0, index), numel) for index, numel in enumerate(numels))
+
+
+def test_groups_of_the_optimizer_are_flattened_apart() -> None:
+    first, second = placed((5, 5)), (Placed(("layers", 1, 0), 3),)
+    assert Flat.of([first, second], 2).totals == (12, 4)
+
+
+@pytest.mark.parametrize(
+    ("spans", "copies"),
+    [
+        ([(0, 40), (0, 40)], ()),  # one rank's: reduced where they lie
+        ([(0, 40), (1, 40)], (80,)),
+        ([(0, 60), (1, 60), (0, 60)], (120,)),  # two are more than the bucket holds; the third is alone
+    ],
+)
+def test_what_a_flush_copies(spans: list[tuple[int, int]], copies: tuple[int, ...]) -> None:
+    assert reduce_copies([Span(*span) for span in spans], capacity=100) == copies
 
 
 @given(numels=st.lists(st.integers(1, 1000), min_size=1), world_size=st.integers(1, 16))
 def test_partitions_hold_everything(numels: list[int], world_size: int) -> None:
-    flat = Flat.of(tuple(numels), world_size)
+    flat = Flat.of([placed(numels)], world_size)
     assert flat.partition * world_size == flat.total
     assert sum(numels) <= flat.total < sum(numels) + 2 * world_size
     assert flat.largest_slice <= min(flat.partition, flat.largest_parameter)
@@ -76,10 +101,11 @@ def test_stage_1_keeps_gradients_until_the_end_and_stage_2_does_not() -> None:
 
 
 def test_an_oversized_gradient_stays_until_the_next() -> None:
-    """A bucket of 50 elements copies norms only; the head's gradient of 100 is still there when the next one comes."""
+    """A bucket of 50 elements copies norms only. Of what it reduces, only a matrix that belongs to two ranks is two
+    slices, and is copied to lie flat: 60 elements."""
     small = rewritten("zero2", reduce_bucket_size=50)
     assert end(small) == sum(start(small).values())
-    assert most(small, Owner.COMMUNICATION) == 2 * (50 + 100)
+    assert most(small, Owner.COMMUNICATION) == 2 * (50 + 60)
 
 
 def test_the_update_casts_gradients_to_fp32() -> None:
@@ -115,7 +141,8 @@ def test_offloading_moves_master_weights_and_states_to_the_host(strategy: str) -
 
 
 def test_on_a_cpu_the_host_is_the_device() -> None:
-    gpu, cpu = rewritten("zero2", offload="optimizer"), rewritten("zero2", offload="optimizer", cpu=True)
+    settings = {"offload": "optimizer", "offload_pin_memory": False}  # nothing is pinned where there is no GPU
+    gpu, cpu = rewritten("zero2", **settings), rewritten("zero2", cpu=True, **settings)
     assert cpu.host_persistent_bytes == 0
     assert sum(start(cpu).values()) == sum(start(gpu).values()) + gpu.host_persistent_bytes
 

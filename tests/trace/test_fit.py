@@ -13,7 +13,7 @@ from launchkit.errors import TraceError
 from launchkit.program import Point, Size, Term
 from launchkit.scenario import Method
 from launchkit.trace.fit import Fitter
-from launchkit.trace.tracing import trace_points
+from launchkit.trace.tracing import Lengths, trace_points
 from tests.trace.models import LORA, key
 
 BATCHED = trace_points(key())
@@ -116,7 +116,7 @@ def test_the_held_back_point_is_further_out_than_all_others(method: Method, sing
 
 
 def test_points_lie_beyond_the_window() -> None:
-    assert min(point.seq_len for point in trace_points(key(beyond_window=True), window=100)) > 100
+    assert min(point.seq_len for point in trace_points(key(beyond_window=True), Lengths(window=100))) > 100
 
 
 def rank(rows: list[list[int]]) -> int:

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from launchkit.errors import TraceError
-from launchkit.program import StepProgram
-from launchkit.scenario import Attention, Compute, Method
+from launchkit.program import Point, StepProgram
+from launchkit.scenario import Attention, Compute, DeviceKind, Method
+from launchkit.simulate.memory import read_memory
 from launchkit.trace import trace_model
 from launchkit.trace.build import build_on_meta, load_config, training_class
 from launchkit.trace.methods import lora_targets
@@ -71,3 +72,38 @@ def test_adapters_of_a_16_bit_model_are_fp32_unless_an_engine_casts_them(cast_ad
     parameters = program(compute=Compute.BF16, cast_adapters=cast_adapters).groups["LlamaDecoderLayer"].parameters
     assert {p.itemsize for p in parameters if p.trainable} == {itemsize}
     assert {p.itemsize for p in parameters if not p.trainable} == {2}
+
+
+def peak_bytes(traced: StepProgram) -> int:
+    return read_memory(traced, Point(4, 256, 16)).allocated_peak_bytes
+
+
+def test_dropout_keeps_a_mask_and_a_dropped_copy_of_each_adapters_input() -> None:
+    """On CUDA the mask has a byte per element, the copy is fp32 like the input; both live to the backward pass.
+
+    Without dropout projections of one input keep that one: four inputs of a block, instead of seven copies. The layer
+    that the peak is in has let go of some.
+    """
+    plain, dropped = (
+        program(device=DeviceKind.CUDA, compute=Compute.FP32, adapter_dropout=drops) for drops in (False, True)
+    )
+    copies, inputs = 6 * 32 + 48, 3 * 32 + 48  # elements per token and block
+    grown = peak_bytes(dropped) - peak_bytes(plain)
+    assert 6 <= grown / (4 * 256 * (copies * (1 + 4) - inputs * 4)) <= 7
+
+
+def test_dora_trains_a_magnitude_per_output() -> None:
+    outputs = 7 * (32 + 16 + 16 + 32 + 48 + 48 + 32)
+    extra = program(dora=True).num_parameters(8, trainable=True) - program().num_parameters(8, trainable=True)
+    assert extra == outputs
+
+
+def test_modules_to_save_are_trained_whole() -> None:
+    saved = program(modules_to_save="lm_head")
+    head = next(p for group in saved.groups.values() for p in group.parameters if p.trainable and "lora_" not in p.name)
+    assert "lm_head" in head.name and head.numel() == 32 * LLAMA["vocab_size"]
+
+
+def test_unknown_modules_to_save_are_refused() -> None:
+    with pytest.raises(TraceError, match=r"--lora-modules-to-save nope names no module of the model; try .*lm_head"):
+        program(modules_to_save="nope")
