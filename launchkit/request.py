@@ -198,7 +198,7 @@ FLAGS: tuple[Flag, ...] = (
     Flag(name="packing", kind=bool, default=False, help="fill every sequence with several examples"),
     Flag(name="checkpointing", kind=Checkpointing, default="none", help="activations computed again in the backward"),
     Flag(name="attention", kind=Attention, default="sdpa", help="attention implementation"),
-    Flag(name="loss", kind=Loss, default="plain", help="cross-entropy implementation"),
+    Flag(name="loss", kind=Loss, default="plain", help="cross-entropy implementation; TRL's is chunked"),
     Flag(name="compile", kind=bool, default=False, help="run the model through torch.compile"),
     Flag(name="trainer", kind=Trainer, default="hf", help="whose training loop"),
     Flag(name="data", kind=str, help="training data (JSON lines)"),
@@ -267,6 +267,7 @@ def resolve(request: Request, *, model: ModelProfile, cluster: Cluster) -> Resol
     attention, notes = _attention(request, model)
     seq_len, length_notes = _seq_len(request, model)
     strategy = _strategy(request)
+    trainer, loss = _trainer_and_loss(request)
     training = Training(
         method=_value(request, "method", Method),
         lora_rank=_value(request, "lora_rank", int),
@@ -279,11 +280,11 @@ def resolve(request: Request, *, model: ModelProfile, cluster: Cluster) -> Resol
         optimizer=_value(request, "optimizer", str),
         checkpointing=_value(request, "checkpointing", Checkpointing),
         attention=attention,
-        loss=_value(request, "loss", Loss),
+        loss=loss,
         compile=_value(request, "compile", bool),
         packing=_value(request, "packing", bool),
-        trainer=_value(request, "trainer", Trainer),
-        max_grad_norm=0.0 if request.trainer is Trainer.LOOP else Training().max_grad_norm,
+        trainer=trainer,
+        max_grad_norm=0.0 if trainer is Trainer.LOOP else Training().max_grad_norm,
     )
     scenario = Scenario(
         training=training,
@@ -332,6 +333,16 @@ def scenario_flags(scenario: Scenario, *, cluster: Cluster) -> dict[str, str | i
         "state": scenario.state,
     }
     return {name: _plain(value) for name, value in values.items()}
+
+
+def _trainer_and_loss(request: Request) -> tuple[Trainer, Loss]:
+    """TRL's trainer computes its loss in chunks, and no other does: each stands for the other where that is open."""
+    trainer, loss = _value(request, "trainer", Trainer), _value(request, "loss", Loss)
+    if request.loss is None and trainer is Trainer.TRL:
+        return trainer, Loss.CHUNKED
+    if request.trainer is None and loss is Loss.CHUNKED:
+        return Trainer.TRL, loss
+    return trainer, loss
 
 
 def _attention(request: Request, model: ModelProfile) -> tuple[Attention, tuple[str, ...]]:

@@ -8,7 +8,7 @@ import pytest
 
 from launchkit.errors import IllegalScenarioError, UsageError
 from launchkit.request import FLAGS, Request, find_flag, resolve, scenario_flags
-from launchkit.scenario import Attention, Batch, Offload, Scenario, Sharding, State, StrategyKind, Trainer
+from launchkit.scenario import Attention, Batch, Loss, Offload, Scenario, Sharding, State, StrategyKind, Trainer
 from tests.report.plans import CLUSTER, MODEL
 
 
@@ -163,3 +163,21 @@ def test_flags_cover_the_enumerations() -> None:
     assert find_flag("trainer").choices == tuple(Trainer)
     assert find_flag("offload").choices == tuple(Offload)
     assert find_flag("seq_len").choices == ()
+
+
+@pytest.mark.parametrize(
+    ("flags", "trainer", "loss"),
+    [
+        ({}, Trainer.HF, Loss.PLAIN),
+        ({"trainer": "trl"}, Trainer.TRL, Loss.CHUNKED),
+        ({"loss": "chunked"}, Trainer.TRL, Loss.CHUNKED),
+        ({"trainer": "trl", "loss": "liger"}, Trainer.TRL, Loss.LIGER),
+        ({"trainer": "trl", "loss": "plain"}, Trainer.TRL, Loss.PLAIN),  # refused, with what to type instead
+        ({"trainer": "hf", "loss": "chunked"}, Trainer.HF, Loss.CHUNKED),
+        ({"loss": "cce"}, Trainer.HF, Loss.CCE),
+    ],
+    ids=str,
+)
+def test_trl_and_its_loss_stand_for_each_other(flags: dict[str, str], trainer: Trainer, loss: Loss) -> None:
+    training = _scenario(**flags).training
+    assert (training.trainer, training.loss) == (trainer, loss)

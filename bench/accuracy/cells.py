@@ -85,6 +85,7 @@ SINGLE = (
 DDP = (
     Cell(name="ddp-fp32", config=LLAMA, strategy="ddp", num_processes=2),
     Cell(name="ddp-bf16", config=LLAMA, strategy="ddp", num_processes=2, precision="bf16"),
+    Cell(name="ddp-trl-fp32", config=LLAMA, trainer="trl", strategy="ddp", num_processes=2),
     Cell(name="ddp-wide-fp32", config=WIDE, strategy="ddp", num_processes=2, seq_len=16),
     Cell(name="ddp-lora-bf16", config=LLAMA, strategy="ddp", num_processes=2, method="lora", precision="bf16"),
 )
@@ -182,6 +183,10 @@ FSDP2 = (
     Cell(name="fsdp2-hf-tied-fp32", config=TIED, trainer="hf", **_FSDP),
     Cell(name="fsdp2-hf-bf16", config=LLAMA, trainer="hf", precision="bf16", **_FSDP),
     Cell(name="fsdp2-hf-tied-bf16", config=TIED, trainer="hf", precision="bf16", **_FSDP),
+    Cell(name="fsdp2-trl-fp32", config=LLAMA, trainer="trl", **_FSDP),
+    Cell(name="fsdp2-trl-bf16", config=LLAMA, trainer="trl", precision="bf16", **_FSDP),
+    Cell(name="fsdp2-trl-tied-fp32", config=TIED, trainer="trl", **_FSDP),
+    Cell(name="fsdp2-trl-lora-bf16", config=LLAMA, trainer="trl", method="lora", precision="bf16", **_FSDP),
     Cell(name="fsdp2-hf-evaluation", config=LLAMA, trainer="hf", evaluation_micro_batch=8, **_FSDP),
     Cell(name="fsdp2-hf-accumulation-fp32", config=LLAMA, trainer="hf", gradient_accumulation_steps=2, **_FSDP),
 )

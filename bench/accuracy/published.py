@@ -138,11 +138,19 @@ def flags_of(row: Mapping[str, Any]) -> dict[str, Any]:
         "checkpointing": said(CHECKPOINTINGS, row["checkpointing"], what="checkpointing"),
         "attention": said(ATTENTIONS, row["attn"], what="attention"),
         "loss": loss,
-        "trainer": "loop" if row["source_group"] == "litgpt" else "hf",
+        "trainer": trainer_of(row, loss),
     }
     if row["method"] not in ("full", "lora", "qlora"):
         raise NotComparable(f"method: {row['method']}")
     return flags | (lora_flags(row["lora"]) if row["method"] != "full" else {})
+
+
+def trainer_of(row: Mapping[str, Any], loss: str) -> str:
+    """Whose step the row's run is. fms-acceleration takes Liger's loss without its layer kernels, as ``--trainer
+    axolotl`` does; its own norms and rotary embeddings are not counted."""
+    if row["source_group"] == "litgpt":
+        return "loop"
+    return "axolotl" if loss == "liger" and row["source_group"] == "fms-acceleration" else "hf"
 
 
 def check_quantised(row: Mapping[str, Any]) -> None:

@@ -165,7 +165,6 @@ def _check_trainable(candidate: Candidate) -> None:
 
 def job_notes(candidate: Candidate) -> tuple[str, ...]:
     """Where the built-in fine-tune cannot do quite what the plan assumed."""
-    training = candidate.scenario.training
-    if training.trainer is Trainer.TRL and training.loss is Loss.PLAIN:
-        return ("TRL computes its loss in chunks; the plan assumed whole logits, so that less memory will be measured",)
+    if candidate.scenario.training.flattens_batch:
+        return ("rows are packed without the mask that trl sft makes and the plan counted: less memory is measured",)
     return ()

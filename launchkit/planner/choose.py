@@ -23,6 +23,7 @@ from launchkit.scenario import (
     Precision,
     Scenario,
     StrategyKind,
+    Trainer,
 )
 from launchkit.units import GIB
 
@@ -240,7 +241,12 @@ def _assumptions(scenario: Scenario, profile: ModelProfile) -> tuple[str, ...]:
         Attention.EAGER: "eager attention",
         Attention.FLASH_ATTENTION_2: "flash attention 2",
     }[training.attention]
-    loss = "plain cross-entropy" if training.loss is Loss.PLAIN else f"{training.loss} loss"
+    loss = {
+        Loss.PLAIN: "plain cross-entropy",
+        Loss.CHUNKED: "cross-entropy in tiles of 4,096 tokens",
+        Loss.LIGER: "Liger's loss" if training.trainer is Trainer.AXOLOTL else "Liger's kernels",
+        Loss.CCE: "cut cross-entropy",
+    }[training.loss]
     lines = [
         f"sequences of {batch.seq_len:,} tokens",
         attention,

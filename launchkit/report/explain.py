@@ -265,8 +265,14 @@ TERMS: tuple[Term, ...] = (
     ),
     Term(
         name="loss",
-        text="plain makes all logits at once, in fp32. chunked makes them for a few tokens at a time, liger and cce "
-        "fuse head and loss into one kernel that never writes them.",
+        text="plain makes all logits at once and widens them to fp32. chunked is what TRL's trainer does: it goes over "
+        "4,096 tokens by 32,768 entries at a time, in a buffer of that size whatever the vocabulary's. liger makes the "
+        "gradients in the forward pass, by chunks whose logits take about what their hidden states take, and keeps "
+        "the head's gradient through the backward. cce never writes logits. With liger the Trainer and TRL also take "
+        "Liger's norms, gated activations and rotary embeddings (TRL keeps its own loss then), and Axolotl's files "
+        "the loss alone.",
+        formula="chunked: min(tokens, 4,096) × 32,768 × itemsize; liger: 2^⌈log2(tokens ÷ ⌈vocabulary ÷ hidden⌉)⌉ × "
+        "vocabulary × itemsize, and hidden × vocabulary × itemsize of gradient",
         also=("chunked", "liger", "cce"),
         see=("logits",),
     ),
@@ -277,7 +283,12 @@ TERMS: tuple[Term, ...] = (
         formula="global batch = micro-batch × accumulation × GPUs",
         also=("micro-batch", "global-batch", "accumulation"),
     ),
-    Term(name="packing", text="Several examples fill one sequence, so that every micro-batch has all its tokens."),
+    Term(
+        name="packing",
+        text="Several examples fill one sequence, so that every micro-batch has all its tokens. TRL makes one row of a "
+        "micro-batch: flash attention is told where examples end, sdpa and eager get a mask of tokens squared.",
+        formula="mask: (micro-batch × tokens)² bytes, and in the compute dtype in each layer that keeps it",
+    ),
     Term(
         name="preset",
         text="The flags of a published recipe under one name. What you type, set in LAUNCHKIT_* or write in "

@@ -12,13 +12,16 @@ from launchkit.program import StepProgram
 from launchkit.scenario import (
     Attention,
     Checkpointing,
+    Compute,
     DeviceKind,
+    Loss,
     Method,
     Precision,
     Scenario,
     Strategy,
     StrategyKind,
     TraceKey,
+    Trainer,
     Training,
 )
 from launchkit.strategies import ddp, fsdp1, fsdp2, hsdp, single, zero
@@ -66,6 +69,7 @@ def refusal(scenario: Scenario, profile: ModelProfile, cluster: Cluster) -> str 
         or _unmodelled(scenario.training)
         or _hardware_refusal(scenario, cluster)
         or _model_refusal(scenario, profile, cluster)
+        or _head_refusal(scenario, profile, cluster)
         or _engine_refusal(scenario, profile, cluster)
     )
 
@@ -92,6 +96,43 @@ def _unmodelled(training: Training) -> str | None:
         return "--compile is not modelled yet; leave it out for the eager step, whose peak is rarely lower"
     if training.precision is Precision.FP8:
         return "--precision fp8 is not modelled yet; use --precision bf16"
+    return None
+
+
+# Losses that a trainer does not have, or has in another form than is traced. The plain loop may patch in what it likes.
+_WITHOUT_LOSS = {
+    (Trainer.LOOP, Loss.CHUNKED): "--loss chunked is that of TRL's trainer; add --trainer trl",
+    (Trainer.HF, Loss.CHUNKED): "--loss chunked is that of TRL's trainer; add --trainer trl",
+    (
+        Trainer.AXOLOTL,
+        Loss.CHUNKED,
+    ): "Axolotl compiles its chunked loss, which is not modelled; use --loss liger",
+    (Trainer.TRL, Loss.PLAIN): "TRL's trainer always computes its loss in chunks; use --loss chunked or --trainer hf",
+    (Trainer.TRL, Loss.CCE): "TRL has no cut cross-entropy; use --loss chunked or --trainer axolotl",
+}
+_IN_16_BITS = (Compute.BF16, Compute.BF16_AUTOCAST, Compute.FP16)
+
+
+def _head_refusal(scenario: Scenario, profile: ModelProfile, cluster: Cluster) -> str | None:
+    """What the loss asks of the trainer, the model, the device and the precision."""
+    training, device = scenario.training, cluster.gpu.device_kind
+    loss = training.loss
+    if (training.trainer, loss) in _WITHOUT_LOSS:
+        return _WITHOUT_LOSS[training.trainer, loss]
+    if loss is Loss.PLAIN:
+        return None
+    if profile.task != "causal-lm":
+        return f"--loss {loss} is for causal language models, not for {profile.task}; use --loss plain --trainer hf"
+    if loss is Loss.CHUNKED:
+        return None
+    if device is DeviceKind.CPU:
+        return f"--loss {loss} is made of kernels for GPUs; use --loss plain on a CPU"
+    compute = trace_key(training, scenario.strategy, device).compute
+    if loss is Loss.CCE and compute not in _IN_16_BITS:
+        return (
+            f"cut cross-entropy takes 16-bit weights, and --precision {training.precision} with "
+            f"{scenario.strategy.name} holds them in fp32; use --precision bf16-params"
+        )
     return None
 
 

@@ -49,6 +49,7 @@ from launchkit.program import (
 from launchkit.scenario import (
     Compute,
     DeviceKind,
+    Loss,
     Method,
     Offload,
     Precision,
@@ -168,6 +169,7 @@ class Layout:
     gathered_itemsize: int
     reshards: bool
     has_root_unit: bool  # the plain loop wraps all that is outside blocks as one; accelerate carves it up
+    calls_head: bool  # a fused head is read, not called: its unit's backward begins with the loss
     accumulates: bool
     defers_reduction: bool  # accelerate's no_sync: whole gradients pile up until the last micro-batch
     offloads: bool
@@ -190,6 +192,7 @@ class Layout:
             gathered_itemsize=HALF_BYTES if casts else 0,
             reshards=strategy.fsdp.sharding.reshard_after_forward,
             has_root_unit=in_loop,
+            calls_head=training.loss is Loss.PLAIN and training.trainer is not Trainer.TRL,
             accumulates=accumulates(scenario),
             defers_reduction=accumulates(scenario) and not in_loop,
             offloads=strategy.offload.params or strategy.fsdp.offload_params,
@@ -464,7 +467,8 @@ class _Rewriter(ShardedProgram):
                 self._clock_gather(visit.unit, frame)
             ahead = visits[index - 1] if index else None
             if ahead and ahead.unit.reshards:
-                events = frame.after_logits if visit.unit is self.units.tail else frame.before
+                after_logits = visit.unit is self.units.tail and self.layout.calls_head
+                events = frame.after_logits if after_logits else frame.before
                 prefetched = self._gather(ahead.unit, visit.backward_begin, events, slot=_Slot.PREFETCHED)
             if visit.unit is not self.units.root:
                 self._finish(index, visit)

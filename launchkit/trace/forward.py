@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from launchkit.errors import TraceError
 from launchkit.scenario import DeviceKind, Loss, TraceKey, Trainer
 from launchkit.trace.heads import AllRows, ChunkedLogProb, CutCrossEntropy, LigerCrossEntropy
 from launchkit.trace.inputs import UNUSED
@@ -26,6 +27,8 @@ def forward_of(key: TraceKey) -> Forward:
         return _trl_on_cuda if key.device is DeviceKind.CUDA else _trl_on_cpu
     if key.loss in _FUSED:
         return _FUSED[key.loss]
+    if key.loss is not Loss.PLAIN:
+        raise TraceError(f"no {key.loss} loss is known of the {key.trainer} trainer; use --loss plain or --trainer trl")
     if key.trainer is Trainer.LOOP or not key.compute.is_autocast:
         return _plain
     return _accelerated

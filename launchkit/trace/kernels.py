@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 aten = torch.ops.aten
 
@@ -15,6 +15,7 @@ aten = torch.ops.aten
 def flop_formulas() -> dict[Any, Callable[..., int]]:
     """Formulas by overload packet, called as torch's are: the operator's arguments and ``out_val``."""
     return {
+        aten.addmm_: flop_registry[aten.addmm],
         aten._scaled_dot_product_flash_attention_for_cpu: _cpu_flash_flops,
         aten._scaled_dot_product_flash_attention_for_cpu_backward: _cpu_flash_backward_flops,
     }

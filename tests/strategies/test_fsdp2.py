@@ -301,11 +301,21 @@ def test_hsdp_is_fsdp2_with_hybrid_sharding() -> None:
     assert rewritten(strategy="hsdp", **settings) == rewritten(sharding="hybrid_shard", **settings)
 
 
-@pytest.mark.parametrize(("trainer", "first_event"), [("loop", Alloc), ("hf", Free)])
+@pytest.mark.parametrize(
+    ("flags", "first_event"),
+    [
+        ({"trainer": "loop"}, Alloc),
+        ({"trainer": "hf"}, Free),
+        ({"trainer": "trl", "loss": "chunked"}, Alloc),
+        ({"trainer": "hf", "loss": "liger"}, Alloc),
+    ],
+    ids=str,
+)
 def test_the_last_block_is_prefetched_when_the_unit_behind_it_begins_its_backward(
-    trainer: str, first_event: type[Event]
+    flags: dict[str, str], first_event: type[Event]
 ) -> None:
-    """The root's backward begins with the loss, the head's after what its logits' gradient leaves behind."""
-    built = rewritten(trainer=trainer)
+    """The root's backward begins with the loss, the head's after what its logits' gradient leaves behind, unless a
+    fused loss reads the head without calling it."""
+    built = rewritten(**flags)
     section = built.section_of(built.stage("backward.1"), 0)
     assert isinstance(section.events[0], first_event)
