@@ -19,7 +19,6 @@ class RunPhase(StrEnum):
     FIRST_STEP = "first_step"
     STEADY_STEP = "steady_step"
     LONGEST_BATCH = "longest_batch"
-    EVALUATION = "evaluation"
     SAVE = "save"
 
 

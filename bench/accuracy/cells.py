@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from bench.accuracy.architectures import architecture_cells
 from bench.accuracy.cell import Cell
 
 LLAMA: dict[str, Any] = {
@@ -254,7 +255,37 @@ ZERO = (
     ),
 )
 
-CELLS = (*SINGLE, *DDP, *DDP_SETTINGS, *FSDP1, *FSDP2, *ZERO)
+# Buckets far smaller than the model, so that they do not dominate.
+_SMALL_BUCKETS = {"reduce_bucket_size": 200_000}
+_SMALL_FETCHES = _SMALL_BUCKETS | {"stage3_prefetch_bucket_size": 100_000, "stage3_param_persistence_threshold": 1_000}
+_LITTLE_REUSE = _SMALL_FETCHES | {"stage3_max_live_parameters": 300_000, "stage3_max_reuse_distance": 100_000}
+_SMALL_ZERO3: dict[str, Any] = {"strategy": "zero3", "num_processes": 2, "zero": _SMALL_FETCHES}
+
+ZERO_SETTINGS = (
+    *(
+        Cell(
+            name=f"zero{stage}-small-{dtype}",
+            config=LLAMA,
+            strategy=f"zero{stage}",
+            num_processes=2,
+            precision=dtype,
+            zero=_SMALL_BUCKETS if stage < 3 else _SMALL_FETCHES,
+        )
+        for stage in (1, 2, 3)
+        for dtype in ("fp32", "bf16")
+    ),
+    Cell(name="zero3-small-reuse-fp32", config=LLAMA, **_SMALL_ZERO3 | {"zero": _LITTLE_REUSE}),
+    Cell(name="zero3-small-reuse-bf16", config=LLAMA, precision="bf16", **_SMALL_ZERO3 | {"zero": _LITTLE_REUSE}),
+    Cell(name="zero3-small-checkpointing-fp32", config=LLAMA, checkpointing="full", **_SMALL_ZERO3),
+    Cell(name="zero3-small-checkpointing-bf16", config=LLAMA, precision="bf16", checkpointing="full", **_SMALL_ZERO3),
+    Cell(name="zero3-small-lora-fp32", config=LLAMA, method="lora", **_SMALL_ZERO3),
+    Cell(name="zero3-small-lora-bf16", config=LLAMA, method="lora", precision="bf16", **_SMALL_ZERO3),
+    Cell(name="zero3-small-uneven-fp32", config=UNEVEN, **_SMALL_ZERO3),
+    Cell(name="zero3-small-tied-bf16", config=TIED, precision="bf16", **_SMALL_ZERO3),
+    Cell(name="zero3-small-accumulation-fp32", config=LLAMA, gradient_accumulation_steps=2, **_SMALL_ZERO3),
+)
+
+CELLS = (*SINGLE, *DDP, *DDP_SETTINGS, *FSDP1, *FSDP2, *ZERO, *ZERO_SETTINGS, *architecture_cells())
 
 
 def find(pattern: str) -> tuple[Cell, ...]:

@@ -23,7 +23,8 @@ from launchkit import planner
 from launchkit.api import find_cluster, find_source
 from launchkit.errors import LaunchkitError
 from launchkit.plan import Estimate
-from launchkit.planner.evaluate import Bench, evaluation_peak
+from launchkit.planner.evaluate import Bench
+from launchkit.planner.evaluation import evaluation_peak
 from launchkit.request import Request, resolve
 from launchkit.scenario import CommHook
 from launchkit.simulate.memory import MemoryReading
@@ -104,7 +105,7 @@ def update(cells: Sequence[Cell], results: Mapping[str, Any], *, again: bool, re
     updated = dict(results)
     for cell in cells:
         old = {} if again else updated.get(cell.name, {})
-        noisy = cell.strategy in FSDP
+        noisy = cell.strategy in (*FSDP, "ddp")  # gloo's thread may free what the profiler then takes to be live
         entry = {
             "measured": old.get("measured") or measured(cell, repeats=repeats if noisy else 1),
             "predicted": {state: predict(cell, state) for state in states(cell)},

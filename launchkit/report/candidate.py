@@ -182,7 +182,6 @@ _STEP_PHASES = {
 _PHASES = {
     RunPhase.LOAD: "loading the model",
     RunPhase.FIRST_STEP: "the first step",
-    RunPhase.EVALUATION: "the evaluation",
     RunPhase.SAVE: "saving a checkpoint",
 }
 _METHODS = {Method.FULL: "full", Method.LORA: "LoRA", Method.QLORA: "QLoRA"}

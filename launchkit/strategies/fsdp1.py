@@ -34,7 +34,7 @@ from functools import cached_property
 
 from launchkit.hardware import Cluster
 from launchkit.model import ModelProfile
-from launchkit.optimizers import LocalTensor
+from launchkit.optimizers import BF16_BYTES, LocalTensor
 from launchkit.program import (
     Alloc,
     Collective,
@@ -176,11 +176,15 @@ class _Flat:
 
 
 def _flat(parameters: Iterable[Parameter], layout: Layout, *, in_block: bool, aligns: bool) -> _Flat:
-    """``parameters`` flattened in order. With ``aligns`` each is a tensor of its own to the optimizer, else all one."""
+    """``parameters`` flattened in order. With ``aligns`` each is a tensor of its own to the optimizer, else all one.
+
+    4-bit weights lie in storage of the other weights' dtype (``bnb_4bit_quant_storage``): torch flattens only one.
+    """
     rows = list(parameters)
     is_trainable = any(row.trainable for row in rows)
-    gathered = layout.gathered_itemsize or rows[0].itemsize
-    stored = (layout.trainable_itemsize if is_trainable else layout.frozen_itemsize) or rows[0].itemsize
+    itemsize = next((row.itemsize for row in rows if not row.packed_bytes), BF16_BYTES)
+    gathered = layout.gathered_itemsize or itemsize
+    stored = (layout.trainable_itemsize if is_trainable else layout.frozen_itemsize) or itemsize
     step = ALIGNMENT_BYTES // gathered if aligns else 1
     numel = num_zeros = 0
     trained = []

@@ -122,12 +122,19 @@ def _told_alike(logs: Sequence[Log]) -> tuple[list[_Numbered], list[list[KernelR
     return stories, kernels
 
 
+def _first_difference(a: _Numbered, b: _Numbered) -> str:
+    for (is_alloc, place, number), event in zip(a.events, b.events, strict=False):
+        if (is_alloc, place, number) != event:
+            what = "the output" if is_alloc else "the end of the output"
+            return f"at {what} of {a.records[number].op} in {place.stage}"
+    return "at its end"
+
+
 def _read(stories: Sequence[_Numbered], gradients: Mapping[int, str], fitter: Fitter) -> _Story:
     first = stories[0]
     for other in stories[1:]:
         if other.events != first.events:
-            stage = next((a[1].stage for a, b in zip(first.events, other.events, strict=False) if a != b), "its end")
-            raise TraceError(f"the step differs between batch sizes or lengths in {stage}")
+            raise TraceError(f"the step differs between batch sizes or lengths {_first_difference(first, other)}")
     story = _Story()
     slots: dict[Place, int] = {}
     for is_alloc, place, number in first.events:
@@ -208,7 +215,7 @@ def _read_kernels(logs: Sequence[Sequence[KernelRecord]], fitter: Fitter) -> dic
         if any(r.op != first.op or r.place != first.place for r in records):
             raise TraceError(f"the kernels differ between batch sizes or lengths in {first.place.stage}")
         flops = fitter.fit([r.flops for r in records], what=f"the FLOPs of {first.op}")
-        moved = fitter.fit([r.num_bytes for r in records], what=f"the traffic of {first.op}")
+        moved = fitter.fit_traffic([r.num_bytes for r in records])
         key = (flops, moved, bool(flops.terms))
         place = counted.setdefault(first.place, {})
         place[key] = place.get(key, 0) + 1

@@ -5,8 +5,9 @@ The answers are those of a batch of full sequences: nothing padded, and either o
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 from unittest import mock
 
 import torch
@@ -25,6 +26,29 @@ def _one_sequence_per_row(position_ids: torch.Tensor) -> None:
     _several_sequences_per_row(position_ids)
 
 
+def _unpadded(ignores: Callable[..., bool]) -> Callable[..., bool]:
+    """transformers' question whether sdpa's causal mask may be left out, where the mask given has no padding in it."""
+
+    def ask(padding_mask: torch.Tensor | None, *arguments: Any, **options: Any) -> bool:
+        return ignores(None, *arguments, **options)
+
+    return ask
+
+
+def _every_index(tensor: torch.Tensor) -> torch.Tensor:
+    """``Tensor.nonzero`` of a vector whose entries all count: every label is one that is scored (DeBERTa asks)."""
+    return torch.zeros(tensor.numel(), tensor.dim(), dtype=torch.int64)
+
+
+def _never_dropped(random: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor | float]:
+    """``torch.rand`` whose single number is 1: LayerDrop asks for one per layer, and drops none (BART, Whisper)."""
+
+    def rand(*size: Any, **options: Any) -> torch.Tensor | float:
+        return 1.0 if size == ([],) else random(*size, **options)
+
+    return rand
+
+
 @contextmanager
 def full_sequences(*, packed: bool = False) -> Iterator[None]:
     """While active, models build the masks that a batch of full sequences gets, as outside a trace."""
@@ -32,6 +56,9 @@ def full_sequences(*, packed: bool = False) -> Iterator[None]:
     with (
         mock.patch.object(masking_utils, "find_packed_sequence_indices", find),
         mock.patch.object(masking_utils, "is_tracing", lambda tensor=None: False),
+        mock.patch.object(masking_utils, "_ignore_causal_mask_sdpa", _unpadded(masking_utils._ignore_causal_mask_sdpa)),
+        mock.patch.object(torch.Tensor, "nonzero", _every_index),
+        mock.patch.object(torch, "rand", _never_dropped(torch.rand)),
     ):
         yield
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from fractions import Fraction
 from itertools import combinations, product
+from math import gcd, lcm
 
 from launchkit.errors import TraceError
 from launchkit.program import Point, Size, Term
@@ -29,6 +30,7 @@ class Fitter:
             for powers in _POWERS
             if not _redundant(powers, self.points)
         }
+        self._stride = gcd(*(point.seq_len for point in self.points))
         self._known: dict[tuple[int, ...], Size] = {}
 
     def fit(self, values: Sequence[int], *, what: str) -> Size:
@@ -38,6 +40,15 @@ class Fitter:
         if size is None:
             size = self._known[key] = self._search(key, what)
         return size
+
+    def fit_traffic(self, values: Sequence[int]) -> Size:
+        """The bytes that a kernel moves: the polynomial through ``values``, or, where none of three terms fits, what it
+        moves per token at the held-back point. Only the clock reads it."""
+        try:
+            return self.fit(values, what="the traffic of a kernel")
+        except TraceError:
+            furthest = self.points[-1]
+            return Size((Term(round(values[-1] / (furthest.micro_batch * furthest.seq_len)), 1, 1),))
 
     def _search(self, values: tuple[int, ...], what: str) -> Size:
         if not any(values):
@@ -53,14 +64,22 @@ class Fitter:
         raise TraceError(f"the size of {what} is no polynomial in batch and length ({seen})")
 
     def _solve(self, values: tuple[int, ...], powers: tuple[tuple[int, int, int], ...]) -> Size | None:
-        """Coefficients from the points but the last by elimination, kept if whole numbers that fit every point."""
+        """Coefficients from the points but the last by elimination, kept if they fit every point.
+
+        They are whole numbers, or have a denominator that the lengths' stride makes whole: what a model computes chunk
+        by chunk goes with the number of chunks, or its square.
+        """
         columns = [self._columns[p] for p in powers]
         solution = _solve_exactly([[c[i] for c in columns] for i in range(len(values) - 1)], values[:-1])
-        if solution is None or any(x.denominator != 1 or x == 0 for x in solution):
+        if solution is None or not all(solution):
             return None
-        if sum(int(x) * c[-1] for x, c in zip(solution, columns, strict=True)) != values[-1]:
+        denominator = lcm(*(x.denominator for x in solution))
+        if self._stride**2 % denominator:
             return None
-        return Size(tuple(Term(int(x), *p) for x, p in zip(solution, powers, strict=True)))
+        if sum(x * c[-1] for x, c in zip(solution, columns, strict=True)) != values[-1]:
+            return None
+        terms = (Term(int(x * denominator), *p) for x, p in zip(solution, powers, strict=True))
+        return Size(tuple(terms), denominator)
 
 
 def _monomial(point: Point, powers: tuple[int, int, int]) -> int:

@@ -6,7 +6,7 @@ import torch
 
 from launchkit.errors import TraceError
 from launchkit.program import Point
-from launchkit.scenario import TraceKey, Trainer
+from launchkit.scenario import Compute, TraceKey, Trainer
 from launchkit.trace.build import Built
 
 # What TRL's collator puts beside the tokens and its loss or sdpa do not use. With a mask of ones models build the same
@@ -19,7 +19,8 @@ def make_batch(built: Built, point: Point, key: TraceKey) -> dict[str, torch.Ten
 
     Source of TRL's: trl 1.16 ``DataCollatorForLanguageModeling``.
     """
-    batch = _task_batch(built, point)
+    autocast = key.compute in (Compute.AUTOCAST_BF16, Compute.AUTOCAST_FP16, Compute.BF16_AUTOCAST)
+    batch = _task_batch(built, point, casts_inputs=autocast)
     if key.trainer is Trainer.TRL:
         tokens = batch["input_ids"]
         if key.packed:
@@ -29,7 +30,7 @@ def make_batch(built: Built, point: Point, key: TraceKey) -> dict[str, torch.Ten
     return batch
 
 
-def _task_batch(built: Built, point: Point) -> dict[str, torch.Tensor]:
+def _task_batch(built: Built, point: Point, *, casts_inputs: bool) -> dict[str, torch.Tensor]:
     batch, length = point.micro_batch, point.seq_len
     tokens = lambda: torch.zeros(batch, length, dtype=torch.int64)  # noqa: E731
     match built.task:
@@ -45,5 +46,8 @@ def _task_batch(built: Built, point: Point) -> dict[str, torch.Tensor]:
             }
         case "speech-seq2seq":
             frames = 2 * built.config.max_source_positions
-            return {"input_features": torch.zeros(batch, built.config.num_mel_bins, frames), "labels": tokens()}
+            features = torch.zeros(batch, built.config.num_mel_bins, frames)
+            # A model in 16 bits wants its features so; under autocast its first convolution casts them.
+            weights = next(built.model.parameters()).dtype
+            return {"input_features": features if casts_inputs else features.to(weights), "labels": tokens()}
     raise TraceError(f"no batch is known for the task {built.task!r}")

@@ -7,6 +7,7 @@ sizes matter they are those of two ranks: shards of 128 and 400 bytes.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -224,3 +225,22 @@ def test_what_the_engine_refuses_is_said_with_what_to_type(settings: dict[str, A
 @pytest.mark.parametrize("settings", [{}, {"sharding": "no_shard"}, {"method": "lora", "trainer": "hf"}])
 def test_what_the_engine_takes_is_not_refused(settings: dict[str, Any]) -> None:
     assert fsdp1.refusal(scenario(strategy="fsdp", **settings), profile(), cluster(num_gpus=4)) is None
+
+
+def test_4_bit_weights_are_sharded_by_their_packed_bytes() -> None:
+    """Two to a byte, in storage of two bytes: the shards of two ranks hold them all, and scales are on both."""
+    traced = program(itemsize=2, frozen=True)
+    packed = {
+        name: replace(
+            group,
+            parameters=tuple(
+                p if p.trainable else replace(p, itemsize=1, packed_bytes=p.numel() // 2) for p in group.parameters
+            ),
+        )
+        for name, group in traced.groups.items()
+    }
+    settings = plain(strategy="fsdp", precision="bf16-params", method="qlora", trainer="hf")
+    step = fsdp1.rewrite(replace(traced, groups=packed), scenario=settings, cluster=ranks(2))
+    frozen, trained = 2 * 100 + 3 * 60, 3 * 4
+    held = start(step)[Owner.WEIGHTS]
+    assert frozen // 2 // 2 <= held <= frozen // 2 // 2 + 4 * trained + 16 * 8

@@ -1,0 +1,57 @@
+"""The memory of an evaluation between two steps."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from launchkit import strategies
+from launchkit.planner.evaluate import Bench, point_of
+from launchkit.program import Phase, Section, Stage, StepProgram
+from launchkit.scenario import Scenario, State
+from launchkit.simulate.memory import MemoryReading, simulate_memory
+from launchkit.simulate.overheads import cublas_workspaces
+
+# TrainingArguments' own per_device_eval_batch_size, which nothing that is exported changes. Source: transformers 5.23.
+EVALUATION_MICRO_BATCH = 8
+
+
+def evaluation_peak(bench: Bench, scenario: Scenario, *, micro_batch: int = EVALUATION_MICRO_BATCH) -> MemoryReading:
+    """The memory of ``Trainer.evaluate`` between two steps of ``scenario``: weights, optimizer states and buffers lie
+    there, and one batch after another goes forward, without gradients, for its loss alone.
+
+    ``micro_batch`` is ``per_device_eval_batch_size``. The reserved figures are an evaluation's alone: after a training
+    step it reuses what that one left cached. Omits: the logits that ``compute_metrics`` asks the trainer to keep, of
+    every batch until the evaluation ends. Raises ``TraceError`` where the evaluation cannot be traced.
+    """
+    batch = replace(scenario.batch, micro_batch=micro_batch, gradient_accumulation_steps=1)
+    scenario = replace(scenario, batch=batch, state=State.STEADY)
+    cluster = bench.cluster_of(scenario)
+    program = bench.source.program(replace(bench.key(scenario), evaluation=True).canonical)
+    rewritten = strategies.rewrite(_with_idle_backward(program), scenario=scenario, cluster=cluster)
+    forward = tuple(stage for stage in rewritten.stages if stage.phase in (Phase.FORWARD, Phase.LOSS))
+    persistent = (*rewritten.persistent, *cublas_workspaces(cluster.gpu))
+    return simulate_memory(
+        replace(rewritten, stages=forward, persistent=persistent),
+        point_of(scenario),
+        device_kind=cluster.gpu.device_kind,
+    )
+
+
+def _with_idle_backward(program: StepProgram) -> StepProgram:
+    """``program``, which ends with its loss, with a backward pass that does nothing: strategies expect one."""
+    numbers: dict[str, int] = {}
+    sections = list(program.sections)
+    stages = list(program.stages)
+    for stage in reversed(program.stages):
+        layers = []
+        for layer in stage.layers:
+            group = program.sections[layer].group
+            if group not in numbers:
+                numbers[group] = len(sections)
+                sections.append(Section(events=(), group=group))
+            layers.append(numbers[group])
+        name = stage.name.replace("forward", "backward", 1)
+        stages.append(
+            Stage(name=name, phase=Phase.BACKWARD, layers=tuple(layers), stack=stage.stack, reverse=bool(stage.stack))
+        )
+    return replace(program, stages=tuple(stages), sections=tuple(sections))
