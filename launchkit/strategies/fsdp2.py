@@ -354,8 +354,9 @@ def _units(program: StepProgram, layout: Layout) -> _Units:
     last = {i for layer in forward[-1].order() for i in program.section_of(forward[-1], layer).uses}
     single = not forward[0].stack and not forward[-1].stack and len(forward) > 1
     if layout.has_root_unit or first & last or not single:
-        root = _unit(program, layout, group=ROOT_GROUP, indices=everything, reshards=False)
-        return _Units(blocks=blocks, root=root)
+        # accelerate wraps the final norm, then the tied embedding
+        order = everything if layout.has_root_unit else sorted(everything, key=lambda index: index in first)
+        return _Units(blocks=blocks, root=_unit(program, layout, group=ROOT_GROUP, indices=order, reshards=False))
     early = [i for i in everything if i in first]
     late = [i for i in everything if i not in first]
     return _Units(
@@ -467,8 +468,7 @@ class _Rewriter(ShardedProgram):
                 self._clock_gather(visit.unit, frame)
             ahead = visits[index - 1] if index else None
             if ahead and ahead.unit.reshards:
-                after_logits = visit.unit is self.units.tail and self.layout.calls_head
-                events = frame.after_logits if after_logits else frame.before
+                events = frame.after_logits if self._begins_with_head(visit.unit) else frame.before
                 prefetched = self._gather(ahead.unit, visit.backward_begin, events, slot=_Slot.PREFETCHED)
             if visit.unit is not self.units.root:
                 self._finish(index, visit)
@@ -478,6 +478,12 @@ class _Rewriter(ShardedProgram):
         for live in (prefetched, self.reduce_input, *self.retained):
             if live:
                 self.frame(end).behind.append(self.free(live, end))
+
+    def _begins_with_head(self, unit: _Unit) -> bool:
+        """Whether the unit's backward begins with the head's, not with the loss: accelerate wraps the head's module,
+        tied or not, and the loop the whole model. A head that a fused loss reads is not called."""
+        outside = unit is self.units.tail or (unit is self.units.root and not self.layout.has_root_unit)
+        return outside and self.layout.calls_head
 
     def _is_reached(self, visit: Visit[_Unit]) -> bool:
         """A frozen embedding has no backward of its own, though the prefetch gathers it."""
@@ -523,7 +529,8 @@ class _Rewriter(ShardedProgram):
         self.reduce_input = self.alloc(place, _Slot.REDUCE_INPUT, unit.reduced_bytes * num_shards, events)
         gradients = list(self._unsharded_gradients(visit))
         # torch's loop over gradients (``foreach_reduce``) keeps its variable, so the last one, until it returns.
-        last = max(live.parameter for live in gradients) if num_shards > 1 and gradients else -1
+        arrived = [live.parameter for live in gradients] if num_shards > 1 else []
+        last = max(arrived, key=unit.indices.index, default=-1)
         events.extend(live.free for live in gradients if live.parameter != last)
         changes_dtype = unit.reduced_bytes != unit.gradient_bytes
         owner = Owner.COMMUNICATION if changes_dtype else Owner.GRADIENTS
