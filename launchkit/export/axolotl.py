@@ -47,6 +47,11 @@ _LOSS_KEYS: dict[Loss, dict[str, object]] = {
         "cut_cross_entropy": True,
     },
 }
+_CHECKPOINTING_KEYS: dict[Checkpointing, dict[str, object]] = {
+    Checkpointing.FULL: {},
+    Checkpointing.SELECTIVE: {"selective_checkpointing": True},
+    Checkpointing.OFFLOAD: {"activation_offloading": "hidden_states"},
+}
 _PRECISION_KEYS: dict[str, dict[str, object]] = {
     "no": {"bf16": False, "fp16": False},
     "fp16": {"bf16": False, "fp16": True},
@@ -142,7 +147,7 @@ def _checkpointing(candidate: Candidate) -> dict[str, object]:
         "gradient_checkpointing": True,
         "gradient_checkpointing_kwargs": {"use_reentrant": must_reenter(candidate)},
     }
-    return keys | ({"selective_checkpointing": True} if checkpointing is Checkpointing.SELECTIVE else {})
+    return keys | _CHECKPOINTING_KEYS[checkpointing]
 
 
 def _strategy(candidate: Candidate, cluster: Cluster, *, deepspeed_file: str) -> dict[str, object]:

@@ -8,12 +8,12 @@ from launchkit.export.layout import (
     UNSHARDED,
     autocast_format,
     check_expressible,
+    checkpointing_arguments,
     clip_norm,
     ddp_arguments,
     lora_modules_to_save,
     lora_target_modules,
     lora_target_parameters,
-    must_reenter,
 )
 from launchkit.hardware import Backend, Cluster
 from launchkit.plan import Candidate
@@ -75,7 +75,7 @@ def _checkpointing(candidate: Candidate) -> dict[str, object]:
     scenario = candidate.scenario
     if scenario.training.checkpointing is Checkpointing.NONE or scenario.strategy.kind.is_fsdp:
         return {"gradient_checkpointing": False}
-    kwargs = {"use_reentrant": must_reenter(candidate)}
+    kwargs = checkpointing_arguments(candidate)
     return {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": kwargs}
 
 
@@ -101,7 +101,5 @@ def _check_trl_can(candidate: Candidate) -> None:
     training, task = candidate.scenario.training, candidate.model.task
     if training.loss is Loss.CCE:
         raise IllegalScenarioError("TRL has no cut cross-entropy; use --loss liger, or leave TRL out")
-    if training.checkpointing is Checkpointing.SELECTIVE:
-        raise IllegalScenarioError("TRL has no selective checkpointing; use --checkpointing full, or leave TRL out")
     if task != "causal-lm":
         raise IllegalScenarioError(f"trl sft is not for {task}; use --trainer hf, or leave TRL out")

@@ -106,7 +106,7 @@ def _argument_values(job: FineTuneJob) -> dict[str, Any]:
         "use_cpu": job.on_cpu and not is_sharded_on_cpu,
         "deepspeed": job.deepspeed_file or None,
         "activation_checkpointing": checkpoints_itself,
-        "activation_checkpointing_kwargs": {"use_reentrant": False} if checkpoints_itself else None,
+        "activation_checkpointing_kwargs": _checkpointing_arguments(job) if checkpoints_itself else None,
         "use_liger_kernel": job.training.loss is Loss.LIGER,
         "torch_compile": job.training.compile,
         "ddp_find_unused_parameters": False,
@@ -118,6 +118,12 @@ def _argument_values(job: FineTuneJob) -> dict[str, Any]:
         "report_to": "none",
         "disable_tqdm": True,
     }
+
+
+def _checkpointing_arguments(job: FineTuneJob) -> dict[str, Any]:
+    named = {Checkpointing.OFFLOAD: "offload", Checkpointing.SELECTIVE: "selective"}
+    extra = named.get(job.training.checkpointing)
+    return {"use_reentrant": False} | ({extra: True} if extra else {})
 
 
 def _trainer(

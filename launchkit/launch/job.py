@@ -156,7 +156,12 @@ def _check_trainable(candidate: Candidate) -> None:
     refused = {
         "cut cross-entropy": (training.loss is Loss.CCE, "--loss plain"),
         "fp8": (training.precision is Precision.FP8, "--precision bf16"),
-        "selective checkpointing": (training.checkpointing is Checkpointing.SELECTIVE, "--checkpointing full"),
+        "selective checkpointing but TRL's": (
+            training.checkpointing is Checkpointing.SELECTIVE
+            and training.trainer is not Trainer.TRL
+            and training.loss is not Loss.CHUNKED,
+            "--trainer trl",
+        ),
     }
     for name, (applies, advice) in refused.items():
         if applies:

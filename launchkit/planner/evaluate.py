@@ -80,9 +80,12 @@ class Bench:
         return self._compiled[identity].peak(point_of(scenario), granularity_bytes=granularity).num_bytes
 
     def host_uses(self, scenario: Scenario) -> Mapping[str, HostUse]:
-        """What a node of GPUs needs of its host's memory, by what it is doing; no batch changes it."""
-        training = replace(scenario.training, checkpointing=Checkpointing.NONE)
-        same = replace(scenario, training=training, batch=Batch())
+        """What a node of GPUs needs of its host's memory, by what it is doing; no batch changes it, unless activations
+        wait there."""
+        same = scenario
+        if scenario.training.checkpointing is not Checkpointing.OFFLOAD:
+            training = replace(scenario.training, checkpointing=Checkpointing.NONE)
+            same = replace(scenario, training=training, batch=Batch())
         if same not in self._host_uses:
             self._host_uses[same] = run_of(self, scenario).hosts()
         return self._host_uses[same]
@@ -199,6 +202,7 @@ def run_of(bench: Bench, scenario: Scenario, steady_bytes: int = 0) -> Run:
     profile = bench.source.profile
     return Run(
         program=program,
+        point=point_of(scenario),
         sizes=ModelSizes.of(program, profile, scenario=scenario),
         scenario=scenario,
         cluster=cluster,

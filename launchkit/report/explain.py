@@ -253,7 +253,8 @@ TERMS: tuple[Term, ...] = (
     Term(
         name="checkpointing",
         text="full keeps only each block's input and computes the block again in the backward: less memory, about a "
-        "third more computation. selective recomputes what is cheap.",
+        "third more computation. selective keeps the attention's output besides; offload holds the blocks' inputs on "
+        "the host.",
         also=("gradient checkpointing", "activation checkpointing"),
         see=("activations",),
     ),

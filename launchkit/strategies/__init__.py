@@ -64,6 +64,7 @@ def refusal(scenario: Scenario, profile: ModelProfile, cluster: Cluster) -> str 
     return (
         _pointless(scenario.training)
         or _unmodelled(scenario.training)
+        or _checkpointing_refusal(scenario, cluster)
         or _hardware_refusal(scenario, cluster)
         or _model_refusal(scenario, profile, cluster)
         or _engine_refusal(scenario, profile, cluster)
@@ -86,12 +87,21 @@ def _pointless(training: Training) -> str | None:
 
 def _unmodelled(training: Training) -> str | None:
     """What no trace stands for yet. An answer for something else would be worse than none."""
-    if training.checkpointing is Checkpointing.SELECTIVE:
-        return "--checkpointing selective is not modelled yet; it lies between --checkpointing none and full"
     if training.compile:
         return "--compile is not modelled yet; leave it out for the eager step, whose peak is rarely lower"
     if training.precision is Precision.FP8:
         return "--precision fp8 is not modelled yet; use --precision bf16"
+    return None
+
+
+def _checkpointing_refusal(scenario: Scenario, cluster: Cluster) -> str | None:
+    """FSDP wraps blocks itself, with no choice of what is kept or where (accelerate's ``activation_checkpointing``);
+    transformers pins what it holds on the host, which takes a GPU's driver."""
+    checkpointing, kind = scenario.training.checkpointing, scenario.strategy.kind
+    if checkpointing is Checkpointing.OFFLOAD and cluster.gpu.device_kind is DeviceKind.CPU:
+        return "--checkpointing offload moves activations off a GPU, and there is none; use --checkpointing full"
+    if checkpointing in (Checkpointing.SELECTIVE, Checkpointing.OFFLOAD) and kind.is_fsdp:
+        return f"--checkpointing {checkpointing} does not exist under --strategy {kind}; use --checkpointing full"
     return None
 
 

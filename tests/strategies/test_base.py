@@ -172,7 +172,8 @@ def test_deepspeed_casts_adapters() -> None:
     [
         ({"precision": "bf16"}, {"bf16_flops_per_s": 0.0}, "has no bf16; use --precision fp16"),
         ({"precision": "fp8"}, {}, "--precision fp8 is not modelled yet; use --precision bf16"),
-        ({"checkpointing": "selective"}, {}, "--checkpointing selective is not modelled yet"),
+        ({"checkpointing": "selective", "strategy": "fsdp2"}, {}, "does not exist under --strategy fsdp2; use --check"),
+        ({"checkpointing": "offload", "strategy": "hsdp"}, {}, "does not exist under --strategy hsdp; use --check"),
         ({"compile": True}, {}, "--compile is not modelled yet"),
         ({"attention": "flash_attention_2"}, {"compute_capability": (7, 5)}, "use --attention sdpa"),
         ({"attention": "flash_attention_2", "precision": "fp32"}, {}, "does not take fp32"),
