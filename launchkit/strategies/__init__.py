@@ -65,6 +65,7 @@ def refusal(scenario: Scenario, profile: ModelProfile, cluster: Cluster) -> str 
         _pointless(scenario.training)
         or _unmodelled(scenario.training)
         or _checkpointing_refusal(scenario, cluster)
+        or _optimizer_refusal(scenario)
         or _hardware_refusal(scenario, cluster)
         or _model_refusal(scenario, profile, cluster)
         or _engine_refusal(scenario, profile, cluster)
@@ -102,6 +103,18 @@ def _checkpointing_refusal(scenario: Scenario, cluster: Cluster) -> str | None:
         return "--checkpointing offload moves activations off a GPU, and there is none; use --checkpointing full"
     if checkpointing in (Checkpointing.SELECTIVE, Checkpointing.OFFLOAD) and kind.is_fsdp:
         return f"--checkpointing {checkpointing} does not exist under --strategy {kind}; use --checkpointing full"
+    return None
+
+
+def _optimizer_refusal(scenario: Scenario) -> str | None:
+    """Source: transformers 5.23 ``_setup_low_rank_optimizer``; a shard of a matrix has no projection of its own."""
+    optimizer, kind = find(scenario.training.optimizer), scenario.strategy.kind
+    if optimizer.in_backward and kind is not StrategyKind.SINGLE:
+        return f"{optimizer.name} updates inside the backward pass of one process; use --strategy single"
+    if optimizer.in_backward and scenario.batch.gradient_accumulation_steps > 1:
+        return f"{optimizer.name} cannot accumulate gradients; use --global-batch {scenario.batch.micro_batch}"
+    if optimizer.target_modules and kind not in (StrategyKind.SINGLE, StrategyKind.DDP):
+        return f"{optimizer.name} projects whole matrices, and --strategy {kind} shards them; use --strategy ddp"
     return None
 
 
