@@ -167,6 +167,14 @@ class Optimizer:
     states_before_step: bool = False
     states_interleaved: bool = False
 
+    @property
+    def trainer_arguments(self) -> dict[str, str]:
+        """``optim`` and what goes with it, as ``TrainingArguments`` takes them. Empty where the Trainer lacks it."""
+        if not self.hf_name:
+            return {}
+        extra = {"optim_args": self.hf_args, "optim_target_modules": self.target_modules}
+        return {"optim": self.hf_name} | {name: value for name, value in extra.items() if value}
+
     def variant(self, tensor: LocalTensor) -> Variant:
         return next(variant for variant in self.variants if variant.applies(tensor))
 

@@ -20,6 +20,7 @@ from launchkit.export.layout import (
     must_reenter,
 )
 from launchkit.hardware import Backend, Cluster
+from launchkit.optimizers import find
 from launchkit.plan import Candidate
 from launchkit.recipe import RECIPES
 from launchkit.scenario import (
@@ -89,7 +90,7 @@ def axolotl_config(
         "gradient_accumulation_steps": batch.gradient_accumulation_steps,
         "num_epochs": 1,
         **_adapter(candidate),
-        "optimizer": training.optimizer,
+        **_optimizer(training.optimizer),
         "learning_rate": recipe.learning_rate,
         "lr_scheduler": recipe.lr_scheduler,
         "max_grad_norm": clip_norm(candidate),
@@ -135,6 +136,13 @@ def _adapter(candidate: Candidate) -> dict[str, object]:
         **({"peft_use_dora": True} if training.dora else {}),
         **({"peft_use_rslora": True} if training.rslora else {}),
     }
+
+
+def _optimizer(name: str) -> dict[str, object]:
+    """Axolotl takes the Trainer's optimizers by the Trainer's names, and has some of its own."""
+    optimizer = find(name)
+    arguments = dict(optimizer.trainer_arguments)
+    return {"optimizer": arguments.pop("optim", optimizer.name), **arguments}
 
 
 def _checkpointing(candidate: Candidate) -> dict[str, object]:

@@ -16,6 +16,7 @@ from launchkit.export.layout import (
     lora_target_parameters,
 )
 from launchkit.hardware import Backend, Cluster
+from launchkit.optimizers import find
 from launchkit.plan import Candidate
 from launchkit.recipe import RECIPES
 from launchkit.scenario import Checkpointing, Loss, Method, Precision
@@ -42,7 +43,7 @@ def trl_config(
         "packing": training.packing,
         "per_device_train_batch_size": batch.micro_batch,
         "gradient_accumulation_steps": batch.gradient_accumulation_steps,
-        "optim": training.optimizer,
+        **find(training.optimizer).trainer_arguments,
         "learning_rate": RECIPES[training.method].learning_rate,
         "max_grad_norm": clip_norm(candidate),
         "bf16": autocast == "bf16",
@@ -101,5 +102,7 @@ def _check_trl_can(candidate: Candidate) -> None:
     training, task = candidate.scenario.training, candidate.model.task
     if training.loss is Loss.CCE:
         raise IllegalScenarioError("TRL has no cut cross-entropy; use --loss liger, or leave TRL out")
+    if not find(training.optimizer).trainer_arguments:
+        raise IllegalScenarioError(f"TRL has no {training.optimizer}; use --optimizer adamw_torch, or leave TRL out")
     if task != "causal-lm":
         raise IllegalScenarioError(f"trl sft is not for {task}; use --trainer hf, or leave TRL out")

@@ -23,6 +23,7 @@ from launchkit.finetune.model import adapter_config, load_model, load_tokenizer,
 from launchkit.finetune.unpack import unpacked
 from launchkit.launch.environment import RUN_DIR_VARIABLE
 from launchkit.launch.job import FineTuneJob
+from launchkit.optimizers import find
 from launchkit.process.worker import global_rank, say
 from launchkit.recipe import KEPT_CHECKPOINTS
 from launchkit.scenario import Checkpointing, Loss
@@ -98,7 +99,7 @@ def _argument_values(job: FineTuneJob) -> dict[str, Any]:
         "num_train_epochs": job.data.num_epochs,
         "learning_rate": job.learning_rate,
         "max_grad_norm": job.max_grad_norm,
-        "optim": job.training.optimizer,
+        **find(job.training.optimizer).trainer_arguments,
         "seed": job.data.seed,
         # The arguments want a GPU or use_cpu; sharded on the CPU, ACCELERATE_MIXED_PRECISION says it instead.
         "bf16": job.autocast == "bf16" and not is_sharded_on_cpu,

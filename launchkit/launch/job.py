@@ -14,6 +14,7 @@ from launchkit.export.layout import (
     lora_target_parameters,
 )
 from launchkit.hardware import Backend, Cluster
+from launchkit.optimizers import find
 from launchkit.plan import Candidate
 from launchkit.recipe import RECIPES
 from launchkit.scenario import Batch, Checkpointing, Loss, Method, Precision, StrategyKind, Trainer, Training
@@ -155,6 +156,7 @@ def _check_trainable(candidate: Candidate) -> None:
         )
     refused = {
         "cut cross-entropy": (training.loss is Loss.CCE, "--loss plain"),
+        training.optimizer: (not find(training.optimizer).trainer_arguments, "--optimizer adamw_torch_fused"),
         "fp8": (training.precision is Precision.FP8, "--precision bf16"),
         "selective checkpointing but TRL's": (
             training.checkpointing is Checkpointing.SELECTIVE
