@@ -113,11 +113,14 @@ def with_adapter(model: Any, cell: Cell) -> nn.Module:
     """``model`` under PEFT's adapter, which is all that is trained."""
     from peft import LoraConfig, get_peft_model
 
-    targets = cell.lora_targets if cell.lora_targets == "all-linear" else cell.lora_targets.split(",")
+    named = cell.lora_targets.split(",")
+    parameters = [name for name in named if "experts." in name]
+    targets = cell.lora_targets if named == ["all-linear"] else [name for name in named if name not in parameters]
     config = LoraConfig(
         r=cell.lora_rank,
         lora_alpha=2 * cell.lora_rank,
         target_modules=targets,
+        target_parameters=parameters or None,
         use_dora=cell.dora,
         modules_to_save=cell.lora_modules_to_save.split(",") if cell.lora_modules_to_save else None,
     )
