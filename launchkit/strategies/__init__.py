@@ -90,8 +90,8 @@ def _unmodelled(training: Training) -> str | None:
     """What no trace stands for yet. An answer for something else would be worse than none."""
     if training.precision is Precision.FP8:
         return (
-            "--precision fp8 is not modelled: torchao's layers, accelerate's choice, hold weights and activations in 16 "
-            "bits and make 8-bit copies for each product; use --precision bf16, whose peak is no higher"
+            "--precision fp8 is not modelled: torchao's layers, accelerate's choice, hold weights and activations in "
+            "16 bits and make 8-bit copies for each product; use --precision bf16, whose peak is no higher"
         )
     return None
 
