@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -174,6 +175,20 @@ def test_muon_allocates_what_torch_does(itemsize: int) -> None:
             real = profiled(torch, optimizer.step)
         predicted = live_bytes(step_events(find("muon"), tensors, device=CPU, first_step=first))
         assert predicted == pytest.approx(real, abs=8192)
+
+
+@pytest.mark.skipif(not os.environ.get("LAUNCHKIT_LONG_TESTS"), reason="compiles the update, which takes a minute")
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("itemsize", [4, 2])
+@pytest.mark.parametrize(("name", "class_name"), [("adamw_torch_8bit", "AdamW8bit"), ("adamw_torch_4bit", "AdamW4bit")])
+def test_torchao_keeps_and_allocates_what_its_class_does(name: str, class_name: str, itemsize: int) -> None:
+    torch = pytest.importorskip("torch")
+    optim = pytest.importorskip("torchao.optim")
+    make = lambda parameters: getattr(optim, class_name)(parameters, lr=1e-3, block_size=256)  # noqa: E731
+    (_, kept), steady = real_steps(torch, make, itemsize)
+    (_, kept_predicted), steady_predicted = predicted_steps(name, itemsize, CPU)
+    assert kept_predicted == kept
+    assert steady_predicted == pytest.approx(steady, rel=0.01)
 
 
 @pytest.mark.parametrize(
