@@ -68,8 +68,8 @@ def apply_method(model: nn.Module, key: TraceKey, *, lora_rank: int) -> nn.Modul
 
 
 def lora_targets(model: nn.Module, text: str) -> tuple[str | list[str], list[str]]:
-    """PEFT's ``target_modules`` and ``target_parameters`` for ``all-linear``, ``attention`` or names separated by
-    commas, of which those of fused experts (``experts.down_proj``) are parameters.
+    """PEFT's ``target_modules`` and ``target_parameters`` for ``all-linear``, ``attention`` or a list of names
+    separated by commas, of which those of fused experts (``experts.down_proj``) are parameters.
 
     Raises ``TraceError`` naming what the model does have when nothing matches.
     """
