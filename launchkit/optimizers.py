@@ -57,7 +57,15 @@ class Extent(StrEnum):
     ROWS = "rows"  # all dimensions but the last
     COLUMNS = "columns"  # all dimensions but the last but one
     SQUARE = "square"  # a square matrix of the smaller side
+    SINGULAR_VECTORS = "singular_vectors"  # the smaller side by GaLore's rank, which it bounds
+    ON_SINGULAR_VECTORS = "on_singular_vectors"  # of a matrix projected on these: the larger side by the rank
+    RANDOM_VECTORS = "random_vectors"  # the same with APOLLO's rank, which nothing bounds
+    ON_RANDOM_VECTORS = "on_random_vectors"
+    LONGER_SIDE = "longer_side"
     ONE = "one"
+
+
+_PROJECTED_RANK = 128  # the Trainer's default for GaLore and APOLLO
 
 
 _ENTRIES: dict[Extent, Callable[[tuple[int, ...]], int]] = {
@@ -65,6 +73,11 @@ _ENTRIES: dict[Extent, Callable[[tuple[int, ...]], int]] = {
     Extent.ROWS: lambda shape: prod(shape[:-1]),
     Extent.COLUMNS: lambda shape: prod((*shape[:-2], *shape[-1:])),
     Extent.SQUARE: lambda shape: min(shape) ** 2,
+    Extent.SINGULAR_VECTORS: lambda shape: min(shape) * min(_PROJECTED_RANK, *shape),
+    Extent.ON_SINGULAR_VECTORS: lambda shape: max(shape) * min(_PROJECTED_RANK, *shape),
+    Extent.RANDOM_VECTORS: lambda shape: min(shape) * _PROJECTED_RANK,
+    Extent.ON_RANDOM_VECTORS: lambda shape: max(shape) * _PROJECTED_RANK,
+    Extent.LONGER_SIDE: max,
     Extent.ONE: lambda shape: 1,
 }
 
@@ -133,6 +146,9 @@ class Optimizer:
     """One row. ``name`` is what ``--optimizer`` takes; ``hf_name`` and ``hf_args`` what ``TrainingArguments`` takes as
     ``optim`` and ``optim_args`` (empty where the Trainer does not know the optimizer).
 
+    ``target_modules`` is what ``optim_target_modules`` says of the layers that are treated apart, behind all others: a
+    regular expression over module names. ``in_backward`` is true where each parameter is updated as soon as its
+    gradient is complete, and the gradient dropped; ``foreach_on_cpu`` where the multi-tensor form is not left to CUDA.
     ``shared_state_bytes`` are allocations made once (bitsandbytes' code books). ``states_before_step`` is true where
     the states exist from construction on; ``states_interleaved`` where each is made just before its tensor's update,
     not all of them before the first.
@@ -143,10 +159,21 @@ class Optimizer:
     variants: tuple[Variant, ...]
     source: str
     hf_args: str = ""
+    target_modules: str = ""
+    in_backward: bool = False
+    foreach_on_cpu: bool = False
     needs: str = ""  # the package it comes from, besides torch and transformers
     shared_state_bytes: tuple[int, ...] = ()
     states_before_step: bool = False
     states_interleaved: bool = False
+
+    @property
+    def trainer_arguments(self) -> dict[str, str]:
+        """``optim`` and what goes with it, as ``TrainingArguments`` takes them. Empty where the Trainer lacks it."""
+        if not self.hf_name:
+            return {}
+        extra = {"optim_args": self.hf_args, "optim_target_modules": self.target_modules}
+        return {"optim": self.hf_name} | {name: value for name, value in extra.items() if value}
 
     def variant(self, tensor: LocalTensor) -> Variant:
         return next(variant for variant in self.variants if variant.applies(tensor))
@@ -193,6 +220,8 @@ def step_events(
     With ``first_step`` the states are allocated too, and stay.
     """
     writer = _Writer(stage=stage, slot=slot)
+    if optimizer.target_modules:
+        tensors = sorted(tensors, key=_is_block_matrix)
     makes_states = first_step and not optimizer.states_before_step
     interleaved = makes_states and optimizer.states_interleaved
     if makes_states:
@@ -224,7 +253,7 @@ def _updates(
     by_dtype: dict[tuple[int, tuple[Temporary, ...]], list[LocalTensor]] = {}
     for tensor in tensors:
         variant = optimizer.variant(tensor)
-        if device is DeviceKind.CPU or variant.foreach is None:
+        if variant.foreach is None or (device is DeviceKind.CPU and not optimizer.foreach_on_cpu):
             yield variant.loop, (tensor,)
         else:
             by_dtype.setdefault((tensor.itemsize, variant.foreach), []).append(tensor)
@@ -365,6 +394,78 @@ _MUON_HIDDEN = (
     ),
 )
 
+
+def _is_block_matrix(tensor: LocalTensor) -> bool:
+    return tensor.in_block and len(tensor.shape) == 2
+
+
+# The AdamW that GaLore and APOLLO share: what follows on `grad`, the gradient or its projection.
+_OWN_ADAMW = Variant(
+    states=(StateTensor(), StateTensor()),
+    loop=(Drop("grad"), Bind("denom"), Bind("norm_grad")),
+)
+
+
+def _projected_adamw(projected: Extent) -> tuple[Temporary, ...]:
+    return (Drop("grad"), Bind("grad", projected), Bind("denom", projected), Bind("norm_grad", projected))
+
+
+# Projected back, the update is scaled into a tensor of its own.
+_GALORE_LOOP = (
+    *_projected_adamw(Extent.ON_SINGULAR_VECTORS),
+    Bind("full_rank_grad"),
+    Bind("norm_grad"),
+    Drop("full_rank_grad"),
+)
+_GALORE_STATES = (StateTensor(Extent.ON_SINGULAR_VECTORS),) * 2
+_GALORE = (
+    Variant(
+        applies=lambda tensor: _is_block_matrix(tensor) and not _is_half(tensor),
+        # The projector is a view of the factor that the decomposition made, which it keeps whole.
+        states=(StateTensor(Extent.SQUARE), *_GALORE_STATES),
+        loop=_GALORE_LOOP,
+    ),
+    Variant(
+        applies=_is_block_matrix, states=(StateTensor(Extent.SINGULAR_VECTORS), *_GALORE_STATES), loop=_GALORE_LOOP
+    ),
+    _OWN_ADAMW,
+)
+_APOLLO = (
+    Variant(
+        applies=_is_block_matrix,
+        states=(StateTensor(Extent.RANDOM_VECTORS), *(StateTensor(Extent.ON_RANDOM_VECTORS),) * 2),
+        loop=(
+            *_projected_adamw(Extent.ON_RANDOM_VECTORS),
+            Bind("grad_scaling_factor", Extent.LONGER_SIDE),
+            Bind("scaled_grad"),
+            Bind("scaled_grad"),
+            Drop("norm_grad"),
+        ),
+    ),
+    _OWN_ADAMW,
+)
+
+# schedulefree's foreach is its default on the CPU too; gradients are overwritten.
+_SCHEDULE_FREE_ADAMW = Variant(
+    states=(StateTensor(), StateTensor()),
+    foreach=(Bind("denom"),),
+)
+
+# Its squared mean is a scratch scalar of the Triton kernel that CUDA takes, which updates in place.
+_STABLE_STATES = (StateTensor(), StateTensor(), StateTensor(Extent.ONE), StateTensor(Extent.ONE, FP32_BYTES))
+_STABLE_SQUARE = (Bind("square"), Bind("maximum"), Drop("maximum"))
+_STABLE_MEAN_OF_HALF = (Bind("wide", itemsize=FP32_BYTES), Drop("wide"))  # torch's CPU kernel takes the mean in fp32
+_STABLE_END = (Drop("square"), Bind("denominator"), Drop("denominator"))
+_STABLE_ADAMW = (
+    Variant(
+        applies=_is_half,
+        states=(*_STABLE_STATES, StateTensor()),
+        loop=(*_STABLE_SQUARE, *_STABLE_MEAN_OF_HALF, *_STABLE_END),
+        foreach=(),
+    ),
+    Variant(states=(*_STABLE_STATES, StateTensor(Extent.ONE, 1)), loop=(*_STABLE_SQUARE, *_STABLE_END), foreach=()),
+)
+
 _CODE_BOOK_BYTES = 256 * FP32_BYTES
 _BNB_BLOCK = 256
 
@@ -389,24 +490,34 @@ def _bnb(num_states: int, *, bits: int, paged: bool = False) -> tuple[Variant, .
     )
 
 
+# Bytes per element that the compiled update holds on a CPU, by elements to a byte of state: both moments in fp32, and
+# for 4 bits the distances to the code book. Measured (inductor of torch 2.13, torchao 0.18); not on a GPU.
+_TORCHAO_BUFFER_BYTES = {1: 8, 2: 26}
+
+
 def _torchao(*, elements_per_byte: int) -> tuple[Variant, ...]:
     """torchao quantises tensors of at least 4096 elements whose count is a multiple of the block (256, as the
     Trainer passes it); each quantised state has a code book of its own."""
     codes = StateTensor(Extent.ELEMENTS, 1, elements_per_byte)
     scales = StateTensor(Extent.ELEMENTS, FP32_BYTES, 256)
     book = StateTensor(Extent.ONE, (256 if elements_per_byte == 1 else 16) * FP32_BYTES)
+    buffers = Bind("buffers", itemsize=_TORCHAO_BUFFER_BYTES[elements_per_byte])
     return (
         Variant(
             applies=lambda tensor: tensor.numel < 4096 or tensor.numel % 256 != 0,
             states=(_STEP_ON_HOST, StateTensor(), StateTensor()),
         ),
-        Variant(states=(_STEP_ON_HOST, codes, scales, book, codes, scales, book)),
+        Variant(
+            states=(_STEP_ON_HOST, codes, scales, book, codes, scales, book),
+            loop=(buffers, Drop("buffers")),
+            foreach=(),
+        ),
     )
 
 
 _TORCH = "torch 2.13 torch/optim"
 _BNB = "bitsandbytes 0.50.2 bitsandbytes/optim/optimizer.py"
-_TORCHAO = "pytorch/ao torchao/optim/adam.py and subclass_*.py; temporaries of its compiled update not measured"
+_TORCHAO = "torchao 0.18.0 torchao/optim/adam.py and subclass_*.py; what the compiled update holds on a GPU is left out"
 
 
 def _bnb_row(name: str, num_states: int, *, bits: int, source: str = _BNB) -> Optimizer:
@@ -417,6 +528,25 @@ def _bnb_row(name: str, num_states: int, *, bits: int, source: str = _BNB) -> Op
         source=source,
         variants=_bnb(num_states, bits=bits, paged=name.startswith("paged")),
         shared_state_bytes=(_CODE_BOOK_BYTES,) * min(num_states, 2) if bits == 8 else (),
+        states_interleaved=True,
+    )
+
+
+# The linear layers of the blocks, whatever the model: their names hold the block's number.
+_BLOCK_LINEARS = r".*\.\d+\..*"
+_GALORE_SOURCE = "galore-torch 1.0 galore_torch/adamw.py, rank 128, between two renewals of the projection"
+_APOLLO_SOURCE = "apollo-torch 1.0.3 apollo_torch/apollo.py, random projection of rank 128, steady steps"
+
+
+def _projecting_row(name: str, variants: tuple[Variant, ...], *, needs: str, source: str) -> Optimizer:
+    return Optimizer(
+        name=name,
+        hf_name=name,
+        needs=needs,
+        source=source,
+        variants=variants,
+        target_modules=_BLOCK_LINEARS,
+        in_backward=name.endswith("layerwise"),
         states_interleaved=True,
     )
 
@@ -490,6 +620,40 @@ _ROWS = (
         hf_name="",
         variants=(*_MUON_HIDDEN, _ADAM_FUSED),
         source=f"{_TORCH}/_muon.py for matrices of the blocks, fused AdamW for everything else",
+    ),
+    _projecting_row("galore_adamw", _GALORE, needs="galore-torch", source=_GALORE_SOURCE),
+    _projecting_row("galore_adamw_layerwise", _GALORE, needs="galore-torch", source=_GALORE_SOURCE),
+    _projecting_row("apollo_adamw", _APOLLO, needs="apollo-torch", source=_APOLLO_SOURCE),
+    _projecting_row("apollo_adamw_layerwise", _APOLLO, needs="apollo-torch", source=_APOLLO_SOURCE),
+    Optimizer(
+        name="schedule_free_adamw",
+        hf_name="schedule_free_adamw",
+        needs="schedulefree",
+        variants=(_SCHEDULE_FREE_ADAMW,),
+        source="schedulefree 1.4.1 schedulefree/adamw_schedulefree.py",
+        foreach_on_cpu=True,
+    ),
+    Optimizer(
+        name="schedule_free_radam",
+        hf_name="schedule_free_radam",
+        needs="schedulefree",
+        variants=(_SCHEDULE_FREE_ADAMW,),
+        source="schedulefree 1.4.1 schedulefree/radam_schedulefree.py, from the fifth step on",
+        foreach_on_cpu=True,
+    ),
+    Optimizer(
+        name="schedule_free_sgd",
+        hf_name="schedule_free_sgd",
+        needs="schedulefree",
+        variants=(Variant(states=(StateTensor(),)),),
+        source="schedulefree 1.4.1 schedulefree/sgd_schedulefree.py",
+    ),
+    Optimizer(
+        name="stable_adamw",
+        hf_name="stable_adamw",
+        needs="torch-optimi",
+        variants=_STABLE_ADAMW,
+        source="torch-optimi 0.3.3 optimi/stableadamw.py",
     ),
     _bnb_row("adamw_bnb_8bit", 2, bits=8),
     _bnb_row("paged_adamw_8bit", 2, bits=8),

@@ -33,9 +33,12 @@ class Precision(StrEnum):
 
 
 class Checkpointing(StrEnum):
+    """What of a block's activations the backward pass computes again."""
+
     NONE = "none"
     FULL = "full"
-    SELECTIVE = "selective"
+    SELECTIVE = "selective"  # all but the attention
+    OFFLOAD = "offload"  # all, and what each block starts from waits on the host
 
 
 class Attention(StrEnum):

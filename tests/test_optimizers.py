@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -85,6 +86,35 @@ def torch_class(name: str, **arguments: object) -> Callable[[list[Any]], Any]:
     return lambda parameters: getattr(pytest.importorskip("torch").optim, name)(parameters, lr=1e-3, **arguments)
 
 
+def schedule_free(name: str) -> Callable[[list[Any]], Any]:
+    def make(parameters: list[Any]) -> Any:
+        optimizer = getattr(pytest.importorskip("schedulefree"), name)(parameters, lr=1e-3)
+        optimizer.train()
+        return optimizer
+
+    return make
+
+
+def stable_adamw(parameters: list[Any]) -> Any:
+    return pytest.importorskip("optimi").StableAdamW(parameters, lr=1e-3)
+
+
+def projecting(module: str, name: str, **arguments: object) -> Callable[[list[Any]], Any]:
+    """As the Trainer groups parameters: first what is not a linear layer."""
+
+    def make(parameters: list[Any]) -> Any:
+        matrices = [parameter for parameter in parameters if parameter.dim() == 2]
+        rest = [parameter for parameter in parameters if parameter.dim() != 2]
+        settings = {"rank": 128, "update_proj_gap": 200, "scale": 0.25, "proj_type": "std"} | arguments
+        groups = [{"params": rest}, {"params": matrices, **settings}]
+        return getattr(pytest.importorskip(module), name)(groups, lr=1e-3, no_deprecation_warning=True)
+
+    return make
+
+
+galore = projecting("galore_torch", "GaLoreAdamW")
+apollo = projecting("apollo_torch", "APOLLOAdamW", proj="random", scale_type="channel", scale=1.0)
+
 REAL = [
     ("adamw_torch", CPU, torch_class("AdamW")),
     ("adamw_torch", CUDA, torch_class("AdamW", foreach=True)),
@@ -98,6 +128,9 @@ REAL = [
     ("adagrad", CPU, torch_class("Adagrad")),
     ("adagrad", CUDA, torch_class("Adagrad", foreach=True)),
     ("adafactor", CPU, adafactor),
+    ("schedule_free_adamw", CPU, schedule_free("AdamWScheduleFree")),
+    ("schedule_free_sgd", CPU, schedule_free("SGDScheduleFree")),
+    ("stable_adamw", CPU, stable_adamw),
 ]
 
 
@@ -110,6 +143,19 @@ def test_step_allocates_what_the_real_optimizer_does(
     torch = pytest.importorskip("torch")
     for real, predicted in zip(real_steps(torch, make, itemsize), predicted_steps(name, itemsize, device), strict=True):
         assert predicted == pytest.approx(real, abs=1024)
+
+
+@pytest.mark.parametrize("itemsize", [4, 2])
+@pytest.mark.parametrize(("name", "make"), [("galore_adamw", galore), ("apollo_adamw", apollo)])
+def test_projected_states_and_steps(name: str, make: Callable[[list[Any]], Any], itemsize: int) -> None:
+    """What both steps keep and a steady one allocates agree to a kilobyte. The first makes the projections, by a
+    decomposition whose workspace is the library's: an eighth more at most."""
+    torch = pytest.importorskip("torch")
+    (first, kept), steady = real_steps(torch, make, itemsize)
+    (first_predicted, kept_predicted), steady_predicted = predicted_steps(name, itemsize, CPU)
+    assert kept_predicted == pytest.approx(kept, abs=1024)
+    assert steady_predicted == pytest.approx(steady, abs=1024)
+    assert first_predicted == pytest.approx(first, rel=1 / 8)
 
 
 @pytest.mark.filterwarnings("ignore:TF32 acceleration")
@@ -129,6 +175,20 @@ def test_muon_allocates_what_torch_does(itemsize: int) -> None:
             real = profiled(torch, optimizer.step)
         predicted = live_bytes(step_events(find("muon"), tensors, device=CPU, first_step=first))
         assert predicted == pytest.approx(real, abs=8192)
+
+
+@pytest.mark.skipif(not os.environ.get("LAUNCHKIT_LONG_TESTS"), reason="compiles the update, which takes a minute")
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("itemsize", [4, 2])
+@pytest.mark.parametrize(("name", "class_name"), [("adamw_torch_8bit", "AdamW8bit"), ("adamw_torch_4bit", "AdamW4bit")])
+def test_torchao_keeps_and_allocates_what_its_class_does(name: str, class_name: str, itemsize: int) -> None:
+    torch = pytest.importorskip("torch")
+    optim = pytest.importorskip("torchao.optim")
+    make = lambda parameters: getattr(optim, class_name)(parameters, lr=1e-3, block_size=256)  # noqa: E731
+    (_, kept), steady = real_steps(torch, make, itemsize)
+    (_, kept_predicted), steady_predicted = predicted_steps(name, itemsize, CPU)
+    assert kept_predicted == kept
+    assert steady_predicted == pytest.approx(steady, rel=0.01)
 
 
 @pytest.mark.parametrize(

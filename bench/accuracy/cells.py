@@ -290,7 +290,37 @@ ZERO_SETTINGS = (
     Cell(name="zero3-small-accumulation-fp32", config=LLAMA, gradient_accumulation_steps=2, **_SMALL_ZERO3),
 )
 
-CELLS = (*SINGLE, *DDP, *DDP_SETTINGS, *FSDP1, *FSDP2, *ZERO, *ZERO_SETTINGS, *architecture_cells())
+MIXTRAL: dict[str, Any] = LLAMA | {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
+
+METHODS = (
+    Cell(name="method-qlora-fp32", config=LLAMA, method="qlora"),
+    Cell(name="method-qlora-bf16", config=LLAMA, method="qlora", precision="bf16"),
+    Cell(name="method-qlora-bf16-checkpointing", config=LLAMA, method="qlora", precision="bf16", checkpointing="full"),
+    Cell(name="method-qlora-tied-hf", config=TIED, method="qlora", precision="bf16", trainer="hf"),
+    Cell(name="method-qlora-gpt2", config=GPT2, method="qlora", precision="bf16", checkpointing="full"),
+    Cell(name="method-qlora-dora", config=LLAMA, method="qlora", precision="bf16", dora=True, checkpointing="full"),
+    Cell(name="method-dora-bf16", config=LLAMA, method="lora", precision="bf16", dora=True),
+    Cell(name="method-lora-down-fp32", config=LLAMA, method="lora", lora_targets="down_proj"),
+    Cell(
+        name="method-lora-saved-embedding",
+        config=TIED,
+        method="lora",
+        precision="bf16",
+        lora_targets="o_proj",
+        lora_modules_to_save="embed_tokens",
+        checkpointing="full",
+    ),
+    Cell(
+        name="method-lora-experts",
+        config=MIXTRAL,
+        method="lora",
+        lora_targets="experts.gate_up_proj,experts.down_proj",
+    ),
+    Cell(name="method-selective-fp32", config=LLAMA, checkpointing="selective", seq_len=256),
+    Cell(name="method-selective-lora", config=LLAMA, method="lora", precision="bf16", checkpointing="selective"),
+)
+
+CELLS = (*SINGLE, *METHODS, *DDP, *DDP_SETTINGS, *FSDP1, *FSDP2, *ZERO, *ZERO_SETTINGS, *architecture_cells())
 
 
 def find(pattern: str) -> tuple[Cell, ...]:

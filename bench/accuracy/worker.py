@@ -63,14 +63,24 @@ def build_model(cell: Cell) -> nn.Module:
         model = quantised(model, cell, dtype=dtype)
     if cell.method != "full":
         model = with_adapter(model, cell)
-    if cell.checkpointing == "full":
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if cell.checkpointing != "none":
+        enable_checkpointing(model, cell)
     return model.train()
 
 
 def loads_narrow(cell: Cell) -> bool:
     """Whether frozen weights are loaded in 16 bits, as the built-in fine-tune does, under mixed precision."""
     return cell.method == "qlora" or (cell.method == "lora" and cell.strategy in FSDP and cell.trainer != "loop")
+
+
+def enable_checkpointing(model: Any, cell: Cell) -> None:
+    """As the trainers do: transformers' own, without re-entering; TRL's selection of what is kept."""
+    if cell.checkpointing == "selective":
+        from trl.models import enable_selective_activation_checkpointing
+
+        enable_selective_activation_checkpointing(model.get_base_model() if cell.method != "full" else model)
+    offload = {"offload": True} if cell.checkpointing == "offload" else {}
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False}, **offload)
 
 
 def quantised(model: Any, cell: Cell, *, dtype: torch.dtype) -> nn.Module:
@@ -103,11 +113,14 @@ def with_adapter(model: Any, cell: Cell) -> nn.Module:
     """``model`` under PEFT's adapter, which is all that is trained."""
     from peft import LoraConfig, get_peft_model
 
-    targets = cell.lora_targets if cell.lora_targets == "all-linear" else cell.lora_targets.split(",")
+    named = cell.lora_targets.split(",")
+    parameters = [name for name in named if "experts." in name]
+    targets = cell.lora_targets if named == ["all-linear"] else [name for name in named if name not in parameters]
     config = LoraConfig(
         r=cell.lora_rank,
         lora_alpha=2 * cell.lora_rank,
         target_modules=targets,
+        target_parameters=parameters or None,
         use_dora=cell.dora,
         modules_to_save=cell.lora_modules_to_save.split(",") if cell.lora_modules_to_save else None,
     )

@@ -20,6 +20,7 @@ from launchkit.export.layout import (
     must_reenter,
 )
 from launchkit.hardware import Backend, Cluster
+from launchkit.optimizers import find
 from launchkit.plan import Candidate
 from launchkit.recipe import RECIPES
 from launchkit.scenario import (
@@ -46,6 +47,11 @@ _LOSS_KEYS: dict[Loss, dict[str, object]] = {
         "plugins": ["axolotl.integrations.cut_cross_entropy.CutCrossEntropyPlugin"],
         "cut_cross_entropy": True,
     },
+}
+_CHECKPOINTING_KEYS: dict[Checkpointing, dict[str, object]] = {
+    Checkpointing.FULL: {},
+    Checkpointing.SELECTIVE: {"selective_checkpointing": True},
+    Checkpointing.OFFLOAD: {"activation_offloading": "hidden_states"},
 }
 _PRECISION_KEYS: dict[str, dict[str, object]] = {
     "no": {"bf16": False, "fp16": False},
@@ -84,7 +90,7 @@ def axolotl_config(
         "gradient_accumulation_steps": batch.gradient_accumulation_steps,
         "num_epochs": 1,
         **_adapter(candidate),
-        "optimizer": training.optimizer,
+        **_optimizer(training.optimizer),
         "learning_rate": recipe.learning_rate,
         "lr_scheduler": recipe.lr_scheduler,
         "max_grad_norm": clip_norm(candidate),
@@ -128,6 +134,13 @@ def _adapter(candidate: Candidate) -> dict[str, object]:
     }
 
 
+def _optimizer(name: str) -> dict[str, object]:
+    """Axolotl takes the Trainer's optimizers by the Trainer's names, and has some of its own."""
+    optimizer = find(name)
+    arguments = dict(optimizer.trainer_arguments)
+    return {"optimizer": arguments.pop("optim", optimizer.name), **arguments}
+
+
 def _checkpointing(candidate: Candidate) -> dict[str, object]:
     """Under FSDP full checkpointing is FSDP's own, since the model's adds an all-gather to each block's backward."""
     scenario = candidate.scenario
@@ -138,7 +151,7 @@ def _checkpointing(candidate: Candidate) -> dict[str, object]:
         "gradient_checkpointing": True,
         "gradient_checkpointing_kwargs": {"use_reentrant": must_reenter(candidate)},
     }
-    return keys | ({"selective_checkpointing": True} if checkpointing is Checkpointing.SELECTIVE else {})
+    return keys | _CHECKPOINTING_KEYS[checkpointing]
 
 
 def _strategy(candidate: Candidate, cluster: Cluster, *, deepspeed_file: str) -> dict[str, object]:

@@ -139,6 +139,14 @@ def must_reenter(candidate: Candidate) -> bool:
     return scenario.training.method is Method.QLORA and scenario.strategy.kind is StrategyKind.ZERO3
 
 
+def checkpointing_arguments(candidate: Candidate) -> dict[str, object]:
+    """``gradient_checkpointing_kwargs``: torch's own, the Trainer's ``offload`` and TRL's ``selective``."""
+    checkpointing = candidate.scenario.training.checkpointing
+    named = {Checkpointing.SELECTIVE: "selective", Checkpointing.OFFLOAD: "offload"}
+    extra = {named[checkpointing]: True} if checkpointing in named else {}
+    return {"use_reentrant": must_reenter(candidate), **extra}
+
+
 def ddp_arguments(candidate: Candidate) -> dict[str, object]:
     """DDP's settings as ``TrainingArguments`` and Axolotl name them; nothing under another strategy."""
     strategy = candidate.scenario.strategy

@@ -10,12 +10,13 @@ from launchkit.export.layout import (
     adapter_sizes,
     autocast_format,
     check_expressible,
+    checkpointing_arguments,
     clip_norm,
     ddp_arguments,
     lora_target_modules,
-    must_reenter,
 )
 from launchkit.hardware import Backend, Cluster
+from launchkit.optimizers import find
 from launchkit.plan import Candidate
 from launchkit.recipe import RECIPES
 from launchkit.scenario import Checkpointing, Loss, Method, Precision
@@ -42,7 +43,7 @@ def trl_config(
         "packing": training.packing,
         "per_device_train_batch_size": batch.micro_batch,
         "gradient_accumulation_steps": batch.gradient_accumulation_steps,
-        "optim": training.optimizer,
+        **find(training.optimizer).trainer_arguments,
         "learning_rate": RECIPES[training.method].learning_rate,
         "max_grad_norm": clip_norm(candidate),
         "bf16": autocast == "bf16",
@@ -75,7 +76,7 @@ def _checkpointing(candidate: Candidate) -> dict[str, object]:
     scenario = candidate.scenario
     if scenario.training.checkpointing is Checkpointing.NONE or scenario.strategy.kind.is_fsdp:
         return {"gradient_checkpointing": False}
-    kwargs = {"use_reentrant": must_reenter(candidate)}
+    kwargs = checkpointing_arguments(candidate)
     return {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": kwargs}
 
 
@@ -97,7 +98,7 @@ def _check_trl_can(candidate: Candidate) -> None:
     training, task = candidate.scenario.training, candidate.model.task
     if training.loss is Loss.CCE:
         raise IllegalScenarioError("TRL has no cut cross-entropy; use --loss liger, or leave TRL out")
-    if training.checkpointing is Checkpointing.SELECTIVE:
-        raise IllegalScenarioError("TRL has no selective checkpointing; use --checkpointing full, or leave TRL out")
+    if not find(training.optimizer).trainer_arguments:
+        raise IllegalScenarioError(f"TRL has no {training.optimizer}; use --optimizer adamw_torch, or leave TRL out")
     if task != "causal-lm":
         raise IllegalScenarioError(f"trl sft is not for {task}; use --trainer hf, or leave TRL out")

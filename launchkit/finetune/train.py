@@ -23,6 +23,7 @@ from launchkit.finetune.model import adapter_config, load_model, load_tokenizer,
 from launchkit.finetune.unpack import unpacked
 from launchkit.launch.environment import RUN_DIR_VARIABLE
 from launchkit.launch.job import FineTuneJob
+from launchkit.optimizers import find
 from launchkit.process.worker import global_rank, say
 from launchkit.recipe import KEPT_CHECKPOINTS
 from launchkit.scenario import Checkpointing, Loss
@@ -98,7 +99,7 @@ def _argument_values(job: FineTuneJob) -> dict[str, Any]:
         "num_train_epochs": job.data.num_epochs,
         "learning_rate": job.learning_rate,
         "max_grad_norm": job.max_grad_norm,
-        "optim": job.training.optimizer,
+        **find(job.training.optimizer).trainer_arguments,
         "seed": job.data.seed,
         # The arguments want a GPU or use_cpu; sharded on the CPU, ACCELERATE_MIXED_PRECISION says it instead.
         "bf16": job.autocast == "bf16" and not is_sharded_on_cpu,
@@ -106,7 +107,7 @@ def _argument_values(job: FineTuneJob) -> dict[str, Any]:
         "use_cpu": job.on_cpu and not is_sharded_on_cpu,
         "deepspeed": job.deepspeed_file or None,
         "activation_checkpointing": checkpoints_itself,
-        "activation_checkpointing_kwargs": {"use_reentrant": False} if checkpoints_itself else None,
+        "activation_checkpointing_kwargs": _checkpointing_arguments(job) if checkpoints_itself else None,
         "use_liger_kernel": job.training.loss is Loss.LIGER,
         "torch_compile": job.training.compile,
         "ddp_find_unused_parameters": False,
@@ -118,6 +119,12 @@ def _argument_values(job: FineTuneJob) -> dict[str, Any]:
         "report_to": "none",
         "disable_tqdm": True,
     }
+
+
+def _checkpointing_arguments(job: FineTuneJob) -> dict[str, Any]:
+    named = {Checkpointing.OFFLOAD: "offload", Checkpointing.SELECTIVE: "selective"}
+    extra = named.get(job.training.checkpointing)
+    return {"use_reentrant": False} | ({extra: True} if extra else {})
 
 
 def _trainer(

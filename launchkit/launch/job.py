@@ -14,6 +14,7 @@ from launchkit.export.layout import (
     lora_target_parameters,
 )
 from launchkit.hardware import Backend, Cluster
+from launchkit.optimizers import find
 from launchkit.plan import Candidate
 from launchkit.recipe import RECIPES
 from launchkit.scenario import Batch, Checkpointing, Loss, Method, Precision, StrategyKind, Trainer, Training
@@ -155,8 +156,14 @@ def _check_trainable(candidate: Candidate) -> None:
         )
     refused = {
         "cut cross-entropy": (training.loss is Loss.CCE, "--loss plain"),
+        training.optimizer: (not find(training.optimizer).trainer_arguments, "--optimizer adamw_torch_fused"),
         "fp8": (training.precision is Precision.FP8, "--precision bf16"),
-        "selective checkpointing": (training.checkpointing is Checkpointing.SELECTIVE, "--checkpointing full"),
+        "selective checkpointing but TRL's": (
+            training.checkpointing is Checkpointing.SELECTIVE
+            and training.trainer is not Trainer.TRL
+            and training.loss is not Loss.CHUNKED,
+            "--trainer trl",
+        ),
     }
     for name, (applies, advice) in refused.items():
         if applies:

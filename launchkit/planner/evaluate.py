@@ -93,7 +93,9 @@ class Bench:
         memory_bytes = known_host_bytes(self.cluster_of(scenario))
         if not memory_bytes:
             return None
-        same = _of_any_batch(scenario)
+        same = scenario
+        if scenario.training.checkpointing is not Checkpointing.OFFLOAD:  # whose activations wait on the host
+            same = _of_any_batch(scenario)
         if same not in self._shortages:
             self._shortages[same] = shortage(run_of(self, scenario).hosts(), memory_bytes=memory_bytes)
         return self._shortages[same]
@@ -163,8 +165,31 @@ def judge(bench: Bench, scenario: Scenario) -> Candidate:
     phases = phase_peaks(run_of(bench, scenario, reading.steady_bytes), reading, steps)
     return replace(
         candidate,
-        estimate=replace(candidate.estimate, phases=phases),
-        notes=(*candidate.notes, *_warnings(bench, candidate)),
+        estimate=replace(candidate.estimate, phases=phases, device_peak_low_bytes=_low_bytes(bench, candidate)),
+        notes=(*candidate.notes, *_compile_notes(scenario), *_warnings(bench, candidate)),
+    )
+
+
+def _low_bytes(bench: Bench, candidate: Candidate) -> int:
+    """The lower end of the device's peak; of a compiled step that of the same step under full checkpointing.
+
+    inductor's partitioner computes again what is cheap and keeps what products need, which is more than the inputs of
+    blocks. Its upper end is the eager step, from which fusion only takes temporaries away.
+    """
+    scenario, estimate = candidate.scenario, candidate.estimate
+    if not scenario.training.compile or scenario.training.checkpointing is not Checkpointing.NONE:
+        return estimate.device_peak_low_bytes
+    least = replace(scenario, training=replace(scenario.training, checkpointing=Checkpointing.FULL))
+    saved = estimate.allocated_peak_bytes - bench.live_peak_bytes(least)
+    return estimate.device_peak_low_bytes - max(saved, 0)
+
+
+def _compile_notes(scenario: Scenario) -> tuple[str, ...]:
+    if not scenario.training.compile:
+        return ()
+    return (
+        "torch.compile: the peak is the eager step's, which a compiled one stays below; the low end of the range is "
+        "what full checkpointing would take",
     )
 
 
@@ -214,6 +239,7 @@ def run_of(bench: Bench, scenario: Scenario, steady_bytes: int = 0) -> Run:
     profile = bench.source.profile
     return Run(
         program=program,
+        point=point_of(scenario),
         sizes=bench.sizes(scenario),
         scenario=scenario,
         cluster=cluster,

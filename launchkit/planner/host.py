@@ -8,7 +8,7 @@ from typing import NamedTuple
 from launchkit.hardware import Cluster
 from launchkit.planner.load import LoadPeak
 from launchkit.planner.sizes import ModelSizes, saves_whole_weights
-from launchkit.program import StepProgram
+from launchkit.program import Phase, Point, StepProgram
 from launchkit.scenario import DeviceKind, Scenario, StrategyKind
 from launchkit.units import GB, MIB
 
@@ -39,13 +39,20 @@ class HostUse(NamedTuple):
         return self.needed_bytes + self.mapped_bytes
 
 
-def host_while_training(program: StepProgram, *, cluster: Cluster, device_bytes: int) -> HostUse:
+def offloaded_activation_bytes(program: StepProgram, point: Point) -> int:
+    """What the forward pass of one rank leaves on the host for its backward."""
+    forward = [stage for stage in program.stages if stage.phase is Phase.FORWARD]
+    sections = (program.section_of(stage, layer) for stage in forward for layer in stage.order())
+    return sum(copy.num_bytes.at(point) for s in sections for copy in s.copies if not copy.to_device)
+
+
+def host_while_training(program: StepProgram, *, cluster: Cluster, device_bytes: int, point: Point) -> HostUse:
     """Processes and what they keep on the host; of CPU processes also ``device_bytes``, what each of them allocates.
 
     Omits: dataloader workers (none by default), the page cache of the data.
     """
     ranks = cluster.node.num_gpus
-    on_host = device_bytes if _is_host(cluster) else 0
+    on_host = device_bytes if _is_host(cluster) else offloaded_activation_bytes(program, point)
     return HostUse(_processes(PROCESS_BYTES, cluster) + ranks * (program.host_persistent_bytes + on_host))
 
 

@@ -23,6 +23,7 @@ class Run:
     allocate there."""
 
     program: StepProgram
+    point: Point
     sizes: ModelSizes
     scenario: Scenario
     cluster: Cluster
@@ -54,7 +55,7 @@ class Run:
         return host_while_loading(self.load(), self.scenario, cluster=self.cluster)
 
     def host_training(self, device_bytes: int) -> HostUse:
-        return host_while_training(self.program, cluster=self.cluster, device_bytes=device_bytes)
+        return host_while_training(self.program, cluster=self.cluster, device_bytes=device_bytes, point=self.point)
 
     def host_saving(self) -> HostUse:
         return host_while_saving(

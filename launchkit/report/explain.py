@@ -247,13 +247,15 @@ TERMS: tuple[Term, ...] = (
         name="precision",
         text="bf16 and fp16 are mixed precision with fp32 held somewhere: fp32 weights under autocast (single, ddp), "
         "fp32 shards with 16-bit compute (fsdp), 16-bit weights with an fp32 master (zero). bf16-params holds "
-        "weights, gradients and states in bf16 with autocast on, bf16-pure without it.",
+        "weights, gradients and states in bf16 with autocast on, bf16-pure without it. fp16's loss scaling works in "
+        "place, and TF32 only shortens the products of fp32: neither changes a byte.",
         also=("bf16", "fp16", "bf16-params", "bf16-pure", "fp32", "fp8"),
     ),
     Term(
         name="checkpointing",
         text="full keeps only each block's input and computes the block again in the backward: less memory, about a "
-        "third more computation. selective recomputes what is cheap.",
+        "third more computation. selective keeps the attention's output besides; offload holds the blocks' inputs on "
+        "the host.",
         also=("gradient checkpointing", "activation checkpointing"),
         see=("activations",),
     ),

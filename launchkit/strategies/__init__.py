@@ -67,6 +67,8 @@ def refusal(scenario: Scenario, profile: ModelProfile, cluster: Cluster) -> str 
     return (
         _pointless(scenario.training)
         or _unmodelled(scenario.training)
+        or _checkpointing_refusal(scenario, cluster)
+        or _optimizer_refusal(scenario)
         or _hardware_refusal(scenario, cluster)
         or _model_refusal(scenario, profile, cluster)
         or _head_refusal(scenario, profile, cluster)
@@ -90,12 +92,34 @@ def _pointless(training: Training) -> str | None:
 
 def _unmodelled(training: Training) -> str | None:
     """What no trace stands for yet. An answer for something else would be worse than none."""
-    if training.checkpointing is Checkpointing.SELECTIVE:
-        return "--checkpointing selective is not modelled yet; it lies between --checkpointing none and full"
-    if training.compile:
-        return "--compile is not modelled yet; leave it out for the eager step, whose peak is rarely lower"
     if training.precision is Precision.FP8:
-        return "--precision fp8 is not modelled yet; use --precision bf16"
+        return (
+            "--precision fp8 is not modelled: torchao's layers, accelerate's choice, hold weights and activations in "
+            "16 bits and make 8-bit copies for each product; use --precision bf16, whose peak is no higher"
+        )
+    return None
+
+
+def _checkpointing_refusal(scenario: Scenario, cluster: Cluster) -> str | None:
+    """FSDP wraps blocks itself, with no choice of what is kept or where (accelerate's ``activation_checkpointing``);
+    transformers pins what it holds on the host, which takes a GPU's driver."""
+    checkpointing, kind = scenario.training.checkpointing, scenario.strategy.kind
+    if checkpointing is Checkpointing.OFFLOAD and cluster.gpu.device_kind is DeviceKind.CPU:
+        return "--checkpointing offload moves activations off a GPU, and there is none; use --checkpointing full"
+    if checkpointing in (Checkpointing.SELECTIVE, Checkpointing.OFFLOAD) and kind.is_fsdp:
+        return f"--checkpointing {checkpointing} does not exist under --strategy {kind}; use --checkpointing full"
+    return None
+
+
+def _optimizer_refusal(scenario: Scenario) -> str | None:
+    """Source: transformers 5.23 ``_setup_low_rank_optimizer``; a shard of a matrix has no projection of its own."""
+    optimizer, kind = find(scenario.training.optimizer), scenario.strategy.kind
+    if optimizer.in_backward and kind is not StrategyKind.SINGLE:
+        return f"{optimizer.name} updates inside the backward pass of one process; use --strategy single"
+    if optimizer.in_backward and scenario.batch.gradient_accumulation_steps > 1:
+        return f"{optimizer.name} cannot accumulate gradients; use --global-batch {scenario.batch.micro_batch}"
+    if optimizer.target_modules and kind not in (StrategyKind.SINGLE, StrategyKind.DDP):
+        return f"{optimizer.name} projects whole matrices, and --strategy {kind} shards them; use --strategy ddp"
     return None
 
 

@@ -329,7 +329,7 @@ def with_optimizer(program: StepProgram, step: OptimizerStep, *, scenario: Scena
     """
     optimizer = find(scenario.training.optimizer)
     before = step.before
-    if clip_norm(scenario) and not step.on_host:
+    if clip_norm(scenario) and not step.on_host and step.tensors:
         before += clip_events(len(step.tensors), slot=next_slot((*before, *step.after)))
     update: tuple[Event, ...] = ()
     states: tuple[Persistent, ...] = ()
@@ -359,6 +359,38 @@ def with_optimizer(program: StepProgram, step: OptimizerStep, *, scenario: Scena
         persistent=program.persistent + states,
         host_persistent_bytes=program.host_persistent_bytes + optimizer.host_state_bytes(step.tensors, device=device),
     )
+
+
+def update_in_backward(program: StepProgram, *, scenario: Scenario, device: DeviceKind) -> StepProgram:
+    """Each parameter updated by an optimizer of its own as soon as its gradient is complete, and the gradient dropped.
+    What is left of the optimizer's stage is its traffic; nothing is clipped.
+
+    Source: transformers 5.23 ``trainer_optimizer.py``, ``optimizer_hook``.
+    """
+    optimizer = find(scenario.training.optimizer)
+    tensors = whole_tensors(program, scenario=scenario)
+    exist = states_exist_before_step(optimizer, scenario)
+    states = optimizer_states(optimizer, tensors, device=device) if exist else ()
+
+    def change(stage: Stage, section: Section) -> Section:
+        events: list[Event] = []
+        slot = next_slot(section.events)
+        for event, ready in with_ready_gradients(section.events):
+            events.append(event)
+            for gradient in ready:
+                parameter = program.groups[section.group].parameters[gradient.parameter]
+                tensor = local_tensor(parameter, lora_rank=lora_rank(scenario), in_block=section.group != ROOT_GROUP)
+                update = step_events(
+                    optimizer, (tensor,), device=device, first_step=not exist, stage=stage.name, slot=slot
+                )
+                slot = max(slot, next_slot(update))
+                events += [*update, Free(local(stage.name, gradient.slot), gradient.size)]
+        return replace(section, events=tuple(events))
+
+    kernels = update_kernels(optimizer, OptimizerStep(tensors=tensors), device=device)
+    changed = map_sections(program, Phase.BACKWARD, change)
+    changed = replace(changed, persistent=program.persistent + states)
+    return with_optimizer(changed, OptimizerStep(tensors=(), extra_kernels=kernels), scenario=scenario, device=device)
 
 
 def update_kernels(optimizer: Optimizer, step: OptimizerStep, *, device: DeviceKind) -> tuple[Kernel, ...]:

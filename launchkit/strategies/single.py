@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from launchkit.hardware import Cluster
 from launchkit.model import ModelProfile
+from launchkit.optimizers import find
 from launchkit.program import StepProgram
 from launchkit.scenario import DeviceKind, Offload, Scenario, Strategy, TraceKey, Training
 from launchkit.strategies.base import (
@@ -15,6 +16,7 @@ from launchkit.strategies.base import (
     accumulates,
     gradient_storages,
     make_trace_key,
+    update_in_backward,
     weights,
     whole_tensors,
     with_optimizer,
@@ -39,6 +41,10 @@ def refusal(scenario: Scenario, profile: ModelProfile, cluster: Cluster) -> str 
 def rewrite(program: StepProgram, *, scenario: Scenario, cluster: Cluster) -> StepProgram:
     """The whole model, its gradients and its optimizer on one device."""
     persistent = program.persistent + weights(program, scenario=scenario)
+    if find(scenario.training.optimizer).in_backward:
+        return update_in_backward(
+            replace(program, persistent=persistent), scenario=scenario, device=cluster.gpu.device_kind
+        )
     step = OptimizerStep(tensors=whole_tensors(program, scenario=scenario))
     if accumulates(scenario):
         persistent += gradient_storages(program, scenario=scenario)

@@ -14,9 +14,11 @@ from launchkit.errors import TraceError
 from launchkit.program import (
     Alloc,
     Anchor,
+    Copy,
     Event,
     Free,
     Kernel,
+    Moment,
     Owner,
     Parameter,
     ParameterGroup,
@@ -82,7 +84,7 @@ def assemble(model: TracedModel, logs: Sequence[Log], points: Sequence[Point]) -
     numbered, kernels_seen = _told_alike(logs)
     story = _read(numbered, logs[0].gradients, fitter)
     kernels = _read_kernels(kernels_seen, fitter)
-    builder = _Builder(model, story, kernels, logs[0].uses)
+    builder = _Builder(model, story, kernels, _read_copies(logs, fitter), logs[0].uses)
     inputs = tuple(
         Persistent(fitter.fit([log.inputs[i] for log in logs], what="an input"), Owner.INPUTS)
         for i in range(len(logs[0].inputs))
@@ -225,6 +227,18 @@ def _read_kernels(logs: Sequence[Sequence[KernelRecord]], fitter: Fitter) -> dic
     }
 
 
+def _read_copies(logs: Sequence[Log], fitter: Fitter) -> dict[Place, tuple[Copy, ...]]:
+    """Copies over the host link. They run on the stream that computes, so all later work waits for them."""
+    if len({tuple((copy.place, copy.to_device) for copy in log.copies) for log in logs}) > 1:
+        raise TraceError("the copies to and from the host differ between batch sizes or lengths")
+    copies: dict[Place, tuple[Copy, ...]] = {}
+    for records in zip(*(log.copies for log in logs), strict=True):
+        first = records[0]
+        size = fitter.fit([record.num_bytes for record in records], what="a copy to or from the host")
+        copies[first.place] = (*copies.get(first.place, ()), Copy(first.to_device, size, Moment.BLOCKING))
+    return copies
+
+
 class _Builder:
     """Turns the story into sections and stages."""
 
@@ -233,11 +247,13 @@ class _Builder:
         model: TracedModel,
         story: _Story,
         kernels: Mapping[Place, tuple[Kernel, ...]],
+        copies: Mapping[Place, tuple[Copy, ...]],
         uses: Mapping[Place, set[int]],
     ) -> None:
         self.model = model
         self.story = story
         self.kernels = kernels
+        self.copies = copies
         self.uses = uses
         self.stacks = {stack.path: stack for stack in model.stacks}
         self.last_stage = next(name for name in reversed(story.order) if name != "end")
@@ -297,7 +313,13 @@ class _Builder:
         used = sorted(
             index for owner, index in (self.model.owners[names[i]] for i in self.uses.get(place, ())) if owner == group
         )
-        return Section(events=tuple(events), group=group, uses=tuple(used), kernels=self.kernels.get(place, ()))
+        return Section(
+            events=tuple(events),
+            group=group,
+            uses=tuple(used),
+            kernels=self.kernels.get(place, ()),
+            copies=self.copies.get(place, ()),
+        )
 
     def _leftovers(self, place: Place) -> list[Event]:
         """What only the garbage collector frees goes with the end of the backward pass."""

@@ -67,12 +67,19 @@ class KernelRecord(NamedTuple):
     num_bytes: int
 
 
+class CopyRecord(NamedTuple):
+    place: Place
+    to_device: bool
+    num_bytes: int
+
+
 @dataclass
 class Log:
     """Everything seen at one point. ``uses`` maps a place to the parameter storages that its operators read."""
 
     memory: list[AllocRecord | FreeRecord] = field(default_factory=list)
     kernels: list[KernelRecord] = field(default_factory=list)
+    copies: list[CopyRecord] = field(default_factory=list)
     uses: dict[Place, set[int]] = field(default_factory=dict)
     gradients: dict[int, str] = field(default_factory=dict)  # storage -> parameter name
     inputs: list[int] = field(default_factory=list)  # bytes of each input tensor
@@ -87,6 +94,13 @@ def launch(name: str, *, flops: int = 0, num_bytes: int = 0) -> None:
     recorder = _ACTIVE.get()
     if recorder is not None:
         recorder.log.kernels.append(KernelRecord(recorder.place, name, flops, num_bytes))
+
+
+def note_copy(*, to_device: bool, num_bytes: int) -> None:
+    """Notes bytes that cross the host link. Outside of a trace it does nothing."""
+    recorder = _ACTIVE.get()
+    if recorder is not None and recorder.recording:
+        recorder.log.copies.append(CopyRecord(recorder.place, to_device, num_bytes))
 
 
 @contextmanager

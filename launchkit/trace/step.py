@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from launchkit.program import Point
 from launchkit.scenario import Compute, TraceKey
 from launchkit.trace.build import Built
+from launchkit.trace.checkpointing import host_apart
 from launchkit.trace.compat import full_sequences, random_states
 from launchkit.trace.inputs import make_batch
 from launchkit.trace.methods import unpacking_for_dora
@@ -93,7 +94,13 @@ def trace_step(built: Built, mode: FakeTensorMode, *, point: Point, key: TraceKe
     ``zero_grad(set_to_none=True)``."""
     model = built.model.train(not key.evaluation)
     parameters = dict(model.named_parameters())
-    with mode, full_sequences(packed=key.packed), random_states(key.device), unpacking_for_dora():
+    with (
+        mode,
+        full_sequences(packed=key.packed),
+        random_states(key.device),
+        host_apart(key.device),
+        unpacking_for_dora(),
+    ):
         batch = make_batch(built, point, key)
         recorder = StepRecorder(
             known=[*parameters.values(), *model.buffers(), *batch.values()], parameters=parameters.values()

@@ -23,7 +23,7 @@ from transformers import PreTrainedConfig
 from launchkit.errors import TraceError
 from launchkit.model import ModelProfile
 from launchkit.program import Parameter, ParameterGroup, Point, StepProgram
-from launchkit.scenario import Attention, Checkpointing, DeviceKind, Method, TraceKey
+from launchkit.scenario import Attention, DeviceKind, Method, TraceKey
 from launchkit.trace.assemble import TracedModel, assemble, parameter, same_story
 from launchkit.trace.build import (
     Built,
@@ -36,6 +36,7 @@ from launchkit.trace.build import (
     to_fake,
     training_class,
 )
+from launchkit.trace.checkpointing import enable_checkpointing
 from launchkit.trace.cuda import faithful_to_cuda
 from launchkit.trace.forward import forward_of
 from launchkit.trace.liger import liger_kernels
@@ -183,8 +184,7 @@ def _build(settings: PreTrainedConfig, key: TraceKey, *, lora_rank: int) -> _Tra
     whole.train()
     stacks = cut(whole, config, first_apart=key.lora_targets not in _BEFORE_ATTENTION)
     model = apply_method(whole, key, lora_rank=lora_rank)
-    if key.checkpointing is not Checkpointing.NONE:
-        _enable_checkpointing(model)
+    enable_checkpointing(model, key.checkpointing)
     prefix = _prefix(whole, model)
     traced = _describe(model, stacks, prefix=prefix, config=settings, lora_rank=lora_rank)
     if key.flat_gradients:
@@ -193,11 +193,6 @@ def _build(settings: PreTrainedConfig, key: TraceKey, *, lora_rank: int) -> _Tra
     to_fake(model, mode)
     built = Built(model=model, config=settings, stacks=stacks, task=task, prefix=prefix)
     return _Traceable(built=built, mode=mode, described=traced)
-
-
-def _enable_checkpointing(model: nn.Module) -> None:
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
 
 
 def _train_with_adapters(blocks: Sequence[nn.Module]) -> None:

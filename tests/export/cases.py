@@ -52,10 +52,21 @@ def strategy_cases() -> list[Case]:
 
 GOLDEN = [
     case("single-qlora", num_gpus=1, strategy="single", method="qlora", checkpointing="full"),
+    case(
+        "single-dora-selective",
+        num_gpus=1,
+        strategy="single",
+        method="lora",
+        dora=True,
+        lora_targets="q_proj,experts.down_proj",
+        lora_modules_to_save="lm_head",
+        checkpointing="selective",
+    ),
+    case("ddp-rslora-offload", strategy="ddp", method="lora", rslora=True, checkpointing="offload"),
     case("ddp-lora-2-nodes", strategy="ddp", method="lora", lora_targets="attention", num_nodes=2),
     case("fsdp1-shard-grad-op", strategy="fsdp", sharding="shard_grad_op", checkpointing="full"),
     case("fsdp2-full", strategy="fsdp2", checkpointing="full", loss="liger"),
-    case("fsdp2-qlora-offload", strategy="fsdp2", method="qlora", offload="params", checkpointing="selective"),
+    case("fsdp2-qlora-offload", strategy="fsdp2", method="qlora", offload="params", checkpointing="full"),
     case("hsdp-2-nodes", strategy="hsdp", num_nodes=2, checkpointing="full"),
     case("zero2-offload", strategy="zero2", offload="optimizer", checkpointing="full"),
     case("zero3-nvme-loop", strategy="zero3", offload="nvme", nvme_path="/mnt/nvme", trainer="loop"),

@@ -85,3 +85,22 @@ def test_the_parts_sum_to_the_allocated_peak(strategy: str, method: str) -> None
 def test_only_several_gpus_have_buffers_of_a_communicator() -> None:
     assert estimated(num_gpus=1).at_peak["nccl"] == 0
     assert estimated(num_gpus=4, strategy="ddp").at_peak["nccl"] > 0
+
+
+def test_a_compiled_step_lies_between_full_checkpointing_and_the_eager_one() -> None:
+    fields = {"num_gpus": 1, "strategy": "single", "seq_len": 2048, "micro_batch": 4}
+    eager, compiled = estimated(**fields), estimated(**fields, compile=True)
+    least = estimated(**fields, checkpointing="full")
+    assert compiled.device_peak_bytes == eager.device_peak_bytes
+    assert compiled.device_peak_high_bytes == eager.device_peak_high_bytes
+    saved = eager.allocated_peak_bytes - least.allocated_peak_bytes
+    assert saved > 0
+    assert compiled.device_peak_low_bytes == pytest.approx(eager.device_peak_low_bytes - saved, rel=0.01)
+    checkpointed = estimated(**fields, checkpointing="full", compile=True)
+    assert checkpointed.device_peak_low_bytes == least.device_peak_low_bytes
+
+
+def test_a_compiled_step_says_what_its_range_means() -> None:
+    source, one = WrittenSource(3), cluster(num_gpus=1)
+    notes = planner.estimate(source, cluster=one, scenario=scenario(strategy="single", compile=True)).notes
+    assert any("the peak is the eager step's" in note for note in notes)

@@ -68,6 +68,18 @@ def test_clipping_is_the_trainers() -> None:
     assert most(single(trainer="hf", optimizer="sgd", max_grad_norm=0.0), Owner.TEMPORARIES) == 8
 
 
+@pytest.mark.parametrize("optimizer", ["galore_adamw", "apollo_adamw"])
+def test_an_update_in_the_backward_drops_each_gradient_at_once(optimizer: str) -> None:
+    """The same states, and no more than the largest gradient."""
+    whole, layerwise = single(optimizer=optimizer), single(optimizer=f"{optimizer}_layerwise")
+    assert start(layerwise) == start(whole)
+    assert most(whole, Owner.GRADIENTS) == GRADIENTS
+    assert most(layerwise, Owner.GRADIENTS) == 4 * 100
+    assert end(layerwise) == end(whole)
+    first = single(optimizer=f"{optimizer}_layerwise", state="first")
+    assert end(first) == end(layerwise)
+
+
 def test_paged_states_are_counted_on_the_host() -> None:
     big = program()
     rewritten = strategies.rewrite(big, scenario=plain(optimizer="paged_adamw_32bit"), cluster=ranks(1))
@@ -171,17 +183,24 @@ def test_deepspeed_casts_adapters() -> None:
     ("overrides", "hardware", "message"),
     [
         ({"precision": "bf16"}, {"bf16_flops_per_s": 0.0}, "has no bf16; use --precision fp16"),
-        ({"precision": "fp8"}, {}, "--precision fp8 is not modelled yet; use --precision bf16"),
-        ({"checkpointing": "selective"}, {}, "--checkpointing selective is not modelled yet"),
-        ({"compile": True}, {}, "--compile is not modelled yet"),
         ({"loss": "chunked"}, {}, "--loss chunked is that of TRL's trainer; add --trainer trl"),
         ({"loss": "plain", "trainer": "trl"}, {}, "use --loss chunked or --trainer hf"),
         ({"loss": "cce", "trainer": "trl"}, {}, "TRL has no cut cross-entropy"),
         ({"loss": "chunked", "trainer": "axolotl"}, {}, "Axolotl compiles its chunked loss"),
         ({"loss": "liger"}, {"backend": "cpu"}, "--loss liger is made of kernels for GPUs; use --loss plain"),
         ({"loss": "cce", "strategy": "single", "precision": "bf16"}, {}, "use --precision bf16-params"),
+        ({"precision": "fp8"}, {}, "use --precision bf16, whose peak is no higher"),
+        ({"checkpointing": "selective", "strategy": "fsdp2"}, {}, "does not exist under --strategy fsdp2; use --check"),
+        ({"checkpointing": "offload", "strategy": "hsdp"}, {}, "does not exist under --strategy hsdp; use --check"),
         ({"attention": "flash_attention_2"}, {"compute_capability": (7, 5)}, "use --attention sdpa"),
         ({"attention": "flash_attention_2", "precision": "fp32"}, {}, "does not take fp32"),
+        ({"strategy": "ddp", "optimizer": "galore_adamw_layerwise"}, {}, "use --strategy single"),
+        (
+            {"strategy": "single", "optimizer": "apollo_adamw_layerwise", "gradient_accumulation_steps": 2},
+            {},
+            "cannot accumulate gradients; use --global-batch",
+        ),
+        ({"strategy": "fsdp2", "optimizer": "galore_adamw"}, {}, "shards them; use --strategy ddp"),
         ({"strategy": "single", "offload": "optimizer"}, {}, "--offload optimizer needs an engine that moves tensors"),
         ({"strategy": "ddp", "offload": "all"}, {}, "--offload all needs an engine that moves tensors"),
         ({"strategy": "zero2", "offload": "all"}, {}, "ZeRO-2 does not shard; use --strategy zero3"),
