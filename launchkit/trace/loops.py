@@ -18,7 +18,7 @@ from launchkit.trace.recorder import AllocRecord, KernelRecord, Place
 
 Event = tuple[bool, Place, int]  # is it an allocation, where, and of which storage
 
-_FEWEST_ITERATIONS = 4  # the first, the last, and two between that are seen to be alike
+_FEWEST_ITERATIONS = 3  # the first, the last, and one between
 
 
 @dataclass(frozen=True, kw_only=True)
