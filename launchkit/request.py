@@ -207,11 +207,24 @@ FLAGS: tuple[Flag, ...] = (
 _BY_NAME = {flag.name: flag for flag in FLAGS}
 
 
+# Ways to split one copy of a model that no strategy here plans, and what serves the same end.
+OTHER_PARALLELISM: Mapping[str, tuple[str, str]] = {
+    "tp": ("tensor parallelism", "use --strategy fsdp2 or zero3, which share weights out too"),
+    "cp": ("context parallelism", "use --checkpointing full, or a shorter --seq-len"),
+    "sp": ("sequence parallelism", "use --checkpointing full, or a shorter --seq-len"),
+    "ep": ("expert parallelism", "use --strategy fsdp2 or zero3, which share experts out as all weights"),
+    "pp": ("pipeline parallelism", "use --strategy fsdp2 or zero3, which share layers out as all weights"),
+}
+
+
 def find_flag(name: str) -> Flag:
     """The flag of that name; ``-`` and ``_`` mean the same."""
     flag = _BY_NAME.get(name.replace("-", "_").lower())
     if flag is not None:
         return flag
+    if name.lower() in OTHER_PARALLELISM:
+        meaning, instead = OTHER_PARALLELISM[name.lower()]
+        raise UsageError(f"--{name.lower()} is {meaning}, which launchkit does not plan; {instead}")
     near = difflib.get_close_matches(name.replace("-", "_").lower(), _BY_NAME, n=1)
     advice = f"did you mean {near[0]}?" if near else "see launchkit plan --help"
     raise UsageError(f"{name!r} is no setting of launchkit; {advice}")

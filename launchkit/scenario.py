@@ -253,6 +253,12 @@ class Training:
         return self.packing and self.trainer is Trainer.TRL and self.attention is not Attention.FLASH_ATTENTION_2
 
 
+def is_fused_expert(target: str) -> bool:
+    """Whether a LoRA target is a parameter that holds the matrices of all experts (``experts.gate_up_proj``), which
+    PEFT calls ``target_parameters``, and no module."""
+    return "experts" in target.split(".")[:-1]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Batch:
     """How many tokens a step sees. ``micro_batch`` counts sequences per GPU and forward pass."""

@@ -191,7 +191,8 @@ def _candidate_from(document: object, *, model: ModelProfile, path: str) -> Cand
 
 
 def _scenario_from(document: object, *, path: str) -> Scenario:
-    flags = _expect(dict, document, path=path)
+    written = _expect(dict, document, path=path)
+    flags = {name: value for name, value in written.items() if value is not None}  # None: the default
     strategy = {"kind": _take(flags, "strategy", path=path), **flags}
     return Scenario(  # the flags are flat in the document: each part takes the fields that bear its names
         training=decode(Training, flags, path=path),

@@ -51,6 +51,7 @@ def test_values_are_read_as_written(name: str, value: object, expected: object) 
         ("packing", "maybe", "--packing 'maybe' is neither on nor off; write true or false"),
         ("optimizer", "", "--optimizer '' is no text"),
         ("seqlen", "4", "'seqlen' is no setting of launchkit; did you mean seq_len?"),
+        ("ep", 2, "--ep is expert parallelism, which launchkit does not plan; use --strategy fsdp2 or zero3"),
         ("zzz", "4", "'zzz' is no setting of launchkit; see launchkit plan --help"),
     ],
 )

@@ -117,6 +117,8 @@ def flags_of(row: Mapping[str, Any]) -> dict[str, Any]:
     quantised = row["quant"] is not None
     if quantised and row["quant"] != "nf4":
         raise NotComparable(f"weights: {row['quant']}")
+    if quantised:
+        check_quantised(row)
     if row["compile"] not in (False, None):
         raise NotComparable(f"compiled: by {row['compile']}")
     if not row["micro_batch"] or not row["seq_len"]:
@@ -142,6 +144,21 @@ def flags_of(row: Mapping[str, Any]) -> dict[str, Any]:
     if row["method"] not in ("full", "lora", "qlora"):
         raise NotComparable(f"method: {row['method']}")
     return flags | (lora_flags(row["lora"]) if row["method"] != "full" else {})
+
+
+def check_quantised(row: Mapping[str, Any]) -> None:
+    """Raises ``NotComparable`` where a 4-bit run held other weights than the same flags mean today.
+
+    Single processes widen what is not quantised to fp32 (``prepare_model_for_kbit_training``), sharded ones do not, as
+    TRL; in transformers 4 the experts of Mixtral were linear layers, which bitsandbytes quantises.
+    """
+    is_single = row["strategy"] == "single"
+    if "Mixtral" in row["model"]:
+        raise NotComparable("4-bit: experts that transformers 5 leaves in 16 bits")
+    if is_single and "accelerated-peft-bnb" in row["raw"]:
+        raise NotComparable("4-bit: without prepare_model_for_kbit_training on one GPU")
+    if not is_single and "baseline-peft-bnb" in row["raw"]:
+        raise NotComparable("4-bit: with prepare_model_for_kbit_training under FSDP")
 
 
 def lora_flags(lora: Mapping[str, Any] | None) -> dict[str, Any]:

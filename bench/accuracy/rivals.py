@@ -30,6 +30,12 @@ ADAM_BYTES = {"adamw_torch": 8, "adamw_torch_fused": 8, "adamw_bnb_8bit": 2}
 ADAM = ("adamw_torch", "adamw_torch_fused")
 PURE = ("bf16-pure", "bf16-params")  # no fp32 anywhere
 SHARDING_STAGES = {"full_shard": 3, "shard_grad_op": 2, "no_shard": 0}
+# DeepSpeed's settings that EleutherAI's calculator takes; stage 3 gathers in its prefetch buckets.
+BUCKET_SETTINGS = {
+    "allgather_bucket_size": "allgather_bucket_parameters",
+    "stage3_prefetch_bucket_size": "allgather_bucket_parameters",
+    "stage3_max_live_parameters": "max_live_parameters",
+}
 STAGES = {"single": 0, "ddp": 0, "zero1": 1, "zero2": 2, "zero3": 3}
 
 
@@ -49,6 +55,8 @@ class Job:
     attention: str
     offload: str = "none"
     sharding: str = "full_shard"
+    allgather_bucket_parameters: int = 500_000_000
+    max_live_parameters: int = 1_000_000_000
 
     @property
     def zero_stage(self) -> int | None:
@@ -62,7 +70,8 @@ class Job:
 class Shape:
     """What the rivals want to know of a model. ``num_mlp_linears`` is 3 where the MLP is gated, else 2.
 
-    ``backbone_bytes`` is the model without its head in fp32, which is what ``AutoModel`` builds.
+    ``backbone_bytes`` is the model without its head in fp32, which is what ``AutoModel`` builds. ``num_heads`` is 0
+    where the model is anything but one stack of attention blocks on tokens.
     """
 
     num_parameters: int
@@ -106,17 +115,18 @@ def shape_of(config_text: str) -> Shape:
 def _dimensions(config: Any, shapes: Iterable[Sequence[int]]) -> dict[str, int]:
     """The rest of a ``Shape`` from a transformers configuration and the shapes of the model's parameters."""
     hidden, layers = config.hidden_size, config.num_hidden_layers
+    num_heads, vocabulary = _first(config, "num_attention_heads"), _first(config, "vocab_size")
     width = _first(config, "moe_intermediate_size", "intermediate_size", "n_inner", "ffn_dim") or 4 * hidden
     matrices = (shape[-2:] for shape in shapes if len(shape) >= 2)
     num_linears = sum(_mlp_linears(shape, hidden_size=hidden, intermediate_size=width) for shape in matrices)
     return {
         "hidden_size": hidden,
         "num_layers": layers,
-        "num_heads": config.num_attention_heads,
-        "num_kv_heads": _first(config, "num_key_value_heads") or config.num_attention_heads,
+        "num_heads": num_heads if vocabulary and not config.is_encoder_decoder else 0,
+        "num_kv_heads": _first(config, "num_key_value_heads") or num_heads,
         "intermediate_size": width,
         "num_mlp_linears": round(num_linears / layers),
-        "vocab_size": config.vocab_size,
+        "vocab_size": vocabulary,
         "num_experts": _first(config, "num_local_experts", "num_experts", "n_routed_experts"),
         "num_experts_per_token": _first(config, "num_experts_per_tok"),
     }
@@ -178,7 +188,7 @@ def eleuther_estimate(job: Job, shape: Shape) -> int | None:
     shards the same, with DeepSpeed's buckets set to nothing.
     """
     stage = job.zero_stage
-    if job.optimizer not in ADAM or job.offload != "none" or stage is None:
+    if job.optimizer not in ADAM or job.offload != "none" or stage is None or not shape.num_heads:
         return None
     value_bytes = 4 if job.precision == "fp32" else 2
     gradient_bytes = 2 if job.precision in PURE else 4
@@ -189,7 +199,8 @@ def eleuther_estimate(job: Job, shape: Shape) -> int | None:
         + num_parameters * 12 / (job.num_gpus if stage >= 1 else 1)
     )
     is_deepspeed = job.strategy.startswith("zero") and job.num_gpus > 1
-    buckets = value_bytes * (500_000_000 + (1_000_000_000 if stage == 3 else 0)) if is_deepspeed else 0
+    num_buffered = job.allgather_bucket_parameters + (job.max_live_parameters if stage == 3 else 0)
+    buckets = value_bytes * num_buffered if is_deepspeed else 0
     per_unit = 16.0 * value_bytes + 2
     if job.checkpointing == "none":
         per_unit += (2 * value_bytes + 1) * shape.num_heads * job.seq_len / shape.hidden_size
@@ -215,7 +226,8 @@ def llm_analysis_estimate(job: Job, shape: Shape) -> int | None:
     for a moment.
     """
     stage = job.zero_stage
-    if job.precision == "fp32" or job.optimizer not in ADAM_BYTES or job.offload != "none" or stage is None:
+    is_known = job.precision != "fp32" and job.optimizer in ADAM_BYTES and job.offload == "none"
+    if not is_known or stage is None or not shape.num_heads:
         return None
     from llm_analysis.analysis import ActivationRecomputation, DSZeRO, LLMAnalysis
     from llm_analysis.config import DtypeConfig, ModelConfig, ParallelismConfig, get_gpu_config_by_name
@@ -290,8 +302,9 @@ def job_of_cell(cell: Cell) -> Job:
         seq_len=cell.seq_len,
         checkpointing=cell.checkpointing,
         attention=cell.attention,
-        offload=getattr(cell, "offload", "none"),
+        offload=cell.offload,
         sharding=cell.sharding,
+        **{field: cell.zero[key] for key, field in BUCKET_SETTINGS.items() if isinstance(cell.zero.get(key), int)},
     )
 
 

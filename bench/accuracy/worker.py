@@ -31,7 +31,6 @@ from bench.accuracy.inputs import task_batches
 
 MARK = "launchkit::"
 GLOO_SECONDS = 0.005  # after which gloo's thread has let go of what it has done
-BYTES_PER_TOKEN = 8  # of the last batch's ids, which the generator of batches still holds
 
 FSDP = ("fsdp", "fsdp2", "hsdp")
 
@@ -55,7 +54,7 @@ def build_model(cell: Cell) -> nn.Module:
     config = AutoConfig.for_model(fields.pop("model_type"), **fields)
     if cell.use_cache is not None:
         config.use_cache = cell.use_cache
-    narrow = cell.precision.startswith("bf16-") or (cell.method == "qlora" and cell.precision == "bf16")
+    narrow = cell.precision.startswith("bf16-") or (cell.is_mixed and loads_narrow(cell))
     dtype = torch.bfloat16 if narrow else torch.float32
     named = getattr(transformers, (config.architectures or [""])[0], None)
     build = named._from_config if named else AutoModelForCausalLM.from_config
@@ -67,6 +66,11 @@ def build_model(cell: Cell) -> nn.Module:
     if cell.checkpointing == "full":
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model.train()
+
+
+def loads_narrow(cell: Cell) -> bool:
+    """Whether frozen weights are loaded in 16 bits, as the built-in fine-tune does, under mixed precision."""
+    return cell.method == "qlora" or (cell.method == "lora" and cell.strategy in FSDP and cell.trainer != "loop")
 
 
 def quantised(model: Any, cell: Cell, *, dtype: torch.dtype) -> nn.Module:
@@ -216,7 +220,7 @@ def batches(cell: Cell, vocab_size: int) -> Iterator[dict[str, torch.Tensor]]:
 
 
 def resident_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of this rank's parameters, buffers, gradients and optimizer states."""
+    """Bytes of this rank's parameters, buffers, gradients and optimizer states, and of DDP's buckets."""
     tensors = [*model.parameters(), *model.buffers(), *(p.grad for p in model.parameters() if p.grad is not None)]
     # under use_orig_params these outlive zero_grad
     flat = [module._flat_param for module in model.modules() if getattr(module, "_has_params", False)]
@@ -227,12 +231,21 @@ def resident_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
         local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
         storage = local.untyped_storage()
         storages[storage._cdata] = storage.nbytes()
-    return sum(storages.values())
+    return sum(storages.values()) + reducer_bytes(model)
+
+
+def reducer_bytes(model: nn.Module) -> int:
+    """Bytes of DDP's buckets, which no tensor of Python's shows: as many as gradients, and a map of what was used."""
+    if not isinstance(model, nn.parallel.DistributedDataParallel):
+        return 0
+    trained = trainable(model)
+    used = 4 * len(trained) if model.find_unused_parameters and not model.static_graph else 0
+    return sum(parameter.numel() * parameter.element_size() for parameter in trained) + used
 
 
 def run_loop(cell: Cell) -> list[int]:
-    """The plain step of ``--trainer loop``, on one process, DDP or FSDP. Under FSDP, what is resident at the start of
-    each step and at the end; elsewhere nothing, as no ghosts arise."""
+    """The plain step of ``--trainer loop``, on one process, DDP or FSDP. On several, what is resident at the start
+    of each step and at the end; elsewhere nothing, as no ghosts arise."""
     model = build_model(cell)
     config = model.config
     if cell.strategy in ("fsdp2", "hsdp"):
@@ -246,9 +259,7 @@ def run_loop(cell: Cell) -> list[int]:
     resident = []
     for step in range(cell.num_steps):
         gc.collect()
-        resident.append(
-            resident_bytes(model, optimizer) + (BYTES_PER_TOKEN * cell.micro_batch * cell.seq_len if step else 0)
-        )
+        resident.append(resident_bytes(model, optimizer))
         with record_function(f"{MARK}step.{step}"):
             for micro in range(cell.gradient_accumulation_steps):
                 batch = next(data)
@@ -263,8 +274,8 @@ def run_loop(cell: Cell) -> list[int]:
                     nn.utils.clip_grad_norm_(trainable(model), cell.max_grad_norm)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
-    resident.append(resident_bytes(model, optimizer) + BYTES_PER_TOKEN * cell.micro_batch * cell.seq_len)
-    return resident if cell.strategy in FSDP else []
+    resident.append(resident_bytes(model, optimizer))
+    return resident if cell.num_processes > 1 else []
 
 
 def gradient_sync(cell: Cell, model: nn.Module, *, last: bool) -> contextlib.AbstractContextManager[Any]:
@@ -466,14 +477,14 @@ def run_trainer(cell: Cell) -> list[int]:
     class Marks(TrainerCallback):
         def on_step_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
             gc.collect()
-            resident.append(resident_bytes(others["model"], others["optimizer"]))
+            resident.append(resident_bytes(trainer.model_wrapped, others["optimizer"]))
             self.mark = record_function(f"{MARK}step.{state.global_step}")
             self.mark.__enter__()
 
         def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
             self.mark.__exit__(None, None, None)
             if state.global_step == cell.num_steps:
-                resident.append(resident_bytes(others["model"], others["optimizer"]))
+                resident.append(resident_bytes(trainer.model_wrapped, others["optimizer"]))
 
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(
@@ -503,7 +514,7 @@ def run_trainer(cell: Cell) -> list[int]:
             gc.collect()
             with record_function(f"{MARK}evaluation"):
                 trainer.evaluate(trainer.train_dataset)
-    return resident if is_sharded else []
+    return resident if is_sharded or cell.strategy == "ddp" else []
 
 
 def runner(cell: Cell) -> Callable[[Cell], list[int]]:

@@ -9,7 +9,7 @@ import click
 
 from launchkit.cli import settings
 from launchkit.cli.console import Console
-from launchkit.request import FLAGS, Flag, Request
+from launchkit.request import FLAGS, OTHER_PARALLELISM, Flag, Request, find_flag
 
 Function = Callable[..., Any]
 # Names that other launchers use for the number of GPUs.
@@ -50,6 +50,10 @@ def scenario_options(*names: str) -> Callable[[Function], Function]:
         for flag in reversed(FLAGS):
             if not names or flag.name in names:
                 function = _option(flag)(function)
+        for name in OTHER_PARALLELISM:
+            function = click.option(f"--{name}", metavar="N", hidden=True, expose_value=False, callback=_refuse)(
+                function
+            )
         return click.option(
             f"--{settings.PRESET}",
             metavar="NAME",
@@ -91,6 +95,12 @@ def _metavar(flag: Flag) -> str:
     if flag.choices:
         return "|".join(flag.choices)
     return {"gpus": "SPEC", "data": "FILE", "config": "FILE"}.get(flag.name, "N" if flag.kind is int else "NAME")
+
+
+def _refuse(context: click.Context, parameter: click.Parameter, value: str | None) -> None:
+    """A degree of 1 is what everybody has."""
+    if parameter.name is not None and value not in (None, "1"):
+        find_flag(parameter.name)
 
 
 def _setter(attribute: str) -> Callable[[click.Context, click.Parameter, bool], None]:

@@ -16,6 +16,7 @@ from launchkit.export.layout import (
     fsdp_layout,
     lora_modules_to_save,
     lora_target_modules,
+    lora_target_parameters,
     must_reenter,
 )
 from launchkit.hardware import Backend, Cluster
@@ -124,6 +125,7 @@ def _adapter(candidate: Candidate) -> dict[str, object]:
         "lora_alpha": RECIPES[training.method].lora_alpha(training.lora_rank),
         "lora_dropout": training.lora_dropout,
         **({"lora_target_linear": True} if modules == ("all-linear",) else {"lora_target_modules": list(modules)}),
+        **({"lora_target_parameters": list(found)} if (found := lora_target_parameters(training)) else {}),
         **({"lora_modules_to_save": list(saved)} if (saved := lora_modules_to_save(training)) else {}),
         **({"peft_use_dora": True} if training.dora else {}),
         **({"peft_use_rslora": True} if training.rslora else {}),

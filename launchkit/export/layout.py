@@ -20,6 +20,7 @@ from launchkit.scenario import (
     StrategyKind,
     Trainer,
     Training,
+    is_fused_expert,
 )
 from launchkit.units import MIB
 
@@ -98,12 +99,21 @@ def lora_target_modules(candidate: Candidate) -> tuple[str, ...]:
     targets = candidate.scenario.training.lora_targets
     if targets == "attention":
         return attention_modules(candidate.model.model_type)
-    return tuple(name.strip() for name in targets.split(",") if name.strip())
+    return tuple(name for name in _names(targets) if not is_fused_expert(name))
+
+
+def lora_target_parameters(training: Training) -> tuple[str, ...]:
+    """PEFT's ``target_parameters``: experts that one parameter holds."""
+    return tuple(name for name in _names(training.lora_targets) if is_fused_expert(name))
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 def lora_modules_to_save(training: Training) -> tuple[str, ...]:
     """PEFT's ``modules_to_save``: what is trained whole beside the adapters."""
-    return tuple(name for name in training.lora_modules_to_save.split(",") if name)
+    return _names(training.lora_modules_to_save)
 
 
 def must_reenter(candidate: Candidate) -> bool:

@@ -12,6 +12,7 @@ from launchkit.export.layout import (
     ddp_arguments,
     lora_modules_to_save,
     lora_target_modules,
+    lora_target_parameters,
     must_reenter,
 )
 from launchkit.hardware import Backend, Cluster
@@ -89,6 +90,7 @@ def _adapter(candidate: Candidate) -> dict[str, object]:
         "lora_alpha": RECIPES[training.method].lora_alpha(training.lora_rank),
         "lora_dropout": training.lora_dropout,
         "lora_target_modules": list(lora_target_modules(candidate)),
+        **({"lora_target_parameters": list(found)} if (found := lora_target_parameters(training)) else {}),
         **({"lora_modules_to_save": list(saved)} if (saved := lora_modules_to_save(training)) else {}),
         **({"use_dora": True} if training.dora else {}),
         **({"use_rslora": True} if training.rslora else {}),

@@ -44,6 +44,7 @@ def adapter_config(job: FineTuneJob) -> Any:
         lora_alpha=job.lora.alpha,
         lora_dropout=job.lora.dropout,
         target_modules=targets,
+        target_parameters=list(job.lora.target_parameters) or None,
         modules_to_save=list(job.lora.modules_to_save) or None,
         use_dora=job.lora.dora,
         use_rslora=job.lora.rslora,

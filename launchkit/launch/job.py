@@ -6,7 +6,13 @@ import json
 from dataclasses import dataclass
 
 from launchkit.errors import IllegalScenarioError, PlanFileError
-from launchkit.export.layout import autocast_format, clip_norm, lora_modules_to_save, lora_target_modules
+from launchkit.export.layout import (
+    autocast_format,
+    clip_norm,
+    lora_modules_to_save,
+    lora_target_modules,
+    lora_target_parameters,
+)
 from launchkit.hardware import Backend, Cluster
 from launchkit.plan import Candidate
 from launchkit.recipe import RECIPES
@@ -37,6 +43,7 @@ class Lora:
     rank: int
     alpha: int
     targets: tuple[str, ...]
+    target_parameters: tuple[str, ...] = ()
     dropout: float = 0.0
     modules_to_save: tuple[str, ...] = ()
     dora: bool = False
@@ -125,6 +132,7 @@ def _lora(candidate: Candidate) -> Lora:
         rank=training.lora_rank,
         alpha=alpha,
         targets=lora_target_modules(candidate),
+        target_parameters=lora_target_parameters(training),
         dropout=training.lora_dropout,
         modules_to_save=lora_modules_to_save(training),
         dora=training.dora,

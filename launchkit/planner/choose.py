@@ -259,6 +259,10 @@ def _assumptions(scenario: Scenario, profile: ModelProfile) -> tuple[str, ...]:
 
 def _notes(request: Request, profile: ModelProfile, chosen: Candidate | None) -> tuple[str, ...]:
     notes = [*profile.notes, *decisions(request, model=profile)]
+    if chosen and profile.num_active_parameters and chosen.scenario.training.method is Method.QLORA:
+        notes.append(
+            "transformers fuses experts into tensors that bitsandbytes leaves unquantised: QLoRA saves little here"
+        )
     if chosen and not chosen.step.validated:
         notes.append("times are the clock's and were not checked on this hardware; use them to rank")
     return tuple(notes)

@@ -13,6 +13,10 @@ from launchkit.scenario import Method, Scenario, StrategyKind
 SAFETENSORS_ENTRY_BYTES = 130
 TORCH_ENTRY_BYTES = 273
 
+# DeepSpeed adds a script, and describes each tensor in each rank's file under ZeRO-3, in one file below.
+DEEPSPEED_SCRIPT_BYTES = 38_580
+DEEPSPEED_ENTRY_BYTES = 775
+
 # One process writing weights from host memory: 0.44 GB/s measured (safetensors, a virtual disk); local NVMe is several
 # times as fast, network file systems are often slower.
 WRITE_BYTES_PER_S = 0.5e9
@@ -26,7 +30,7 @@ def checkpoint_files(sizes: ModelSizes, scenario: Scenario, *, num_ranks: int) -
     Omits: the tokenizer, training arguments and random states (some 10 kB per rank and the tokenizer's files).
     """
     weights = _weights_bytes(sizes, scenario)
-    engine = _engine_weights_bytes(sizes, scenario)
+    engine = _engine_weights_bytes(sizes, scenario, num_ranks=num_ranks)
     optimizer = sizes.state_bytes + TORCH_ENTRY_BYTES * (sizes.num_state_tensors + sizes.num_trained_tensors)
     if scenario.strategy.kind.zero_stage:
         optimizer = sizes.state_bytes + sizes.num_trained * FP32_BYTES
@@ -53,11 +57,15 @@ def _weights_bytes(sizes: ModelSizes, scenario: Scenario) -> int:
     return sizes.trained_bytes + SAFETENSORS_ENTRY_BYTES * sizes.num_trained_tensors
 
 
-def _engine_weights_bytes(sizes: ModelSizes, scenario: Scenario) -> int:
+def _engine_weights_bytes(sizes: ModelSizes, scenario: Scenario, *, num_ranks: int) -> int:
     """FSDP writes the trained weights once more, to resume from; ZeRO-1 and 2 too. ZeRO-3's are its fp32 masters."""
-    kind = scenario.strategy.kind
-    if kind.is_fsdp or kind.zero_stage in (1, 2):
-        return sizes.trained_bytes + TORCH_ENTRY_BYTES * sizes.num_trained_tensors
+    kind, num_tensors = scenario.strategy.kind, sizes.num_trained_tensors
+    if kind.is_fsdp:
+        return sizes.trained_bytes + TORCH_ENTRY_BYTES * num_tensors
+    if kind is StrategyKind.ZERO3:
+        return DEEPSPEED_SCRIPT_BYTES + num_ranks * DEEPSPEED_ENTRY_BYTES * num_tensors
+    if kind.zero_stage:
+        return DEEPSPEED_SCRIPT_BYTES + sizes.trained_bytes + DEEPSPEED_ENTRY_BYTES * num_tensors
     return 0
 
 

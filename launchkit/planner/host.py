@@ -50,20 +50,29 @@ def host_while_training(program: StepProgram, *, cluster: Cluster, device_bytes:
 
 
 def host_while_loading(peak: LoadPeak, scenario: Scenario, *, cluster: Cluster) -> HostUse:
-    """Processes, each with its copies of converted weights, and the mapped weight files once for all of them.
-
-    On the CPU the device's memory is the host's. There a converted copy is the model itself, unless an engine shards it
-    further; and weights that a single process loads as they are stored stay unread until the first step.
-    """
-    ranks, kind = cluster.node.num_gpus, scenario.strategy.kind
+    """Processes, each with its copies of converted weights, and the mapped weight files once for all of them."""
+    ranks = cluster.node.num_gpus
     processes = _processes(LOADING_PROCESS_BYTES, cluster)
-    if not _is_host(cluster):
-        return HostUse(processes + ranks * peak.copied_bytes, peak.mapped_bytes)
+    if _is_host(cluster):
+        moments = _loading_on_cpu(peak, scenario, ranks=ranks)
+        return max(
+            (HostUse(processes + needed, mapped) for needed, mapped in moments), key=lambda use: use.resident_bytes
+        )
+    return HostUse(processes + ranks * peak.copied_bytes, peak.mapped_bytes)
+
+
+def _loading_on_cpu(peak: LoadPeak, scenario: Scenario, *, ranks: int) -> tuple[HostUse, HostUse]:
+    """Where the device's memory is the host's: when ``from_pretrained`` returns, and when the engine is ready.
+
+    Weights that are loaded as they are stored stay unread until then. A converted copy is the model itself, unless FSDP
+    shards it further. Only FSDP keeps the file mapped so long, for the weights that it has yet to shard.
+    """
+    kind = scenario.strategy.kind
+    loaded = HostUse(ranks * peak.copied_bytes, peak.mapped_bytes if peak.copied_bytes else 0)
     if kind is StrategyKind.SINGLE:
-        return HostUse(processes + peak.copied_bytes, peak.mapped_bytes if peak.copied_bytes else 0)
-    shards_copy = peak.copied_bytes if kind.is_fsdp else 0
-    is_overwritten = kind is StrategyKind.DDP and not peak.copied_bytes  # pages become the process's own
-    return HostUse(processes + ranks * (peak.device_bytes + shards_copy), 0 if is_overwritten else peak.mapped_bytes)
+        return loaded, loaded
+    copies, mapped = (peak.copied_bytes, 0 if peak.copied_bytes else peak.mapped_bytes) if kind.is_fsdp else (0, 0)
+    return loaded, HostUse(ranks * (peak.written_bytes + copies), mapped)
 
 
 def host_while_saving(

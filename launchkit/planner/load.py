@@ -25,13 +25,15 @@ BROADCASTS_IN_FLIGHT = 2
 
 @dataclass(frozen=True, kw_only=True)
 class LoadJob:
-    """What the readings below start from. ``resident_bytes`` is what a rank's device holds once training has begun."""
+    """What the readings below start from. ``resident_bytes`` is what a rank's device holds once training has begun,
+    ``unwritten_bytes`` the buffers among it that stay as they were allocated until the first step."""
 
     sizes: ModelSizes
     scenario: Scenario
     checkpoint_itemsize: int
     num_shards: int
     resident_bytes: int
+    unwritten_bytes: int
     room_bytes: int  # of the device
 
     @property
@@ -45,10 +47,12 @@ class LoadJob:
 
 
 class LoadPeak(NamedTuple):
-    """``device_bytes`` of each rank's device; ``copied_bytes`` of host memory of each rank, which do not go before they
-    are on the device; ``mapped_bytes`` of the weight files, read through one mapping by all ranks of a node."""
+    """``device_bytes`` are allocated on each rank's device, of which ``written_bytes`` have been written to: what
+    counts where the device is the CPU. ``copied_bytes`` are of each rank's host memory, until they are on the device;
+    ``mapped_bytes`` are the weight files, read through one mapping by all ranks of a node."""
 
     device_bytes: int
+    written_bytes: int
     copied_bytes: int
     mapped_bytes: int
 
@@ -63,7 +67,16 @@ def load_peak(job: LoadJob) -> LoadPeak:
     kind = job.scenario.strategy.kind
     copies = job.sizes.loaded_bytes if job.converts and kind is not StrategyKind.ZERO3 else 0
     device = _quantised if job.scenario.training.method is Method.QLORA else _ON_DEVICE[kind]
-    return LoadPeak(device(job), copies, job.sizes.stored_bytes)
+    return LoadPeak(device(job), _written(job, device(job)), copies, job.sizes.stored_bytes)
+
+
+def _written(job: LoadJob, device_bytes: int) -> int:
+    """What of the device's allocations is written to: ZeRO-3's buffers wait for gradients, and mapped weights become a
+    DDP process's own when a broadcast writes to them, by which time one of two buffers is gone."""
+    kind = job.scenario.strategy.kind
+    if kind is StrategyKind.DDP and not job.converts:
+        return job.sizes.state_dict_bytes + min(job.sizes.state_dict_bytes, BROADCAST_BUCKET_BYTES)
+    return device_bytes - (job.unwritten_bytes if kind is StrategyKind.ZERO3 else 0)
 
 
 def _whole(job: LoadJob) -> int:
@@ -101,13 +114,14 @@ def _shards(job: LoadJob) -> int:
 
 
 def _flat_and_whole(job: LoadJob) -> int:
-    """ZeRO-1 and 2 flatten the trained weights on the device where it has room for both, else on the host. Then come
-    the fp32 copy of the partition and, for a moment, its gradients."""
-    both = job.sizes.state_dict_bytes + job.sizes.trained_bytes
-    partition = divide_up(job.sizes.num_trained, job.num_shards)
-    masters = 0 if job.scenario.strategy.offload.optimizer else 2 * partition * FP32_BYTES
-    flat = both if both <= job.room_bytes else job.sizes.state_dict_bytes
-    return max(flat, job.sizes.state_dict_bytes + masters)
+    """ZeRO-1 and 2 flatten the trained weights on the device where it has room for both, else on the host. Then the
+    rank's partition is cast to fp32 by way of a clone, and gets gradients of zeros; offloaded, both go to the host."""
+    whole, partition = job.sizes.state_dict_bytes, divide_up(job.sizes.num_trained, job.num_shards)
+    both = whole + job.sizes.trained_bytes
+    flattened = both if both <= job.room_bytes else whole
+    cast = whole + partition * (loaded_itemsize(job.scenario) + FP32_BYTES)
+    with_gradients = whole if job.scenario.strategy.offload.optimizer else whole + 2 * partition * FP32_BYTES
+    return max(flattened, cast, with_gradients)
 
 
 def _partitioned(job: LoadJob) -> int:

@@ -10,7 +10,7 @@ from launchkit.plan import PhasePeak, RunPhase
 from launchkit.planner.host import HostUse, host_while_loading, host_while_saving, host_while_training
 from launchkit.planner.load import LoadJob, LoadPeak, load_peak
 from launchkit.planner.sizes import ModelSizes
-from launchkit.program import StepProgram
+from launchkit.program import Owner, Point, StepProgram
 from launchkit.scenario import Scenario, StrategyKind
 from launchkit.simulate.memory import MemoryReading
 from launchkit.simulate.overheads import device_peak
@@ -46,9 +46,16 @@ class Run:
                 checkpoint_itemsize=self.checkpoint_itemsize,
                 num_shards=self.num_shards,
                 resident_bytes=self.steady_bytes,
+                unwritten_bytes=self._unwritten_bytes(),
                 room_bytes=self.room_bytes,
             )
         )
+
+    def _unwritten_bytes(self) -> int:
+        """Buffers that lie ready for gradients."""
+        waiting = (Owner.GRADIENTS, Owner.COMMUNICATION)
+        point = Point(1, 1)  # what lies between steps depends on no batch
+        return sum(p.size.at(point) * p.count for p in self.program.persistent if p.owner in waiting)
 
     def host_loading(self) -> HostUse:
         return host_while_loading(self.load(), self.scenario, cluster=self.cluster)

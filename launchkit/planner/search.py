@@ -196,7 +196,8 @@ class Search:
         """The fastest batch and checkpointing that fit, from the least demanding one upwards."""
         option = self._read(least)
         if not option.fits and _keeps_whole_gradients(least):
-            option = self._read(self._without_accumulation(least))
+            at_once = self._read(self._without_accumulation(least))
+            option = at_once if at_once.fits else min(option, at_once, key=lambda option: option.live_bytes)
         if not option.fits:
             return option
         found = [self._timed(option)]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from launchkit.model import ModelProfile
 from launchkit.optimizers import FP32_BYTES, LocalTensor, find, local_tensor
 from launchkit.program import Parameter, StepProgram
-from launchkit.scenario import Method, Precision, Scenario
+from launchkit.scenario import Method, Precision, Scenario, StrategyKind, Trainer
 from launchkit.strategies.base import Located, located_parameters, lora_rank
 from launchkit.strategies.weights import loaded_itemsize
 
@@ -81,8 +81,12 @@ class _Held:
 
 
 def _adapter_itemsize(parameter: Parameter, scenario: Scenario) -> int:
-    """PEFT makes adapters in fp32; DeepSpeed casts them with the rest, and FSDP only without mixed precision."""
-    keeps_fp32 = scenario.strategy.kind.is_fsdp and scenario.training.precision is not Precision.BF16_PURE
+    """PEFT makes adapters in fp32. FSDP casts them only without mixed precision. DeepSpeed casts a module as a whole,
+    but not one that ``from_pretrained`` has sharded already, which it does for ZeRO-3 (seen in what it saves)."""
+    training, kind = scenario.training, scenario.strategy.kind
+    if kind is StrategyKind.ZERO3 and training.trainer is not Trainer.LOOP:
+        return FP32_BYTES
+    keeps_fp32 = kind.is_fsdp and training.precision is not Precision.BF16_PURE
     return FP32_BYTES if keeps_fp32 else parameter.itemsize
 
 

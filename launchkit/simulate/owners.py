@@ -20,7 +20,6 @@ from launchkit.program import (
     Owner,
     Point,
     Section,
-    Size,
     Stage,
     StepProgram,
     TensorRef,
@@ -137,25 +136,29 @@ class _Walk:
         owners: list[int] = []
         here: dict[int, int] = {}  # a slot may have several owners within one section, one after the other
         own = (stage.name, Anchor.RELATIVE, 0)
+        num_bytes = self._bytes_of(events)
         for event in events:
-            if isinstance(event, FreeAll):
+            if isinstance(event, Free):
+                ref, size = event
+                origin, slot = ref[:3], ref[3]
+                deltas.append(-num_bytes[id(size)])
+                is_own = slot in here and origin == own
+                owners.append(here.pop(slot) if is_own else self._owner(ref, freed_from[origin]))
+            elif isinstance(event, Alloc):
+                slot, size, owner, _ = event
+                deltas.append(num_bytes[id(size)])
+                owners.append(here.setdefault(slot, _OWNER_INDEX[owner]))
+            else:
                 yield _piece(deltas, owners, _OWNER_INDEX[event.owner])
                 deltas, owners = [], []
-            elif isinstance(event, Alloc):
-                deltas.append(self._bytes(event.size))
-                owners.append(here.setdefault(event.slot, _OWNER_INDEX[event.owner]))
-            else:
-                origin, slot = event.ref[:3], event.ref.slot
-                deltas.append(-self._bytes(event.size))
-                is_own = slot in here and origin == own
-                owners.append(here.pop(slot) if is_own else self._owner(event.ref, freed_from[origin]))
         yield _piece(deltas, owners, -1)
 
-    def _bytes(self, size: Size) -> int:
-        num_bytes = self.sizes.get(id(size))
-        if num_bytes is None:
-            num_bytes = self.sizes[id(size)] = size.at(self.point)
-        return num_bytes
+    def _bytes_of(self, events: Sequence[Event]) -> Mapping[int, int]:
+        """The bytes of every size in ``events``, each distinct one worked out once."""
+        sizes = {id(event.size): event.size for event in events if not isinstance(event, FreeAll)}
+        for key in sizes.keys() - self.sizes.keys():
+            self.sizes[key] = sizes[key].at(self.point)
+        return self.sizes
 
     def _owner(self, ref: TensorRef, source: int) -> int:
         owner = self.slots[source].get(ref.slot) if source >= 0 else None

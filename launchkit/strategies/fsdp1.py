@@ -34,7 +34,7 @@ from functools import cached_property
 
 from launchkit.hardware import Cluster
 from launchkit.model import ModelProfile
-from launchkit.optimizers import LocalTensor
+from launchkit.optimizers import BF16_BYTES, LocalTensor
 from launchkit.program import (
     Alloc,
     Collective,
@@ -74,9 +74,12 @@ ALIGNMENT_BYTES = 16  # of each parameter within the flat one. Source: ``_get_al
 
 
 def trace_key(training: Training, strategy: Strategy, device: DeviceKind, *, single_sequence: bool = False) -> TraceKey:
-    """FSDP2's. Flattened with adapters, frozen weights are views of a tensor that requires a gradient, and get one."""
+    """FSDP2's, but for adapters. Flattened with frozen weights, they make these views of a tensor that requires a
+    gradient, so that they get one. As units of their own they still lie there in fp32 when PEFT asks for their dtype,
+    so that it widens their input, and autocast narrows it again: one copy per adapter."""
     key = fsdp2.trace_key(training, strategy, device, single_sequence=single_sequence)
-    return replace(key, flat_gradients=_flattens_adapters(training))
+    flattens = _flattens_adapters(training)
+    return replace(key, flat_gradients=flattens, cast_adapters=key.cast_adapters and flattens)
 
 
 def _flattens_adapters(training: Training) -> bool:
@@ -173,11 +176,15 @@ class _Flat:
 
 
 def _flat(parameters: Iterable[Parameter], layout: Layout, *, in_block: bool, aligns: bool) -> _Flat:
-    """``parameters`` flattened in order. With ``aligns`` each is a tensor of its own to the optimizer, else all one."""
+    """``parameters`` flattened in order. With ``aligns`` each is a tensor of its own to the optimizer, else all one.
+
+    4-bit weights lie in storage of the other weights' dtype (``bnb_4bit_quant_storage``): torch flattens only one.
+    """
     rows = list(parameters)
     is_trainable = any(row.trainable for row in rows)
-    gathered = layout.gathered_itemsize or rows[0].itemsize
-    stored = (layout.trainable_itemsize if is_trainable else layout.frozen_itemsize) or rows[0].itemsize
+    itemsize = next((row.itemsize for row in rows if not row.packed_bytes), BF16_BYTES)
+    gathered = layout.gathered_itemsize or itemsize
+    stored = (layout.trainable_itemsize if is_trainable else layout.frozen_itemsize) or itemsize
     step = ALIGNMENT_BYTES // gathered if aligns else 1
     numel = num_zeros = 0
     trained = []
@@ -268,7 +275,11 @@ class _Rewriter(FramedProgram):
     """Walks the units in the order in which the engine meets them and notes what each adds to each section."""
 
     def __init__(self, program: StepProgram, layout: Layout, units: dict[str, _Unit], scenario: Scenario) -> None:
-        super().__init__(map_sections(program, Phase.BACKWARD, _AdapterReduction(program, layout, units).of))
+        if any(unit.adapters for unit in units.values()):
+            program = map_sections(
+                _without_cast_adapters(program), Phase.BACKWARD, _Adapters(program, layout, units).of
+            )
+        super().__init__(program)
         self.layout = layout
         self.units = units
         self.prefetches_backward = scenario.strategy.fsdp.backward_prefetch
@@ -471,7 +482,29 @@ class _Rewriter(FramedProgram):
         frame.kernels.append(Kernel(1, Size.constant(0), Size.constant(2 * flat.gradient_bytes), False))
 
 
-class _AdapterReduction:
+def _without_cast_adapters(program: StepProgram) -> StepProgram:
+    """``program`` without autocast's 16-bit copies of adapters, which are gathered in 16 bits here: all that a forward
+    pass makes whose size depends on the rank but neither on the batch nor on the length."""
+    forward = {stage.name for stage in program.stages if stage.phase is Phase.FORWARD}
+
+    def is_copy(event: Event, stage: Stage) -> bool:
+        if isinstance(event, Alloc):
+            return stage.name in forward and _is_of_rank(event.size)
+        return isinstance(event, Free) and event.ref.stage in forward and _is_of_rank(event.size)
+
+    def without(stage: Stage, section: Section) -> Section:
+        return replace(section, events=tuple(event for event in section.events if not is_copy(event, stage)))
+
+    for phase in (Phase.FORWARD, Phase.LOSS, Phase.BACKWARD):
+        program = map_sections(program, phase, without)
+    return program
+
+
+def _is_of_rank(size: Size) -> bool:
+    return bool(size.terms) and all(t.lora_rank and not t.micro_batch and not t.seq_len for t in size.terms)
+
+
+class _Adapters:
     """Adapters that are units of their own are reduced each as soon as its gradient is there."""
 
     def __init__(self, program: StepProgram, layout: Layout, units: dict[str, _Unit]) -> None:

@@ -10,7 +10,8 @@ unit, as torch 2.13 has it (``torch/distributed/fsdp/_fully_shard``, confirmed o
 - before its backward the unit is gathered again, if the prefetch has not done so: each unit's backward begins by
   gathering the next one's, so two are there at a time.
 - after its backward the copies die, then the previous unit's reduce input; the gradients are copied into this
-  unit's reduce input and die, and the reduced shard, in the dtype of the shards, becomes the gradient.
+  unit's reduce input and die, all but the unit's last, and the reduced shard, in the dtype of the shards, becomes the
+  gradient; then the last one dies too.
 
 Shards are padded to equal size, so the first rank is the largest. On CPU the gloo backend copies what it is given: one
 more buffer of the collective's size, for the time of the call.
@@ -360,6 +361,13 @@ class _Slot(IntEnum):
     COPIES = 8  # the first of one per parameter
 
 
+class _Gradient(NamedTuple):
+    """An unsharded gradient: whose it is, and its end."""
+
+    parameter: int
+    free: Free
+
+
 class _Rewriter(FramedProgram):
     """Walks the units in the order in which the engine meets them and notes what each adds to each section."""
 
@@ -485,7 +493,10 @@ class _Rewriter(FramedProgram):
         unit, place, events = visit.unit, visit.backward_end, frame.behind
         num_shards = self.layout.num_shards
         self.reduce_input = self.alloc(place, _Slot.REDUCE_INPUT, unit.reduced_bytes * num_shards, events)
-        events.extend(self._gradient_frees(visit))
+        gradients = list(self._unsharded_gradients(visit))
+        # torch's loop over gradients (``foreach_reduce``) keeps its variable, so the last one, until it returns.
+        last = max(live.parameter for live in gradients) if num_shards > 1 and gradients else -1
+        events.extend(live.free for live in gradients if live.parameter != last)
         changes_dtype = unit.reduced_bytes != unit.gradient_bytes
         owner = Owner.COMMUNICATION if changes_dtype else Owner.GRADIENTS
         reduced = self.alloc(place, _Slot.REDUCED, unit.reduced_bytes, events, owner)
@@ -499,21 +510,20 @@ class _Rewriter(FramedProgram):
                 self.retained.append(reduced)
             else:
                 events.append(self.free(reduced, place))
+        events.extend(live.free for live in gradients if live.parameter == last)
         if self.layout.offloads or (self.layout.accumulates and not self.layout.defers_reduction):
             events.append(self.free(gradient, place))
         self._clock_reduce(unit, frame)
 
-    def _gradient_frees(self, visit: Visit[_Unit]) -> Iterator[Event]:
-        """The unsharded gradients of the unit, wherever they arose, die once they are copied in."""
-        for born, event in self._gradients(visit):
-            if self.layout.defers_reduction:
-                break
-            yield Free(self.ref(Live(born, event.slot, 0), visit.backward_end), event.size)
-        for place, allocs in self.accumulated.items():
-            if place == self.pile(visit.unit.group, visit.forward_begin):
-                for alloc in allocs:
-                    if alloc.parameter in visit.unit.indices:
-                        yield Free(self.ref(Live(place, alloc.slot, 0), visit.backward_end), alloc.size)
+    def _unsharded_gradients(self, visit: Visit[_Unit]) -> Iterator[_Gradient]:
+        """The unsharded gradients of the unit, wherever they arose: of this micro-batch, or of all under no_sync."""
+        born: Iterable[tuple[Place, Alloc]] = self._gradients(visit)
+        if self.layout.defers_reduction:
+            pile = self.pile(visit.unit.group, visit.forward_begin)
+            born = [(pile, alloc) for alloc in self.accumulated[pile] if alloc.parameter in visit.unit.indices]
+        for place, alloc in born:
+            ref = self.ref(Live(place, alloc.slot, 0), visit.backward_end)
+            yield _Gradient(alloc.parameter, Free(ref, alloc.size))
 
     def _gradients(self, visit: Visit[_Unit]) -> Iterator[tuple[Place, Alloc]]:
         for stage in self.backward:

@@ -221,11 +221,17 @@ def choose_layers(kinds: Sequence[str]) -> tuple[int, ...]:
     return tuple(sorted(kept & set(range(count))))
 
 
-def cut(model: nn.Module, config: PreTrainedConfig) -> tuple[Stack, ...]:
-    """Cuts every stack of ``model`` down to the layers that are traced, in place."""
+def cut(model: nn.Module, config: PreTrainedConfig, *, first_apart: bool = False) -> tuple[Stack, ...]:
+    """Cuts every stack of ``model`` down to the layers that are traced, in place.
+
+    With ``first_apart`` the first layer is of a kind of its own, and so is then the second, its neighbour: where the
+    gradient ends inside the first, what all layers share is used in a backward for the last time in the second.
+    """
     stacks = []
     for path, modules in find_stacks(model).items():
         kinds = layer_kinds(config, modules)
+        if first_apart:
+            kinds = (f"first {kinds[0]}", *kinds[1:])
         kept = choose_layers(kinds) if _can_cut_layer_types(model, kinds) else tuple(range(len(kinds)))
         parent, _, name = path.rpartition(".")
         setattr(model.get_submodule(parent), name, nn.ModuleList([modules[i] for i in kept]))

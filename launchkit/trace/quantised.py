@@ -65,7 +65,7 @@ class _MatMul4Bit(torch.autograd.Function):
         (gradient,) = gradients
         needs_x, _, needs_bias = ctx.needs_input_grad
         bias_gradient = gradient.sum(0) if needs_bias else None
-        x_gradient = torch.matmul(gradient, ctx.weight.unpack().to(gradient.dtype)) if needs_x else None
+        x_gradient = torch.matmul(gradient, ctx.weight.unpack(gradient.device).to(gradient.dtype)) if needs_x else None
         return x_gradient, None, bias_gradient
 
 
@@ -81,10 +81,10 @@ class Packed:
     def num_blocks(self) -> int:
         return divide_up(self.shape[0] * self.shape[1], _BLOCK)
 
-    def unpack(self) -> torch.Tensor:
+    def unpack(self, device: torch.device) -> torch.Tensor:
         """``functional.dequantize_4bit``: the scales in fp32 first, gone when the weight is there."""
-        scales = torch.empty(self.num_blocks, dtype=torch.float32)
-        weight = torch.empty(self.shape, dtype=self.dtype)
+        scales = torch.empty(self.num_blocks, dtype=torch.float32, device=device)
+        weight = torch.empty(self.shape, dtype=self.dtype, device=device)
         del scales
         return weight
 

@@ -16,6 +16,7 @@ from launchkit.scenario import Compute, TraceKey
 from launchkit.trace.build import Built
 from launchkit.trace.compat import full_sequences, random_states
 from launchkit.trace.inputs import make_batch
+from launchkit.trace.methods import unpacking_for_dora
 from launchkit.trace.recorder import Log, Place, StepRecorder
 
 _AUTOCAST = {
@@ -92,7 +93,7 @@ def trace_step(built: Built, mode: FakeTensorMode, *, point: Point, key: TraceKe
     ``zero_grad(set_to_none=True)``."""
     model = built.model.train(not key.evaluation)
     parameters = dict(model.named_parameters())
-    with mode, full_sequences(packed=key.packed), random_states(key.device):
+    with mode, full_sequences(packed=key.packed), random_states(key.device), unpacking_for_dora():
         batch = make_batch(built, point, key)
         recorder = StepRecorder(
             known=[*parameters.values(), *model.buffers(), *batch.values()], parameters=parameters.values()

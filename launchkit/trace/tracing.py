@@ -74,6 +74,10 @@ class Lengths:
         return point._replace(seq_len=(point.seq_len + divide_up(self.window, self.stride)) * self.stride)
 
 
+# No adapters, and those that the first layer's attention computes with, so that its whole backward runs.
+_BEFORE_ATTENTION = ("", "all-linear", "attention")
+
+
 def trace_points(key: TraceKey, lengths: Lengths = Lengths()) -> tuple[Point, ...]:  # frozen
     """The points that a program is fitted to, the held-back one last."""
     batched, single = (_LOOPED_BATCHED, _LOOPED_SINGLE) if lengths.looped else (_POINTS_BATCHED, _POINTS_SINGLE)
@@ -177,7 +181,7 @@ def _build(settings: PreTrainedConfig, key: TraceKey, *, lora_rank: int) -> _Tra
     whole: nn.Module = build_on_meta(model_class, settings, attention=key.attention, dtype=WEIGHT_DTYPE[key.compute])
     config = whole.config
     whole.train()
-    stacks = cut(whole, config)
+    stacks = cut(whole, config, first_apart=key.lora_targets not in _BEFORE_ATTENTION)
     model = apply_method(whole, key, lora_rank=lora_rank)
     if key.checkpointing is not Checkpointing.NONE:
         _enable_checkpointing(model)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from bench.accuracy.cell import Cell
 from bench.accuracy.rivals import (
     Job,
     Shape,
@@ -16,6 +17,7 @@ from bench.accuracy.rivals import (
     ask,
     deepspeed_estimate,
     eleuther_estimate,
+    job_of_cell,
     llm_analysis_estimate,
 )
 
@@ -96,6 +98,21 @@ def test_eleuther_is_spared_deepspeeds_buckets_under_fsdp() -> None:
 )
 def test_a_tool_says_nothing_of_what_it_does_not_know(tool: Any, fields: dict[str, Any]) -> None:
     assert tool(replace(JOB, **fields), MISTRAL) is None
+
+
+@pytest.mark.parametrize("tool", [eleuther_estimate, llm_analysis_estimate])
+def test_formulas_of_attention_blocks_are_asked_of_nothing_else(tool: Any) -> None:
+    assert tool(JOB, replace(MISTRAL, num_heads=0)) is None
+
+
+def test_eleuther_is_told_the_cells_buckets() -> None:
+    settings = {"stage3_prefetch_bucket_size": 100_000, "stage3_max_live_parameters": 300_000}
+    cell = Cell(name="cell", config={}, strategy="zero3", num_processes=2, precision="bf16", zero=settings)
+    job = job_of_cell(cell)
+    default = job_of_cell(replace(cell, zero={"stage3_max_live_parameters": "auto"}))
+    small, large = eleuther_estimate(job, LLAMA), eleuther_estimate(default, LLAMA)
+    assert small is not None and large is not None
+    assert large - small == 2 * (1_500_000_000 - 400_000)
 
 
 @pytest.mark.parametrize("method", ["lora", "qlora"])

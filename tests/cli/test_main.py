@@ -62,6 +62,8 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["plan", "gpt2", "--seq-len", "2k"], "launchkit: --seq-len 2k is not a whole number"),
         (["estimate", "gpt2", "--strategy", "zero4"], "launchkit: --strategy zero4 is unknown; did you mean zero3?"),
         (["plan", "gpt2", "--gpus", "2x4090", "--num-gpus", "2"], "launchkit: --gpus 2x4090 already says how many"),
+        (["plan", "gpt2", "--tp", "2"], "launchkit: --tp is tensor parallelism, which launchkit does not plan; use"),
+        (["estimate", "gpt2", "--cp", "2"], "launchkit: --cp is context parallelism, which launchkit does not plan"),
         (["config", "no-such-plan.json"], "launchkit: no-such-plan.json does not exist; write a plan with"),
         (["explain", "logitz"], "launchkit: 'logitz' is no term of launchkit; did you mean logits?"),
     ],

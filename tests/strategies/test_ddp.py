@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from launchkit import strategies
 from launchkit.program import CollectiveKind, Owner, Phase, StepProgram
-from launchkit.scenario import DdpSettings
-from launchkit.strategies.ddp import assign_buckets, bucket_limits
+from launchkit.scenario import CommHook, DdpSettings
+from launchkit.strategies.ddp import assign_buckets, bucket_limits, closings
 from tests.strategies.small import NUM_ELEMENTS, end, most, peak, plain, program, ranks, start
 
 GRADIENTS = 4 * NUM_ELEMENTS
@@ -94,3 +94,43 @@ def test_every_gradient_is_reduced_once() -> None:
                     assert message.kind is CollectiveKind.ALL_REDUCE
                     total += message.num_bytes.at((2, 8, 0))
     assert total == GRADIENTS
+
+
+@pytest.mark.parametrize(
+    ("gradients", "limits", "expected"),
+    [
+        ([(4, 10), (4, 10), (4, 10)], (10, 25), [(10,), (), (20,)]),
+        ([(4, 10), (2, 10)], (), [(), (10, 10)]),  # the last one closes what is left of every dtype
+    ],
+)
+def test_buckets_are_closed_by_the_gradient_that_fills_them(
+    gradients: list[tuple[int, int]], limits: tuple[int, ...], expected: list[tuple[int, ...]]
+) -> None:
+    closed = closings(gradients, limits)
+    assert [tuple(bucket.num_bytes for bucket in buckets) for buckets in closed] == expected
+
+
+def test_a_cap_of_ones_own_holds_for_the_first_bucket_too() -> None:
+    assert bucket_limits(DdpSettings(bucket_cap_bytes=100), first_step=False) == (100,)
+
+
+def test_a_communication_hook_sends_half_from_a_copy_of_the_bucket_that_is_full() -> None:
+    hooked, plain_step = rewritten(comm_hook=CommHook.BF16), rewritten()
+    assert most(hooked, Owner.COMMUNICATION) == GRADIENTS + GRADIENTS // 2  # one bucket, so all of it
+    assert sum(sent(hooked)) * 2 == sum(sent(plain_step)) == GRADIENTS
+
+
+def test_gradients_of_16_bits_need_no_copy() -> None:
+    narrow = strategies.rewrite(
+        program(itemsize=2), scenario=plain(strategy="ddp", comm_hook=CommHook.BF16), cluster=ranks(2)
+    )
+    assert most(narrow, Owner.COMMUNICATION) == 2 * NUM_ELEMENTS
+
+
+def sent(step: StepProgram) -> list[int]:
+    return [
+        message.num_bytes.at((2, 8, 0))
+        for stage in step.stages
+        for layer in stage.order()
+        for message in step.section_of(stage, layer).collectives
+    ]

@@ -32,7 +32,7 @@ from launchkit.program import (
 )
 from launchkit.scenario import Compute, DeviceKind
 from launchkit.simulate.expand import MemoryEvent, expand
-from launchkit.strategies import fsdp1, fsdp2, hsdp
+from launchkit.strategies import fsdp2, hsdp
 from tests.builders import cluster, profile, scenario
 
 POINT = Point(2, 8, 3)
@@ -174,12 +174,16 @@ def test_communication_buffers_overlap_as_the_engine_frees_them(settings: dict[s
     [
         # two gradients of the root, the shards of two blocks, and the last block's gradients whole
         ({}, 160 + 160 + 3 * 56),
-        ({"trainer": "hf"}, 160 + 80 + 3 * 56),  # the head's is reduced before the blocks
-        ({"trainer": "hf", "gradient_accumulation_steps": 4}, 2 * 160 + 3 * 96),  # no_sync: all of them, whole
-        ({"traced": program(lora=True), "method": "lora", "lora_rank": 3}, 2 * 32 + 48),
+        # the head's is reduced before the blocks; the embedding's, the last of its unit, lives beside what it becomes
+        ({"trainer": "hf"}, 160 + 2 * 80 + 3 * 56),
+        # no_sync: all of them, whole, and the head's shard beside it
+        ({"trainer": "hf", "gradient_accumulation_steps": 4}, 2 * 160 + 3 * 96 + 80),
+        ({"traced": program(lora=True), "method": "lora", "lora_rank": 3}, 3 * 32 + 48),
     ],
 )
-def test_unsharded_gradients_die_when_they_are_reduced(settings: dict[str, Any], expected: int) -> None:
+def test_unsharded_gradients_die_when_they_are_copied_and_the_last_of_a_unit_when_it_is_reduced(
+    settings: dict[str, Any], expected: int
+) -> None:
     assert most(rewritten(**settings), Owner.GRADIENTS) == expected
 
 
@@ -305,9 +309,3 @@ def test_the_last_block_is_prefetched_when_the_unit_behind_it_begins_its_backwar
     built = rewritten(trainer=trainer)
     section = built.section_of(built.stage("backward.1"), 0)
     assert isinstance(section.events[0], first_event)
-
-
-def test_fsdp1_has_fsdp2s_refusals() -> None:
-    ranks = cluster(num_gpus=2)
-    refused = fsdp1.refusal(scenario(strategy="fsdp", offload="nvme"), profile(), ranks)
-    assert refused is not None and "--offload all" in refused

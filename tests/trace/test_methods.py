@@ -14,12 +14,12 @@ from launchkit.simulate.memory import read_memory
 from launchkit.trace import trace_model
 from launchkit.trace.build import build_on_meta, load_config, training_class
 from launchkit.trace.methods import lora_targets
-from tests.trace.models import GPT2, LLAMA, T5, key
+from tests.trace.models import GPT2, LLAMA, MIXTRAL, T5, first_section, key
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
-def targets(config: dict[str, Any], text: str) -> str | list[str]:
+def targets(config: dict[str, Any], text: str) -> tuple[str | list[str], list[str]]:
     settings = load_config(config)
     model_class, _ = training_class(settings)
     return lora_targets(build_on_meta(model_class, settings, attention=Attention.SDPA, dtype=torch.float32), text)
@@ -28,26 +28,28 @@ def targets(config: dict[str, Any], text: str) -> str | list[str]:
 @pytest.mark.parametrize(
     ("config", "text", "expected"),
     [
-        (LLAMA, "all-linear", "all-linear"),
-        (LLAMA, "attention", ["k_proj", "o_proj", "q_proj", "v_proj"]),
-        (LLAMA, "q_proj, v_proj", ["q_proj", "v_proj"]),
-        (LLAMA, "down_proj", ["down_proj"]),
-        (GPT2, "c_attn", ["c_attn"]),
-        (T5, "attention", ["k", "o", "q", "v"]),
+        (LLAMA, "all-linear", ("all-linear", [])),
+        (LLAMA, "attention", (["k_proj", "o_proj", "q_proj", "v_proj"], [])),
+        (LLAMA, "q_proj, v_proj", (["q_proj", "v_proj"], [])),
+        (LLAMA, "down_proj", (["down_proj"], [])),
+        (GPT2, "c_attn", (["c_attn"], [])),
+        (T5, "attention", (["k", "o", "q", "v"], [])),
+        (MIXTRAL, "experts.down_proj", ([], ["experts.down_proj"])),
+        (MIXTRAL, "q_proj,experts.gate_up_proj", (["q_proj"], ["experts.gate_up_proj"])),
     ],
 )
-def test_targets_are_found(config: dict[str, Any], text: str, expected: str | list[str]) -> None:
+def test_targets_are_found(config: dict[str, Any], text: str, expected: tuple[str | list[str], list[str]]) -> None:
     assert targets(config, text) == expected
 
 
-@pytest.mark.parametrize("text", ["qproj", "q_proj,nope", ",", "embed_tokens"])
+@pytest.mark.parametrize("text", ["qproj", "q_proj,nope", ",", "embed_tokens", "experts.down_proj"])
 def test_unknown_names_list_the_choices(text: str) -> None:
     with pytest.raises(TraceError, match=r"matches no linear layer; choose among all-linear, attention, .*q_proj"):
         targets(LLAMA, text)
 
 
 def program(**overrides: Any) -> StepProgram:
-    return trace_model(LLAMA, key(method=Method.LORA, **({"lora_targets": "all-linear"} | overrides)))
+    return trace_model(LLAMA, key(**({"method": Method.LORA, "lora_targets": "all-linear"} | overrides)))
 
 
 def test_adapters_grow_with_the_rank_and_nothing_else_is_trained() -> None:
@@ -107,3 +109,35 @@ def test_modules_to_save_are_trained_whole() -> None:
 def test_unknown_modules_to_save_are_refused() -> None:
     with pytest.raises(TraceError, match=r"--lora-modules-to-save nope names no module of the model; try .*lm_head"):
         program(modules_to_save="nope")
+
+
+def test_the_first_layer_stands_apart_where_the_gradient_ends_inside_it() -> None:
+    """Nothing below the first adapter has a backward: of the first block only the adapted product and what follows."""
+    traced = program(lora_targets="down_proj")
+    first, second, third = (first_section(traced, "backward.model.layers", layer=layer) for layer in range(3))
+    assert len(first.events) < len(second.events)
+    assert second.events != third.events, "the second frees what the others share"
+
+
+@pytest.mark.parametrize("method", [Method.LORA, Method.QLORA])
+def test_dora_trains_a_magnitude_for_each_row(method: Method) -> None:
+    compute = Compute.BF16_AUTOCAST if method is Method.QLORA else Compute.FP32
+    parameters = program(method=method, compute=compute, dora=True).groups["LlamaDecoderLayer"].parameters
+    magnitudes = {p.name: p.shape for p in parameters if "magnitude" in p.name}
+    assert len(magnitudes) == 7
+    assert magnitudes["mlp.down_proj.lora_magnitude_vector.default.weight"] == (32,)
+
+
+def test_modules_saved_whole_are_trained_beside_their_frozen_selves() -> None:
+    root = {p.name: p.trainable for p in program(modules_to_save="lm_head").groups["root"].parameters}
+    assert root["lm_head.modules_to_save.default.weight"]
+    assert not root["lm_head.original_module.weight"]
+    with pytest.raises(TraceError, match="--lora-modules-to-save head names no module of the model; try embed_tokens"):
+        program(modules_to_save="head")
+
+
+def test_fused_experts_take_adapters_of_their_own() -> None:
+    traced = trace_model(MIXTRAL, key(method=Method.LORA, lora_targets="experts.gate_up_proj,experts.down_proj"))
+    trained = [p for group in traced.groups.values() for p in group.parameters if p.trainable]
+    assert len(trained) == 4
+    assert all(".experts." in p.name for p in trained)

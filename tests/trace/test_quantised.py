@@ -9,7 +9,7 @@ from launchkit.program import Free, Owner, Size, TensorRef, local
 from launchkit.scenario import Compute, Method
 from launchkit.trace import trace_model
 from launchkit.trace.quantised import packed_bytes, scale_bytes
-from tests.trace.models import LLAMA, allocations, first_section, key
+from tests.trace.models import GPT2, LLAMA, allocations, first_section, key
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -39,6 +39,18 @@ def test_a_block_holds_packed_weights_and_unpacks_them_for_a_product() -> None:
     freed = {event.ref for event in section.events if isinstance(event, Free)}
     assert all(a.owner is Owner.TEMPORARIES and own(a.slot) in freed for a in unpacked)
     assert "lm_head.weight" in {p.name for p in program.groups["root"].parameters if not p.packed_bytes}
+
+
+def test_what_is_tied_stays_as_it_is_and_biases_take_the_compute_dtype() -> None:
+    """Source: transformers' ``get_keys_to_not_convert``; bitsandbytes' ``Linear4bit.forward``, which casts its bias."""
+    program = trace_model(GPT2, key(method=Method.QLORA, lora_targets="all-linear", compute=Compute.BF16_AUTOCAST))
+    root = {p.name: p for p in program.groups["root"].parameters}
+    assert not any(p.packed_bytes for p in root.values())
+    assert root["transformer.wte.weight"].itemsize == 4
+    block = {p.name: p for name, group in program.groups.items() if name != "root" for p in group.parameters}
+    assert block["attn.c_attn.base_layer.weight"].shape == (96, 32), "a Conv1D is turned over"
+    assert block["attn.c_attn.base_layer.bias"].itemsize == 2
+    assert block["ln_1.weight"].itemsize == 4
 
 
 def own(slot: int) -> TensorRef:
