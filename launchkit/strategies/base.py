@@ -80,6 +80,7 @@ def make_trace_key(training: Training, compute: Compute, device: DeviceKind, *, 
         adapter_dropout=training.lora_dropout > 0 and has_adapter,
         dora=training.dora and has_adapter,
         modules_to_save=training.lora_modules_to_save if has_adapter else "",
+        images=training.images,
     )
 
 

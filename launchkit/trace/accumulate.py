@@ -20,8 +20,11 @@ _ADD_IN_PLACE = torch.ops.aten.add_.Tensor
 
 
 def as_the_engine_adds(func: Any, args: tuple[Any, ...], *, sole: tuple[int, int]) -> Any:
-    """``func``, or the addition in place where the engine would have chosen it: where the first argument has the
-    holders of a ``sole`` gradient. Call it from ``__torch_dispatch__`` and hold no reference to the arguments besides."""
+    """``func``, or the addition in place where the engine would have chosen it.
+
+    That is where the first argument has the holders of a ``sole`` gradient. To be called from ``__torch_dispatch__``,
+    with no reference to the arguments held besides.
+    """
     if func is not _ADD or torch.is_grad_enabled() or not _are_alike(args):
         return func
     return _ADD_IN_PLACE if _holders(args) == sole else func
