@@ -122,14 +122,14 @@ def weights(program: StepProgram, *, scenario: Scenario) -> tuple[Persistent, ..
 
 
 def whole_tensors(program: StepProgram, *, scenario: Scenario) -> tuple[LocalTensor, ...]:
-    """What the optimizer updates where nothing is sharded: every trainable parameter, layer after layer."""
+    """What the optimizer updates where nothing is sharded: every parameter with a gradient, layer after layer."""
     rank = lora_rank(scenario)
     tensors: list[LocalTensor] = []
     for name, group in program.groups.items():
         trained = [
             local_tensor(parameter, lora_rank=rank, in_block=name != ROOT_GROUP)
             for parameter in group.parameters
-            if parameter.trainable
+            if parameter.trainable and parameter.has_gradient
         ]
         tensors += trained * program.group_counts[name]
     return tuple(tensors)
