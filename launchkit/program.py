@@ -224,6 +224,8 @@ class Parameter:
     ``shape`` is the logical shape (what a shard divides); ``num_bytes`` what its storage takes on an
     unsharded device in the dtype in force (4-bit weights are packed, with their scales in ``extra_bytes``).
     ``lora_rank_axis`` is the dimension that is a multiple of the LoRA rank; the shape gives it at rank 1.
+    A trainable parameter that no loss depends on (a vision tower in a step without images) has no gradient, and an
+    optimizer that takes parameters one by one makes no state for it.
     """
 
     name: str
@@ -233,6 +235,7 @@ class Parameter:
     lora_rank_axis: int | None = None
     packed_bytes: int = 0
     extra_bytes: int = 0
+    has_gradient: bool = True
 
     def sizes(self, lora_rank: int = 0) -> tuple[int, ...]:
         """The shape, with the LoRA rank put in."""

@@ -66,6 +66,7 @@ class Request:
     global_batch: int | None = None
     seq_len: int | None = None
     packing: bool | None = None
+    images: bool | None = None
     checkpointing: Checkpointing | None = None
     attention: Attention | None = None
     loss: Loss | None = None
@@ -196,6 +197,7 @@ FLAGS: tuple[Flag, ...] = (
     Flag(name="global_batch", kind=int, help="sequences per optimizer step, over all GPUs [one micro-batch per GPU]"),
     Flag(name="seq_len", kind=int, default=2048, help="tokens per sequence"),
     Flag(name="packing", kind=bool, default=False, help="fill every sequence with several examples"),
+    Flag(name="images", kind=bool, default=False, help="every sequence has one image, its tokens within the length"),
     Flag(name="checkpointing", kind=Checkpointing, default="none", help="activations computed again in the backward"),
     Flag(name="attention", kind=Attention, default="sdpa", help="attention implementation"),
     Flag(name="loss", kind=Loss, default="plain", help="cross-entropy implementation; TRL's is chunked"),
@@ -283,6 +285,7 @@ def resolve(request: Request, *, model: ModelProfile, cluster: Cluster) -> Resol
         loss=loss,
         compile=_value(request, "compile", bool),
         packing=_value(request, "packing", bool),
+        images=_value(request, "images", bool),
         trainer=trainer,
         max_grad_norm=0.0 if trainer is Trainer.LOOP else Training().max_grad_norm,
     )
@@ -325,6 +328,7 @@ def scenario_flags(scenario: Scenario, *, cluster: Cluster) -> dict[str, str | i
         "global_batch": batch.global_batch(num_ranks),
         "seq_len": batch.seq_len,
         "packing": training.packing,
+        "images": training.images,
         "checkpointing": training.checkpointing,
         "attention": training.attention,
         "loss": training.loss,

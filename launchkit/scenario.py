@@ -236,6 +236,7 @@ class Training:
     loss: Loss = Loss.PLAIN
     compile: bool = False
     packing: bool = False
+    images: bool = False  # each sequence is about one image, whose tokens are among its own
     trainer: Trainer = Trainer.HF
     max_grad_norm: float = 1.0  # clipping is the trainer's: none under Trainer.LOOP
 
@@ -336,6 +337,7 @@ class TraceKey:
     adapter_dropout: bool = False  # whatever the share: what is kept of it does not depend on it
     dora: bool = False
     modules_to_save: str = ""
+    images: bool = False
 
     @property
     def canonical(self) -> TraceKey:
@@ -407,4 +409,6 @@ class TraceKey:
             parts.append("dora")
         if self.modules_to_save:
             parts.append(f"save-{self.modules_to_save}")
+        if self.images:
+            parts.append("images")
         return "/".join(str(part) for part in parts)

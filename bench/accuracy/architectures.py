@@ -338,7 +338,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         },
         "vision_config": VISION
         | {
-            "intermediate_size": 256,
+            "intermediate_size": 512,
             "image_size": 64,
             "patch_size": 16,
             "pixel_shuffle_ratio": 0.5,
@@ -347,6 +347,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
             "vision_output_dim": 64,
         },
         "image_token_index": 500,
+        "image_seq_length": 4,
         "boi_token_index": 501,
         "eoi_token_index": 502,
         "architectures": ["Llama4ForConditionalGeneration"],
@@ -365,11 +366,13 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 _WITHOUT_LORA = ("mamba", "mamba2", "falcon_mamba", "bamba")
 # PEFT puts adapters on all linear layers of these, and then fails: on a router that returns two tensors, on a
 # classifier that is trained whole.
-_LORA_FAILS = ("phimoe", "llama4_text", "distilbert")
-# Traced, but not measured: their image processors' grids and tiles are no tensors of a fixed size.
-_NOT_MEASURED = ("qwen2_vl", "qwen2_5_vl", "llama4")
+_LORA_FAILS = ("phimoe", "llama4_text", "llama4", "distilbert")
+# Traced with text alone, and not measured: their processors' grids of patches are no tensors of a fixed size.
+_NOT_MEASURED = ("qwen2_vl", "qwen2_5_vl")
 # transformers has no other attention for these.
 _EAGER_ONLY = ("gemma2", "gpt_oss", "bloom", "gpt_neo", "gptj", "deberta_v2", "mamba", "mamba2", "falcon_mamba")
+# Their linear attention takes 64 tokens at once, and pads what is no multiple of it.
+_CHUNKED_BY_64 = ("qwen3_next", "qwen3_5")
 _OPTIMIZERS = ("adamw_torch", "sgd", "adamw_torch_fused")
 
 
@@ -381,14 +384,26 @@ def architecture_cells() -> Iterator[Cell]:
             continue
         attention = "eager" if name in _EAGER_ONLY or number % 3 == 0 else "sdpa"
         optimizer = _OPTIMIZERS[number % len(_OPTIMIZERS)]
-        yield Cell(name=f"arch-{name}-fp32", config=config, attention=attention, optimizer=optimizer)
+        images = "vision_config" in config
+        short, middle, long = (384, 448, 512) if name in _CHUNKED_BY_64 else (64, 96, 160)
+        yield Cell(
+            name=f"arch-{name}-fp32",
+            config=config,
+            attention=attention,
+            optimizer=optimizer,
+            seq_len=short,
+            images=images,
+        )
         yield Cell(
             name=f"arch-{name}-{('bf16', 'bf16-params')[number % 2]}-checkpointing",
             config=config,
             attention=attention,
             precision=("bf16", "bf16-params")[number % 2],
             checkpointing="full",
-            seq_len=96,
+            seq_len=middle,
+            images=images,
         )
         if name not in (*_WITHOUT_LORA, *_LORA_FAILS):
-            yield Cell(name=f"arch-{name}-lora", config=config, attention=attention, method="lora", seq_len=32 * 5)
+            yield Cell(
+                name=f"arch-{name}-lora", config=config, attention=attention, method="lora", seq_len=long, images=images
+            )

@@ -45,6 +45,7 @@ class Cell:
     max_grad_norm: float = 0.0
     num_steps: int = 3
     use_cache: bool | None = False
+    images: bool = False
     evaluation_micro_batch: int = 0
     packing: bool = False
     offload: str = "none"

@@ -32,6 +32,7 @@ from launchkit.simulate.memory import MemoryReading
 FSDP = ("fsdp", "fsdp2", "hsdp")
 FLAGS = (
     "method", "precision", "checkpointing", "attention", "optimizer", "trainer", "micro_batch", "seq_len", "packing",
+    "images",
 )  # fmt: skip
 ADAPTER_FLAGS = ("lora_rank", "lora_targets", "dora", "lora_modules_to_save")
 

@@ -12,7 +12,7 @@ Reading a variant parses the lines it names and no others, so a file of eighty v
     section   {"group", "uses", "events", "kernels", …}                          events as lists, told apart by length:
                   [slot, size, owner, parameter] alloc · [origin, slot, size] free · [origin, slot] free of the size
                   that the section itself allocated under that slot · [owner] free all
-    group     [name, [[name, shape, itemsize, trainable, lora_rank_axis, packed_bytes, extra_bytes], …]]
+    group     [name, [[name, shape, itemsize, trainable, lora_rank_axis, packed_bytes, extra_bytes, has_gradient?], …]]
     variant   {"stages", "sections", "groups", "group_counts", "persistent", …}  sections and groups as line numbers
 """
 
@@ -311,11 +311,12 @@ def _parameter_row(parameter: Parameter) -> list[Any]:
         parameter.lora_rank_axis,
         parameter.packed_bytes,
         parameter.extra_bytes,
+        *(() if parameter.has_gradient else (0,)),
     ]
 
 
 def _parameter(row: list[Any]) -> Parameter:
-    name, shape, itemsize, trainable, lora_rank_axis, packed_bytes, extra_bytes = row
+    name, shape, itemsize, trainable, lora_rank_axis, packed_bytes, extra_bytes, *rest = row
     return Parameter(
         name=name,
         shape=tuple(shape),
@@ -324,4 +325,5 @@ def _parameter(row: list[Any]) -> Parameter:
         lora_rank_axis=lora_rank_axis,
         packed_bytes=packed_bytes,
         extra_bytes=extra_bytes,
+        has_gradient=bool(rest[0]) if rest else True,
     )

@@ -101,7 +101,7 @@ class _Expansion:
         """Why a storage cannot come into being."""
         if key in self.live:
             return ProgramError(f"{self._name(key)} is allocated while it is live; trace the model again")
-        return ProgramError(f"{self._name(key)} has {num_bytes} bytes at {_text(self.point)}; trace the model again")
+        return ProgramError(f"{self._name(key)} has {num_bytes} bytes at {_text(self.point)}; plan a longer sequence")
 
     def _unfreed(self, key: _Key, found: MemoryEvent | None, num_bytes: int, *, where: str) -> ProgramError:
         """Why a storage cannot die."""

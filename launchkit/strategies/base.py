@@ -81,6 +81,7 @@ def make_trace_key(training: Training, compute: Compute, device: DeviceKind, *, 
         adapter_dropout=training.lora_dropout > 0 and has_adapter,
         dora=training.dora and has_adapter,
         modules_to_save=training.lora_modules_to_save if has_adapter else "",
+        images=training.images,
     )
 
 
@@ -122,13 +123,17 @@ def weights(program: StepProgram, *, scenario: Scenario) -> tuple[Persistent, ..
 
 
 def whole_tensors(program: StepProgram, *, scenario: Scenario) -> tuple[LocalTensor, ...]:
-    """What the optimizer updates where nothing is sharded: every trainable parameter of every layer."""
+    """What the optimizer updates where nothing is sharded: every parameter with a gradient, layer after layer."""
     rank = lora_rank(scenario)
-    return tuple(
-        tensor
-        for place in located_parameters(program, trainable=True)
-        for tensor in (local_tensor(place.parameter, lora_rank=rank, in_block=place.in_block),) * place.copies
-    )
+    tensors: list[LocalTensor] = []
+    for name, group in program.groups.items():
+        trained = [
+            local_tensor(parameter, lora_rank=rank, in_block=name != ROOT_GROUP)
+            for parameter in group.parameters
+            if parameter.trainable and parameter.has_gradient
+        ]
+        tensors += trained * program.group_counts[name]
+    return tuple(tensors)
 
 
 def optimizer_states(

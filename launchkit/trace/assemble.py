@@ -7,8 +7,8 @@ Layers that were cut away get the section of a traced layer between the same nei
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from launchkit.errors import TraceError
 from launchkit.program import (
@@ -99,11 +99,26 @@ def assemble(model: TracedModel, logs: Sequence[Log], points: Sequence[Point]) -
     return StepProgram(
         stages=stages,
         sections=tuple(builder.sections),
-        groups=model.groups,
+        groups=_with_gradients(model, logs[0].gradients.values()) if logs[0].gradients else model.groups,
         group_counts=counts,
         persistent=inputs + buffers,
         minimum_micro_batch=min(point.micro_batch for point in points),
     )
+
+
+def _with_gradients(model: TracedModel, names: Iterable[str]) -> dict[str, ParameterGroup]:
+    """The model's groups, with those of their parameters marked that have no gradient in any traced layer."""
+    found = {model.owners[name] for name in names}
+    return {
+        name: replace(
+            group,
+            parameters=tuple(
+                p if (name, index) in found or not p.trainable else replace(p, has_gradient=False)
+                for index, p in enumerate(group.parameters)
+            ),
+        )
+        for name, group in model.groups.items()
+    }
 
 
 def same_story(a: Log, b: Log) -> bool:

@@ -229,27 +229,29 @@ def cut(model: nn.Module, config: PreTrainedConfig, *, first_apart: bool = False
     """
     stacks = []
     for path, modules in find_stacks(model).items():
-        kinds = layer_kinds(config, modules)
+        parent, _, name = path.rpartition(".")
+        holder = model.get_submodule(parent)
+        own = getattr(holder, "config", config)  # a vision tower's, say
+        kinds = layer_kinds(own, modules)
         if first_apart:
             kinds = (f"first {kinds[0]}", *kinds[1:])
-        kept = choose_layers(kinds) if _can_cut_layer_types(model, kinds) else tuple(range(len(kinds)))
-        parent, _, name = path.rpartition(".")
-        setattr(model.get_submodule(parent), name, nn.ModuleList([modules[i] for i in kept]))
+        kept = choose_layers(kinds) if _can_cut_layer_types(holder, kinds) else tuple(range(len(kinds)))
+        setattr(holder, name, nn.ModuleList([modules[i] for i in kept]))
         stacks.append(Stack(path=path, kinds=kinds, kept=kept, block_class=type(modules[0]).__name__))
-        _cut_layer_types(model, kinds, kept)
+        _cut_layer_types(holder, kinds, kept)
     return tuple(stacks)
 
 
-def _layer_typed(model: nn.Module, num_layers: int) -> list[PreTrainedConfig]:
-    """The configurations in ``model`` that list a type for each of ``num_layers`` layers."""
-    found = {id(config): config for m in model.modules() if (config := getattr(m, "config", None)) is not None}
+def _layer_typed(holder: nn.Module, num_layers: int) -> list[PreTrainedConfig]:
+    """The configurations in the modules of ``holder`` that list a type for each of ``num_layers`` layers."""
+    found = {id(config): config for m in holder.modules() if (config := getattr(m, "config", None)) is not None}
     return [config for config in found.values() if len(getattr(config, "layer_types", None) or ()) == num_layers]
 
 
-def _can_cut_layer_types(model: nn.Module, kinds: Sequence[str]) -> bool:
+def _can_cut_layer_types(holder: nn.Module, kinds: Sequence[str]) -> bool:
     """Whether layers can be left out: some configurations derive the types of layers, and one of a few layers would
     derive others."""
-    return len(set(kinds)) == 1 or not any(_derives_types(config) for config in _layer_typed(model, len(kinds)))
+    return len(set(kinds)) == 1 or not any(_derives_types(config) for config in _layer_typed(holder, len(kinds)))
 
 
 def _derives_types(config: PreTrainedConfig) -> bool:
@@ -257,9 +259,9 @@ def _derives_types(config: PreTrainedConfig) -> bool:
     return isinstance(getattr(type(config), name, None), property)
 
 
-def _cut_layer_types(model: nn.Module, kinds: Sequence[str], kept: Sequence[int]) -> None:
+def _cut_layer_types(holder: nn.Module, kinds: Sequence[str], kept: Sequence[int]) -> None:
     """Some models look a layer's type up by its index in the stack, so the list in the configuration shrinks too."""
-    for config in _layer_typed(model, len(kinds)):
+    for config in _layer_typed(holder, len(kinds)):
         if not _derives_types(config):
             config.layer_types = [config.layer_types[i] for i in kept]
 

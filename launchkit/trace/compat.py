@@ -5,6 +5,7 @@ The answers are those of a batch of full sequences: nothing padded, and either o
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -58,6 +59,7 @@ def full_sequences(*, packed: bool = False) -> Iterator[None]:
         mock.patch.object(masking_utils, "is_tracing", lambda tensor=None: False),
         mock.patch.object(masking_utils, "_ignore_causal_mask_sdpa", _unpadded(masking_utils._ignore_causal_mask_sdpa)),
         mock.patch.object(torch.Tensor, "nonzero", _every_index),
+        mock.patch.dict(os.environ, TRANSFORMERS_DISABLE_TORCH_CHECK="1"),  # image tokens are as many as the features
         mock.patch.object(torch, "rand", _never_dropped(torch.rand)),
     ):
         yield

@@ -8,6 +8,7 @@ from launchkit.errors import TraceError
 from launchkit.program import Point
 from launchkit.scenario import TraceKey, Trainer
 from launchkit.trace.build import Built
+from launchkit.trace.images import image_inputs
 
 # What TRL's collator puts beside the tokens and its loss or sdpa do not use. With a mask of ones models build the same
 # mask as with none, which they find out from its values.
@@ -19,7 +20,11 @@ def make_batch(built: Built, point: Point, key: TraceKey) -> dict[str, torch.Ten
 
     Source of TRL's: trl 1.16 ``DataCollatorForLanguageModeling``.
     """
+    if key.images and built.task != "causal-lm":
+        raise TraceError(f"{type(built.model).__name__} is trained on {built.task}, without images; drop --images")
     batch = _task_batch(built, point, casts_inputs=key.compute.is_autocast)
+    if key.images:
+        batch |= image_inputs(built, num_images=point.micro_batch, token_ids=batch["input_ids"])
     if key.trainer is Trainer.TRL:
         tokens = batch["input_ids"]
         if key.packed:

@@ -18,7 +18,7 @@ from launchkit.trace.recorder import AllocRecord, KernelRecord, Place
 
 Event = tuple[bool, Place, int]  # is it an allocation, where, and of which storage
 
-_FEWEST_ITERATIONS = 4  # the first, the last, and two between that are seen to be alike
+_FEWEST_ITERATIONS = 3  # the first, the last, and one between
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,8 +94,10 @@ def _tell_at_once(
 
 
 def _in_order(keys: Iterable[Hashable | None]) -> list[Hashable]:
-    """Each key once, in order of its first occurrence; storages without one live and die within the loop."""
-    return [key for key in dict.fromkeys(keys) if key is not None]
+    """Each key once: the sums by where in the body they are born, then single storages in the order of their birth;
+    those without a key live and die within the loop. Which comes first in time depends on the number of iterations."""
+    told = {key for key in keys if key is not None}
+    return sorted(told, key=lambda key: (isinstance(key, int), key if isinstance(key, int) else repr(key)))
 
 
 def _key(number: int, life: _Life) -> Hashable | None:

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from launchkit.program import Tiles
+from launchkit.trace.accumulate import as_the_engine_adds, holders_of_a_sole_gradient
 from launchkit.trace.kernels import SUBSTITUTES, flop_formulas, scratch_bytes
 
 
@@ -129,6 +130,7 @@ class StepRecorder(TorchDispatchMode):
         self.recording = False
         self._numbers: dict[int, int] = {}
         self._next = 0
+        self._sole = holders_of_a_sole_gradient()
         self._flops: dict[Any, Callable[..., int]] = {**flop_registry, **flop_formulas()}
         for tensor in known:
             self._number_of(tensor.untyped_storage())
@@ -175,6 +177,7 @@ class StepRecorder(TorchDispatchMode):
         if func is _DEVICE_OF:
             return args[0].fake_device  # two of three dispatches ask for nothing else
         kwargs = kwargs or {}
+        func = as_the_engine_adds(func, args, sole=self._sole)
         out = SUBSTITUTES.get(func, func)(*args, **kwargs)
         self._record(func, args, kwargs, out)
         return out

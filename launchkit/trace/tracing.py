@@ -313,7 +313,21 @@ def profile_model(
         task=task,
         tied_embeddings=bool(getattr(text, "tie_word_embeddings", False)),
         versions=traced_with(),
+        notes=_notes(settings),
     )
+
+
+def _notes(settings: PreTrainedConfig) -> tuple[str, ...]:
+    """What a plan of this model takes for granted."""
+    notes = []
+    if getattr(settings, "vision_config", None) is not None:
+        notes.append("sequences are of text alone; --images adds an image to each, whose tokens count as its length")
+    if telling_lengths(settings, beyond_window=False).looped:
+        notes.append(
+            "recurrent layers run as transformers' own Python code, as without mamba-ssm, causal-conv1d or "
+            "flash-linear-attention, whose kernels keep less; lengths are taken as whole chunks"
+        )
+    return tuple(notes)
 
 
 def _active_parameters(model: nn.Module, text: PreTrainedConfig) -> int:
