@@ -11,7 +11,6 @@ from launchkit.hardware import Cluster, format_gpus
 from launchkit.model import ModelProfile, ModelSource
 from launchkit.plan import Candidate, Plan, Rejected, Suggestion
 from launchkit.planner.evaluate import Bench, judge, sketch
-from launchkit.planner.host import lacking
 from launchkit.planner.search import Option, Refused, Search
 from launchkit.request import Request, decisions
 from launchkit.scenario import (
@@ -134,10 +133,10 @@ def _rejected(bench: Bench, options: Sequence[Option]) -> tuple[Rejected, ...]:
 
 
 def _reason(bench: Bench, candidate: Candidate) -> str:
-    """What is lacking on the host, or what weighs most on the device."""
-    uses = bench.host_uses(candidate.scenario)
-    if phase := lacking(uses, cluster=bench.cluster_of(candidate.scenario)):
-        return f"host memory {uses[phase].needed_bytes / GIB:.1f} {phase}"
+    """What weighs most on the device, or where that has room, what is lacking on the host."""
+    lack = bench.host_shortage(candidate.scenario)
+    if lack and candidate.estimate.fits:
+        return f"host memory {lack.needed_bytes / GIB:.1f} {lack.doing}"
     owner, num_bytes = max(candidate.estimate.at_peak.items(), key=lambda item: item[1])
     return f"{owner.replace('_', ' ')} {num_bytes / GIB:.1f}"
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 from launchkit import strategies
@@ -12,7 +12,7 @@ from launchkit.model import ModelProfile, ModelSource
 from launchkit.optimizers import FP32_BYTES, LocalTensor, find, traffic_bytes
 from launchkit.plan import Candidate, Estimate, RunPhase, StepTime
 from launchkit.planner.disk import checkpoint_files
-from launchkit.planner.host import HostUse, lacking
+from launchkit.planner.host import Shortage, known_host_bytes, shortage
 from launchkit.planner.phases import Run, StepPeak, phase_peaks
 from launchkit.planner.sizes import ModelSizes
 from launchkit.program import Owner, Point, StepProgram
@@ -50,7 +50,8 @@ class Bench:
     cluster: Cluster
     _rewritten: dict[tuple[TraceKey, Scenario], StepProgram] = field(default_factory=dict)
     _compiled: dict[tuple[TraceKey, Scenario], CompiledProgram] = field(default_factory=dict)
-    _host_uses: dict[Scenario, Mapping[str, HostUse]] = field(default_factory=dict)
+    _sizes: dict[Scenario, ModelSizes] = field(default_factory=dict)
+    _shortages: dict[Scenario, Shortage | None] = field(default_factory=dict)
 
     def cluster_of(self, scenario: Scenario) -> Cluster:
         """The part of the cluster that a scenario uses: one GPU for a single process, else all."""
@@ -79,13 +80,22 @@ class Bench:
         granularity = 1 if self.cluster.gpu.device_kind is DeviceKind.CPU else CUDA_BLOCK_BYTES
         return self._compiled[identity].peak(point_of(scenario), granularity_bytes=granularity).num_bytes
 
-    def host_uses(self, scenario: Scenario) -> Mapping[str, HostUse]:
-        """What a node of GPUs needs of its host's memory, by what it is doing; no batch changes it."""
-        training = replace(scenario.training, checkpointing=Checkpointing.NONE)
-        same = replace(scenario, training=training, batch=Batch())
-        if same not in self._host_uses:
-            self._host_uses[same] = run_of(self, scenario).hosts()
-        return self._host_uses[same]
+    def sizes(self, scenario: Scenario) -> ModelSizes:
+        """The model's weights and states as the scenario loads, holds and saves them."""
+        same = _of_any_batch(scenario)
+        if same not in self._sizes:
+            self._sizes[same] = ModelSizes.of(self.program(scenario), self.source.profile, scenario=scenario)
+        return self._sizes[same]
+
+    def host_shortage(self, scenario: Scenario) -> Shortage | None:
+        """Where the scenario needs more of its host than a node has. Memory that nobody knows is taken to be enough."""
+        memory_bytes = known_host_bytes(self.cluster_of(scenario))
+        if not memory_bytes:
+            return None
+        same = _of_any_batch(scenario)
+        if same not in self._shortages:
+            self._shortages[same] = shortage(run_of(self, scenario).hosts(), memory_bytes=memory_bytes)
+        return self._shortages[same]
 
     def _identity(self, scenario: Scenario) -> tuple[TraceKey, Scenario]:
         """The key, and the scenario without what a rewrite does not depend on: lengths, and how many micro-batches."""
@@ -96,6 +106,12 @@ class Bench:
             batch=replace(batch, seq_len=1, gradient_accumulation_steps=steps, micro_batch=min(batch.micro_batch, 2)),
         )
         return self.key(scenario), same
+
+
+def _of_any_batch(scenario: Scenario) -> Scenario:
+    """The scenario without what neither the host nor a checkpoint depends on."""
+    training = replace(scenario.training, checkpointing=Checkpointing.NONE)
+    return replace(scenario, training=training, batch=Batch(), state=State.STEADY)
 
 
 def program_key(scenario: Scenario, profile: ModelProfile, device: DeviceKind) -> TraceKey:
@@ -151,12 +167,10 @@ def _warnings(bench: Bench, candidate: Candidate) -> Iterator[str]:
     """What a run would fail by besides the device's memory, where the machine is known."""
     cluster = bench.cluster_of(candidate.scenario)
     node, checkpoint = cluster.node, candidate.estimate.checkpoint
-    uses = bench.host_uses(candidate.scenario)
-    if phase := lacking(uses, cluster=cluster):
-        need = gib(uses[phase].needed_bytes)
+    if lack := bench.host_shortage(candidate.scenario):
         yield (
-            f"{need} of host memory are needed {phase} and a node has {gib(node.host_memory_bytes)}: the kernel would "
-            "kill the processes (exit code −9)"
+            f"{gib(lack.needed_bytes)} of host memory are needed {lack.doing} and a node has "
+            f"{gib(node.host_memory_bytes)}: the kernel would kill the processes (exit code −9)"
         )
     if checkpoint and checkpoint.disk_peak_bytes > node.disk_free_bytes > 0:
         yield (
@@ -195,7 +209,7 @@ def run_of(bench: Bench, scenario: Scenario, steady_bytes: int = 0) -> Run:
     profile = bench.source.profile
     return Run(
         program=program,
-        sizes=ModelSizes.of(program, profile, scenario=scenario),
+        sizes=bench.sizes(scenario),
         scenario=scenario,
         cluster=cluster,
         checkpoint_itemsize=profile.checkpoint_itemsize,

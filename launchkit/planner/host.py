@@ -99,14 +99,23 @@ def host_while_saving(
     return HostUse(training.needed_bytes + on_host + copies)
 
 
-def lacking(uses: Mapping[str, HostUse], *, cluster: Cluster) -> str | None:
-    """The phase that needs more than a node's memory, the most demanding one: there the kernel kills processes (exit
-    code -9). None where all have room; memory that nobody knows is taken to be enough, and a CPU's is the device's."""
-    memory_bytes = cluster.node.host_memory_bytes
-    if not memory_bytes or _is_host(cluster):
-        return None
-    phase = max(uses, key=lambda name: uses[name].needed_bytes)
-    return phase if uses[phase].needed_bytes > memory_bytes else None
+class Shortage(NamedTuple):
+    """What a node needs of its host's memory, more than it has, and what it is doing then (``while loading``)."""
+
+    doing: str
+    needed_bytes: int
+
+
+def known_host_bytes(cluster: Cluster) -> int:
+    """A node's memory where it is known and is not the devices' own; 0 elsewhere."""
+    return 0 if _is_host(cluster) else cluster.node.host_memory_bytes
+
+
+def shortage(uses: Mapping[str, HostUse], *, memory_bytes: int) -> Shortage | None:
+    """The moment that asks most of a node, if it asks for more than there is: then the kernel kills processes (exit
+    code -9). None where all have room."""
+    doing, use = max(uses.items(), key=lambda item: item[1].needed_bytes)
+    return Shortage(doing, use.needed_bytes) if use.needed_bytes > memory_bytes else None
 
 
 def _processes(each_bytes: int, cluster: Cluster) -> int:

@@ -11,7 +11,6 @@ from launchkit.hardware import Cluster
 from launchkit.model import ModelProfile
 from launchkit.plan import StepTime
 from launchkit.planner.evaluate import Bench, communicators, step_time, usable_bytes
-from launchkit.planner.host import lacking
 from launchkit.request import Request, resolve
 from launchkit.scenario import (
     Batch,
@@ -252,7 +251,7 @@ class Search:
         self.num_considered += 1
         live = self.bench.live_peak_bytes(scenario)
         fits = live <= self.room_bytes(scenario)
-        fits = fits and not lacking(self.bench.host_uses(scenario), cluster=self.bench.cluster_of(scenario))
+        fits = fits and self.bench.host_shortage(scenario) is None
         return Option(scenario=scenario, live_bytes=live, fits=fits)
 
     def room_bytes(self, scenario: Scenario) -> int:
