@@ -133,9 +133,10 @@ def _rejected(bench: Bench, options: Sequence[Option]) -> tuple[Rejected, ...]:
 
 
 def _reason(bench: Bench, candidate: Candidate) -> str:
-    """What weighs most on the device, or where that has room, what is lacking on the host."""
+    """What is lacking on the host, of what the device has room for or what is offloaded; else what weighs most on the
+    device."""
     lack = bench.host_shortage(candidate.scenario)
-    if lack and candidate.estimate.fits:
+    if lack and (candidate.estimate.fits or candidate.scenario.strategy.offload is not Offload.NONE):
         return f"host memory {lack.needed_bytes / GIB:.1f} {lack.doing}"
     owner, num_bytes = max(candidate.estimate.at_peak.items(), key=lambda item: item[1])
     return f"{owner.replace('_', ' ')} {num_bytes / GIB:.1f}"
