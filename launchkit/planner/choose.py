@@ -138,9 +138,11 @@ def _rejected(bench: Bench, options: Sequence[Option], judged: Mapping[Scenario,
 
 
 def _reason(bench: Bench, candidate: Candidate) -> str:
-    """What is lacking on the host, or what weighs most on the device, unless only the range's top is too much."""
+    """What is lacking on the host, of what the device has room for or what is offloaded; else what weighs most on the
+    device, unless only the range's top is too much."""
     estimate = candidate.estimate
-    if lack := bench.host_shortage(candidate.scenario):
+    lack = bench.host_shortage(candidate.scenario)
+    if lack and (estimate.fits or candidate.scenario.strategy.offload is not Offload.NONE):
         return f"host memory {lack.needed_bytes / GIB:.1f} {lack.doing}"
     if estimate.device_peak_bytes <= estimate.device_usable_bytes < estimate.device_peak_high_bytes:
         return f"may reach {estimate.device_peak_high_bytes / GIB:.1f}"
