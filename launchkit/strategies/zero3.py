@@ -264,7 +264,7 @@ def _reducing(job: Job, gathered: Gathered) -> StepProgram:
     program = map_layers(job.program, Phase.BACKWARD, decide, change)
     events = EventList(REDUCE_STAGE)
     # The last hook flushes the bucket while the weights of the last module are still there.
-    held = events.alloc(_last_gathered(job, gathered) * job.itemsize, Owner.GATHERED_WEIGHTS)
+    held = events.alloc(gathered.last.modules[-1].held * job.itemsize, Owner.GATHERED_WEIGHTS)
     _write_flush(job, events, bucket.flush())
     events.events.append(held)
     return add_stage(program, REDUCE_STAGE, Section(events=tuple(events.events)))
@@ -285,11 +285,6 @@ def _bucketed(
                 events.list.events.append(Free(local(stage.name, alloc.slot), alloc.size))
             events.complete(alloc.parameter)
     return events.end()
-
-
-def _last_gathered(job: Job, gathered: Gathered) -> int:
-    stage = next(stage for stage in reversed(job.program.stages) if stage.phase is Phase.BACKWARD)
-    return gathered.at(stage.name, list(stage.order())[-1]).modules[-1].held
 
 
 def _reduce_scatter(job: Job, numel: int) -> tuple[Collective, ...]:

@@ -18,10 +18,10 @@ from itertools import takewhile
 from typing import NamedTuple
 
 from launchkit.program import Alloc, Event, Free, Owner, Phase, Section, Stage
-from launchkit.scenario import Checkpointing, DeviceKind, State
+from launchkit.scenario import Checkpointing, DeviceKind, Method, State
 from launchkit.strategies.base import accumulates, is_gradient, next_slot
 from launchkit.strategies.zero3_fetch import FetchSettings, ModuleUse, PlaceReading, replay
-from launchkit.strategies.zero_job import EventList, Job, ParameterKey, parameter_key
+from launchkit.strategies.zero_job import REDUCE_STAGE, EventList, Job, ParameterKey, parameter_key
 
 LOGITS = -1  # among the parameters that end a segment: the logits do
 
@@ -52,6 +52,11 @@ class Gathered:
 
     def at(self, stage: str, layer: int) -> PlaceReading:
         return self.readings[self.places[stage, layer]]
+
+    @property
+    def last(self) -> PlaceReading:
+        """The last part of the backward pass."""
+        return self.readings[max(self.readings)]
 
     def of(self, stage: Stage, layer: int, section: Section) -> PlaceReading:
         """``at``, as ``map_layers`` asks for it."""
@@ -91,8 +96,19 @@ def gather_schedule(job: Job) -> Gathered:
                 fetched = tuple(weights[parameter_key(stage, layer, index)] for index in module.fetched)
                 kept = sum(parameters[index].numel(job.rank) for index in module.kept)
                 uses.append(ModuleUse(place, fetched, kept))
+    if _requires_input_gradients(job):
+        inputs = len(places)
+        uses.extend([use._replace(place=inputs) for use in uses if use.place == 0])
+        places[REDUCE_STAGE, 0] = inputs
     readings = replay(uses, numels, _fetch_settings(job), recorded=has_recorded(job))
     return Gathered(readings=readings, places=places, modules=modules)
+
+
+def _requires_input_gradients(job: Job) -> bool:
+    """Whether the embedding, frozen as it is, runs in the backward pass too: under checkpointing PEFT and transformers
+    make its output require a gradient (``enable_input_require_grads``)."""
+    training = job.scenario.training
+    return training.method is not Method.FULL and training.checkpointing is not Checkpointing.NONE
 
 
 def _fetch_settings(job: Job) -> FetchSettings:
