@@ -82,7 +82,7 @@ def rewrite(job: Job) -> StepProgram:
 
 
 def _partition(job: Job, numel: int) -> int:
-    return divide_up(numel, job.world_size)
+    return divide_up(numel, job.num_shards)
 
 
 def _partitions(job: Job) -> Iterator[int]:
@@ -109,7 +109,7 @@ def _persistent_numels(job: Job) -> Iterator[int]:
     for trainable in (True, False):
         for numel in job.numels(trainable=trainable):
             if is_persistent(job, numel):
-                yield _partition(job, numel) * job.world_size
+                yield _partition(job, numel) * job.num_shards
 
 
 def _storages(job: Job) -> Iterator[Persistent]:
@@ -119,6 +119,9 @@ def _storages(job: Job) -> Iterator[Persistent]:
         yield Persistent(Size.constant(partition * job.itemsize), Owner.WEIGHTS)
         frozen = (_partition(job, numel) * job.itemsize for numel in job.numels(trainable=False))
         yield from persistent_run(frozen, Owner.WEIGHTS)
+    secondary = _secondary_bytes(job)
+    if secondary:
+        yield Persistent(Size.constant(secondary), Owner.WEIGHTS)
     if has_recorded(job):
         gathered = (numel * job.itemsize for numel in _persistent_numels(job))
         yield from persistent_run(gathered, Owner.GATHERED_WEIGHTS)
@@ -127,6 +130,18 @@ def _storages(job: Job) -> Iterator[Persistent]:
     if not job.offloads_optimizer:
         yield Persistent(Size.constant(partition * job.itemsize), Owner.GRADIENTS)
         yield from persistent_run((numel * job.master_itemsize for numel in sub_groups(job)), Owner.MASTER_WEIGHTS)
+
+
+def _secondary_bytes(job: Job) -> int:
+    """ZeRO++'s second copy of the weights, shared among few ranks, from which the backward pass gathers.
+
+    Omits: that it is made in the forward pass and dropped behind the step.
+    """
+    group_size = job.settings.zero_hpz_partition_size
+    if group_size == 1:
+        return 0
+    numels = (numel for trainable in (True, False) for numel in job.numels(trainable=trainable))
+    return sum(divide_up(numel, group_size) for numel in numels) * job.itemsize
 
 
 def _host_bytes(job: Job) -> int:
@@ -199,7 +214,7 @@ class ScatterBucket:
         """Empties the bucket."""
         dying = tuple(gradient for gradient in self._waiting if not self._is_copied(gradient))
         elements = self._elements
-        lies_flat = len(self._waiting) == 1 and elements % self._job.world_size == 0
+        lies_flat = len(self._waiting) == 1 and elements % self._job.num_shards == 0
         if not self._job.settings.reduce_scatter and self._job.settings.contiguous_gradients:
             lies_flat = lies_flat and elements > self._capacity  # an all-reduce scales a copy of the bucket
         self._waiting.clear()

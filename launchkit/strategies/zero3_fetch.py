@@ -39,6 +39,8 @@ class FetchSettings:
     max_live_elements: int
     max_reuse_elements: int
     world_size: int
+    itemsize: int = 1
+    is_quantized: bool = False  # gathered as bytes, and cast when they are needed
     copies: int = 0  # that the backend makes of what it gathers, while it does
     from_host: bool = False  # parts are copied to the device before they are gathered
 
@@ -138,12 +140,14 @@ class _Replay:
         return weight in self.state.available or weight in self.state.inflight
 
     def _gather(self, weights: list[int]) -> None:
-        """Starts one all-gather. A single weight is gathered in place, several into a flat buffer."""
+        """Starts one all-gather. A single weight is gathered in place, several into a flat buffer, and so are bytes."""
         if not weights:
             return
         world_size = self.settings.world_size
         elements = sum(divide_up(self.numels[weight], world_size) * world_size for weight in weights)
-        gather = _Gather(tuple(weights), elements, set(weights), arrived=len(weights) == 1)
+        if self.settings.is_quantized:
+            elements = divide_up(elements, self.settings.itemsize)
+        gather = _Gather(tuple(weights), elements, set(weights), arrived=self._lies_in_place(weights))
         self.state.held += elements
         passing = elements * self.settings.copies + (elements // world_size if self.settings.from_host else 0)
         self.state.peak = max(self.state.peak, self.state.held + passing)
@@ -152,11 +156,15 @@ class _Replay:
         for weight in weights:
             self.state.inflight[weight] = gather
 
+    def _lies_in_place(self, weights: Sequence[int]) -> bool:
+        """Whether what is gathered is the weight itself, not a buffer that it is copied out of."""
+        return len(weights) == 1 and not self.settings.is_quantized
+
     def _wait(self, weight: int) -> None:
         gather = self.state.inflight.pop(weight, None)
         if gather is None:
             return
-        is_alone = len(gather.weights) == 1
+        is_alone = self._lies_in_place(gather.weights)
         if not gather.arrived:
             self.state.held += sum(self.numels[other] for other in gather.weights)
             self.state.peak = max(self.state.peak, self.state.held)

@@ -116,7 +116,9 @@ def _fetch_settings(job: Job) -> FetchSettings:
         prefetch_elements=job.settings.stage3_prefetch_bucket_size,
         max_live_elements=job.settings.stage3_max_live_parameters,
         max_reuse_elements=job.settings.stage3_max_reuse_distance,
-        world_size=job.world_size,
+        world_size=job.num_shards,
+        is_quantized=job.settings.zero_quantized_weights,
+        itemsize=job.itemsize,
         copies=1 if job.device is DeviceKind.CPU else 0,  # gloo's own of the result
         from_host=job.scenario.strategy.offload.params and job.device is not DeviceKind.CPU,
     )

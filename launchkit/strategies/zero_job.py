@@ -74,6 +74,11 @@ class Job:
     def settings(self) -> ZeroSettings:
         return self.scenario.strategy.zero
 
+    @property
+    def num_shards(self) -> int:
+        """Ranks that share the weights under stage 3: all, or as many as MiCS puts into a group."""
+        return self.settings.mics_shard_size or self.world_size
+
     @cached_property
     def rank(self) -> int:
         return lora_rank(self.scenario)
