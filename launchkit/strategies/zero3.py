@@ -145,18 +145,26 @@ def _secondary_bytes(job: Job) -> int:
 
 
 def _host_bytes(job: Job) -> int:
-    """Offloaded optimizer and parameters; under NVMe only the buffers that they pass through."""
+    """Offloaded optimizer and parameters; under NVMe only the buffers that they pass through.
+
+    Page-locked are the gradients (in fp32 by sub-group, and as they came), the flat weights, and the parts of the
+    weights that lay there before these were made flat, which torch's host allocator keeps for later.
+    """
     partition = sum(_partitions(job))
     if job.scenario.strategy.offload is Offload.NVME:
-        parameters = _NVME_PARAM_BUFFERS * _NVME_PARAM_BUFFER_ELEMENTS * job.itemsize
-        return parameters + _NVME_OPTIMIZER_BUFFERS * max(sub_groups(job)) * FP32_BYTES + partition * job.itemsize
+        parameters = job.pinned_bytes(_NVME_PARAM_BUFFERS * _NVME_PARAM_BUFFER_ELEMENTS * job.itemsize)
+        states = _NVME_OPTIMIZER_BUFFERS * job.pinned_bytes(max(sub_groups(job)) * FP32_BYTES)
+        return parameters + states + job.pinned_bytes(partition * job.itemsize)
     total = 0
     if job.offloads_optimizer:
-        masters_and_gradients = 2 * sum(job.pinned_bytes(numel * FP32_BYTES) for numel in sub_groups(job))
-        total += masters_and_gradients + host_state_bytes_planned(job, partition) + partition * job.itemsize
+        gradients = sum(job.pinned_bytes(numel * FP32_BYTES) for numel in sub_groups(job))
+        as_they_came = job.pinned_bytes(partition * job.itemsize)
+        total += partition * FP32_BYTES + gradients + as_they_came + host_state_bytes_planned(job, partition)
     if job.scenario.strategy.offload.params:
-        frozen = sum(_partition(job, numel) for numel in job.numels(trainable=False))
-        total += (partition + frozen) * job.itemsize
+        frozen = [_partition(job, numel) for numel in job.numels(trainable=False)]
+        total += job.pinned_bytes(partition * job.itemsize) + sum(job.pinned_bytes(n * job.itemsize) for n in frozen)
+        if job.pins_memory:
+            total += sum(job.pinned_bytes(part * job.itemsize) for part in _partitions(job))
     return total
 
 

@@ -93,13 +93,17 @@ class Job:
         """Bytes per element of master weights and states: fp32's, unless these are in bf16 too."""
         return self.itemsize if self.scenario.training.has_bf16_masters else FP32_BYTES
 
+    @property
+    def pins_memory(self) -> bool:
+        return self.settings.offload_pin_memory and self.device is not DeviceKind.CPU
+
     def pinned_bytes(self, num_bytes: int) -> int:
         """Host memory that a page-locked buffer takes: torch's host allocator rounds up to a power of two.
 
         Source: ``CachingHostAllocatorImpl::allocate`` in ATen/core/CachingHostAllocator.h, torch 2.13. A CPU build of
         torch pins nothing.
         """
-        if not self.settings.offload_pin_memory or self.device is DeviceKind.CPU:
+        if not self.pins_memory:
             return num_bytes
         return 1 << max(0, num_bytes - 1).bit_length()
 
