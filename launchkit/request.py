@@ -268,7 +268,7 @@ def resolve(request: Request, *, model: ModelProfile, cluster: Cluster) -> Resol
     """The one scenario that ``estimate`` reads from a request: what was given, and the defaults elsewhere."""
     attention, notes = _attention(request, model)
     seq_len, length_notes = _seq_len(request, model)
-    strategy = _strategy(request)
+    strategy = _strategy(request, model)
     trainer, loss = _trainer_and_loss(request)
     training = Training(
         method=_value(request, "method", Method),
@@ -371,7 +371,7 @@ def _seq_len(request: Request, model: ModelProfile) -> tuple[int, tuple[str, ...
     return default, ()
 
 
-def _strategy(request: Request) -> Strategy:
+def _strategy(request: Request, model: ModelProfile) -> Strategy:
     kind = _value(request, "strategy", StrategyKind)
     offload = _value(request, "offload", Offload)
     default = Sharding.HYBRID_SHARD if kind is StrategyKind.HSDP else Sharding.FULL_SHARD
@@ -381,15 +381,17 @@ def _strategy(request: Request) -> Strategy:
         )
     sharding = request.fsdp_sharding or default
     fsdp = FsdpSettings(sharding=sharding, offload_params=kind.is_fsdp and offload.params)
-    return Strategy(kind=kind, offload=offload, fsdp=fsdp, zero=_zero_settings(request, kind))
+    return Strategy(
+        kind=kind, offload=offload, fsdp=fsdp, zero=_zero_settings(request, kind, hidden_size=model.hidden_size)
+    )
 
 
-def _zero_settings(request: Request, kind: StrategyKind) -> ZeroSettings:
+def _zero_settings(request: Request, kind: StrategyKind, *, hidden_size: int) -> ZeroSettings:
     if request.zero_settings is None:
         return ZeroSettings()
     if not kind.zero_stage:
         raise IllegalScenarioError(f"--zero-settings says nothing under --strategy {kind}; add --strategy zero3")
-    return read_zero_settings(request.zero_settings)
+    return read_zero_settings(request.zero_settings, hidden_size=hidden_size)
 
 
 def _batch(request: Request, *, seq_len: int, num_gpus: int) -> Batch:

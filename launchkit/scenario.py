@@ -165,7 +165,8 @@ class FsdpSettings:
 class ZeroSettings:
     """DeepSpeed's ``zero_optimization`` section. Sizes are in elements. Source of the defaults: DeepSpeed 0.19.8
     ``deepspeed/runtime/zero/config.py``; ``gather_16bit_weights_on_model_save`` is true here, since with DeepSpeed's
-    own default a checkpoint holds no weights that ``from_pretrained`` can read."""
+    own default a checkpoint holds no weights that ``from_pretrained`` can read. ``zero_hpz_partition_size`` and
+    ``zero_quantized_weights`` are ZeRO++'s, ``mics_shard_size`` is MiCS's; 0 is DeepSpeed's -1, off."""
 
     reduce_bucket_size: int = 500_000_000
     allgather_bucket_size: int = 500_000_000
@@ -181,6 +182,10 @@ class ZeroSettings:
     gather_16bit_weights_on_model_save: bool = True
     offload_pin_memory: bool = True
     nvme_path: str = ""
+    zero_hpz_partition_size: int = 1
+    zero_quantized_weights: bool = False
+    zero_quantized_gradients: bool = False
+    mics_shard_size: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -338,6 +343,7 @@ class TraceKey:
     dora: bool = False
     modules_to_save: str = ""
     images: bool = False
+    keeps_linear_inputs: bool = False  # of frozen layers too, as ZeRO-3's own linear function does
 
     @property
     def canonical(self) -> TraceKey:
@@ -411,4 +417,6 @@ class TraceKey:
             parts.append(f"save-{self.modules_to_save}")
         if self.images:
             parts.append("images")
+        if self.keeps_linear_inputs:
+            parts.append("inputs")
         return "/".join(str(part) for part in parts)

@@ -14,11 +14,27 @@ _KEYS = {field.name: str(field.type).removesuffix(" | None") for field in fields
 _SWITCHES = {"true": True, "false": False}
 
 
-def read_zero_settings(text: str) -> ZeroSettings:
-    """The settings that ``text`` names, and the defaults elsewhere. Raises ``UsageError``."""
+def read_zero_settings(text: str, *, hidden_size: int) -> ZeroSettings:
+    """The settings that ``text`` names, and the defaults elsewhere. Raises ``UsageError``.
+
+    ``auto`` is what accelerate and the Hugging Face Trainer fill in from the model's hidden size.
+    """
     pairs = [part.partition("=") for part in text.replace(" ", "").split(",") if part]
-    values: dict[str, Any] = {key: _value(key, value) for key, _, value in pairs}
+    auto = auto_sizes(hidden_size)
+    values: dict[str, Any] = {}
+    for key, _, written in pairs:
+        values[key] = auto[key] if written == "auto" and key in auto else _value(key, written)
     return ZeroSettings(**values)
+
+
+def auto_sizes(hidden_size: int) -> dict[str, int]:
+    """What ``auto`` stands for, in elements. Source: transformers 5.23 ``HfTrainerDeepSpeedConfig``, accelerate 1.15
+    ``Accelerator._prepare_deepspeed``."""
+    return {
+        "reduce_bucket_size": hidden_size * hidden_size,
+        "stage3_prefetch_bucket_size": int(0.9 * hidden_size * hidden_size),
+        "stage3_param_persistence_threshold": 10 * hidden_size,
+    }
 
 
 def zero_settings_text(settings: ZeroSettings) -> str:

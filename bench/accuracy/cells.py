@@ -320,7 +320,94 @@ METHODS = (
     Cell(name="method-selective-lora", config=LLAMA, method="lora", precision="bf16", checkpointing="selective"),
 )
 
-CELLS = (*SINGLE, *METHODS, *DDP, *DDP_SETTINGS, *FSDP1, *FSDP2, *ZERO, *ZERO_SETTINGS, *architecture_cells())
+
+def _zero(name: str, config: dict[str, Any] = LLAMA, *, stage: int, num_processes: int = 2, **values: Any) -> Cell:
+    """A cell with small buckets and ``zero`` beside them, in bf16 where nothing else is said."""
+    small = _SMALL_BUCKETS if stage < 3 else _SMALL_FETCHES
+    zero = small | values.pop("zero", {})
+    precision = values.pop("precision", "bf16")
+    return Cell(
+        name=f"zero{stage}-{name}",
+        config=config,
+        precision=precision,
+        strategy=f"zero{stage}",
+        num_processes=num_processes,
+        zero=zero,
+        **values,
+    )
+
+
+_TINY = {"reduce_bucket_size": 20_000}  # smaller than most adapters together
+_SMALL_MIXTRAL: dict[str, Any] = MIXTRAL | {"intermediate_size": 256, "num_hidden_layers": 4}
+_AUTO = {
+    "reduce_bucket_size": "auto",
+    "stage3_prefetch_bucket_size": "auto",
+    "stage3_param_persistence_threshold": "auto",
+}
+_MILLION = {"reduce_bucket_size": 1_000_000}
+_LARGE_FETCHES = _MILLION | {
+    "stage3_prefetch_bucket_size": 1_000_000,
+    "stage3_param_persistence_threshold": 10_000,
+    "stage3_max_live_parameters": 10_000_000,
+    "stage3_max_reuse_distance": 5_000_000,
+}
+
+ZERO_MORE = (
+    _zero("lora-bf16", stage=1, method="lora", zero=_TINY),
+    _zero("uneven-fp32", UNEVEN, stage=1, precision="fp32"),
+    _zero("accumulation-fp32", stage=1, precision="fp32", gradient_accumulation_steps=2),
+    _zero("lora-bf16", stage=2, method="lora", zero=_TINY),
+    _zero("uneven-fp32", UNEVEN, stage=2, precision="fp32"),
+    _zero("accumulation-fp32", stage=2, precision="fp32", gradient_accumulation_steps=2),
+    _zero("noncontiguous-fp32", stage=2, precision="fp32", zero={"contiguous_gradients": False}),
+    _zero("no-scatter-fp32", stage=2, precision="fp32", zero={"reduce_scatter": False}),
+    _zero("round-robin-fp32", stage=2, precision="fp32", zero={"round_robin_gradients": True}),
+    _zero("overlap-fp32", stage=2, precision="fp32", zero={"overlap_comm": True}),
+    _zero("bf16-pure", stage=2, precision="bf16-pure"),
+    _zero("mixtral-bf16", _SMALL_MIXTRAL, stage=2),
+    _zero("small-checkpointing-bf16", stage=2, checkpointing="full"),
+    _zero("tied-bf16", TIED, stage=2),
+    _zero("hf-bf16", stage=2, trainer="hf"),
+    _zero("4-uneven-bf16", UNEVEN, stage=2, num_processes=4),
+    _zero("offload-bf16", stage=2, offload="optimizer"),
+    _zero("offload-accumulation-fp32", stage=2, precision="fp32", offload="optimizer", gradient_accumulation_steps=2),
+    _zero("large-bf16", LARGE, stage=2, seq_len=128, zero=_MILLION),
+    _zero("lora-checkpointing-bf16", stage=3, method="lora", checkpointing="full"),
+    _zero("lora-attention-bf16", stage=3, method="lora", lora_targets="q_proj,v_proj"),
+    _zero("gpt2-fp32", GPT2, stage=3, precision="fp32"),
+    _zero("mixtral-bf16", _SMALL_MIXTRAL, stage=3),
+    _zero("wide-adamw-bf16", WIDE, stage=3, optimizer="adamw_torch"),
+    _zero("sub-groups-bf16", stage=3, zero={"sub_group_size": 100_000}),
+    _zero("no-scatter-bf16", stage=3, zero={"reduce_scatter": False}),
+    _zero("noncontiguous-fp32", stage=3, precision="fp32", zero={"contiguous_gradients": False}),
+    _zero(
+        "no-prefetch-checkpointing-bf16",
+        stage=3,
+        checkpointing="full",
+        zero={"stage3_prefetch_bucket_size": 0, "stage3_max_reuse_distance": 0},
+    ),
+    _zero("bf16-pure", stage=3, precision="bf16-pure"),
+    _zero("hf-bf16", stage=3, trainer="hf"),
+    _zero("hf-auto-bf16", stage=3, trainer="hf", zero=_AUTO),
+    _zero("4-uneven-bf16", UNEVEN, stage=3, num_processes=4),
+    _zero("offload-fp32", stage=3, precision="fp32", offload="optimizer"),
+    _zero("offload-all-bf16", stage=3, offload="all"),
+    _zero("lora-offload-all-bf16", stage=3, method="lora", offload="all"),
+    _zero("large-bf16", LARGE, stage=3, seq_len=128, zero=_LARGE_FETCHES),
+)
+
+CELLS = (
+    *SINGLE,
+    *METHODS,
+    *DDP,
+    *DDP_SETTINGS,
+    *FSDP1,
+    *FSDP2,
+    *ZERO,
+    *ZERO_SETTINGS,
+    *ZERO_MORE,
+    *architecture_cells(),
+)
 
 
 def find(pattern: str) -> tuple[Cell, ...]:

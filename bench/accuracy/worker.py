@@ -304,12 +304,15 @@ def deepspeed_config(cell: Cell) -> dict[str, Any]:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": False}  # pinning takes a GPU's driver
     if cell.offload == "all":
         zero["offload_param"] = {"device": "cpu", "pin_memory": False}
+    bf16 = {"enabled": cell.precision != "fp32"}
+    if cell.method == "full" and cell.precision.startswith("bf16-"):
+        bf16 |= {"bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
     return {
         "train_micro_batch_size_per_gpu": cell.micro_batch,
         "gradient_accumulation_steps": cell.gradient_accumulation_steps,
         "gradient_clipping": (cell.max_grad_norm or 1.0) if cell.trainer == "hf" else cell.max_grad_norm,
         "zero_optimization": zero,
-        "bf16": {"enabled": cell.precision != "fp32"},
+        "bf16": bf16,
         "zero_force_ds_cpu_optimizer": False,
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
@@ -328,35 +331,32 @@ def uncompiled_deepspeed() -> Any:
 
 
 class _Finished:
-    """A collective's work that is let go of a moment after it is done.
+    """A collective's work that is done already, and is let go of a moment later.
 
     A thread of gloo's holds it too. Whoever lets go last frees the copies that gloo made, and the profiler sees that
-    only where it is this thread.
+    only where it is this thread. What is still under way would hold them for as long as the other rank is late.
     """
 
     def __init__(self, work: Any) -> None:
         self._work = work
+        work.wait()
+        time.sleep(GLOO_SECONDS)
 
     def wait(self, *arguments: Any) -> bool:
-        done: bool = self._work.wait(*arguments)
-        time.sleep(GLOO_SECONDS)
-        return done
+        return True
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._work, name)
 
 
 def outlive_gloo() -> None:
-    """Makes every collective of this process a ``_Finished`` one, so that no ghosts arise."""
+    """Makes every collective of this process a ``_Finished`` one, so that no ghosts arise and runs repeat."""
 
     def patched(collective: Callable[..., Any]) -> Callable[..., Any]:
         def run(*arguments: Any, async_op: bool = False, **others: Any) -> Any:
             work = collective(*arguments, async_op=True, **others)
             finished = None if work is None else _Finished(work)
-            if async_op or finished is None:
-                return finished
-            finished.wait()
-            return None
+            return finished if async_op else None
 
         return run
 
@@ -473,6 +473,7 @@ def run_trainer(cell: Cell) -> list[int]:
     is_zero = cell.strategy.startswith("zero")
     if is_zero:
         uncompiled_deepspeed()
+        outlive_gloo()
     model = build_model(cell)
     is_sharded = cell.strategy in FSDP_VARIABLES
     if is_sharded:

@@ -92,7 +92,20 @@ def _stage3_sizes(zero: ZeroSettings) -> dict[str, object]:
         "stage3_max_live_parameters": zero.stage3_max_live_parameters,
         "stage3_max_reuse_distance": zero.stage3_max_reuse_distance,
         "stage3_gather_16bit_weights_on_model_save": zero.gather_16bit_weights_on_model_save,
+        **_hierarchy(zero),
     }
+
+
+def _hierarchy(zero: ZeroSettings) -> dict[str, object]:
+    """ZeRO++ and MiCS, where they are on."""
+    off = ZeroSettings()
+    values = {
+        "zero_hpz_partition_size": zero.zero_hpz_partition_size,
+        "zero_quantized_weights": zero.zero_quantized_weights,
+        "zero_quantized_gradients": zero.zero_quantized_gradients,
+        "mics_shard_size": zero.mics_shard_size,
+    }
+    return {key: value for key, value in values.items() if value != getattr(off, key)}
 
 
 def _offload(offload: Offload, zero: ZeroSettings) -> dict[str, object]:

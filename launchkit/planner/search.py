@@ -146,7 +146,8 @@ class Search:
             if request.fsdp_sharding is not None and kind.is_fsdp:
                 strategy = replace(strategy, fsdp=replace(strategy.fsdp, sharding=request.fsdp_sharding))
             if request.zero_settings is not None and kind.zero_stage:
-                strategy = replace(strategy, zero=read_zero_settings(request.zero_settings))
+                zero = read_zero_settings(request.zero_settings, hidden_size=self._profile.hidden_size)
+                strategy = replace(strategy, zero=zero)
             yield strategy
 
     def base(self, method: Method, strategy: Strategy) -> Scenario:

@@ -22,21 +22,31 @@ COMPUTE = {
     Precision.FP8: Compute.BF16,
 }
 
+ALL_LINEAR = "all-linear"
+
 # torch optimizers that accelerate swaps for DeepSpeed's own CPU kernels when the optimizer is offloaded
 _HOST_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adagrad", "lion_32bit")
 
 
 def trace_key(training: Training, strategy: Strategy, device: DeviceKind, *, single_sequence: bool = False) -> TraceKey:
-    """The whole module runs in the engine's dtype, adapters included."""
+    """The whole module runs in the engine's dtype, adapters included.
+
+    Stage 3 keeps the input of every linear layer. Where all of them have adapters these keep it anyway, but for the
+    head's, which is small; so a program of its own is traced only for other targets.
+    """
     key = make_trace_key(training, COMPUTE[training.precision], device, single_sequence=single_sequence)
     casts = training.method is not Method.FULL and key.compute is not Compute.FP32
-    return replace(key, cast_adapters=casts)
+    some_adapted = training.method is Method.LORA and training.lora_targets != ALL_LINEAR
+    return replace(key, cast_adapters=casts, keeps_linear_inputs=some_adapted and strategy.kind.zero_stage == 3)
 
 
 def refusal(scenario: Scenario, profile: ModelProfile, cluster: Cluster) -> str | None:
     """What DeepSpeed's configuration checks reject, with what to type instead."""
     stage, offload = scenario.strategy.kind.zero_stage, scenario.strategy.offload
     optimizer = scenario.training.optimizer
+    grouped = _group_refusal(scenario, stage, num_ranks=cluster.num_gpus)
+    if grouped is not None:
+        return grouped
     if offload.params and stage != 3:
         return f"--offload {offload} moves parameters, which ZeRO-{stage} does not shard; use --strategy zero3"
     if offload is Offload.PARAMS:
@@ -50,6 +60,18 @@ def refusal(scenario: Scenario, profile: ModelProfile, cluster: Cluster) -> str 
             f"--optimizer {optimizer} has no CPU kernel in DeepSpeed, which --offload {offload} needs; "
             "use --optimizer adamw_torch_fused"
         )
+    return None
+
+
+def _group_refusal(scenario: Scenario, stage: int, *, num_ranks: int) -> str | None:
+    """ZeRO++ and MiCS are stage 3's, and their groups of ranks are all alike."""
+    zero = scenario.strategy.zero
+    sizes = {"zero_hpz_partition_size": zero.zero_hpz_partition_size, "mics_shard_size": zero.mics_shard_size or 1}
+    for key, size in sizes.items():
+        if size > 1 and stage != 3:
+            return f"{key}={size} needs sharded weights, which ZeRO-{stage} has not; use --strategy zero3"
+        if size > 1 and num_ranks % size:
+            return f"{key}={size} does not divide {num_ranks} GPUs; use a divisor of {num_ranks}"
     return None
 
 

@@ -19,7 +19,6 @@ from typing import NamedTuple
 
 from launchkit.optimizers import FP32_BYTES, LocalTensor
 from launchkit.program import (
-    Alloc,
     Collective,
     CollectiveKind,
     Copy,
@@ -28,7 +27,6 @@ from launchkit.program import (
     FreeAll,
     Moment,
     Owner,
-    Parameter,
     Persistent,
     Phase,
     Section,
@@ -37,30 +35,28 @@ from launchkit.program import (
     StepProgram,
     local,
 )
-from launchkit.scenario import Checkpointing, DeviceKind, Offload, State
+from launchkit.scenario import DeviceKind, Offload
 from launchkit.strategies.base import (
     OPTIMIZER_STAGE,
     OptimizerStep,
-    accumulates,
     map_layers,
     next_slot,
     persistent_run,
     with_optimizer,
     with_ready_gradients,
 )
-from launchkit.strategies.zero3_fetch import FetchSettings, ModuleUse, PlaceReading, replay
+from launchkit.strategies.zero3_fetch import PlaceReading
+from launchkit.strategies.zero3_gather import Gathered, GatheredEvents, gather_schedule, has_recorded, is_persistent
 from launchkit.strategies.zero_job import (
     NORM_BYTES,
     REDUCE_STAGE,
-    Arrival,
-    Bucket,
     EventList,
+    GradientRef,
     Job,
     add_stage,
     host_state_bytes_planned,
     host_state_events,
     last_alloc_freed,
-    write_flush,
 )
 from launchkit.units import divide_up
 
@@ -71,26 +67,12 @@ _NVME_PARAM_BUFFER_ELEMENTS = 100_000_000
 _NVME_OPTIMIZER_BUFFERS = 4
 
 
-class Gathered(NamedTuple):
-    """What each (stage, layer) holds gathered and fetches, in elements."""
-
-    readings: dict[int, PlaceReading]
-    places: dict[tuple[str, int], int]
-
-    def at(self, stage: str, layer: int) -> PlaceReading:
-        return self.readings.get(self.places[stage, layer], PlaceReading(0, 0))
-
-    def of(self, stage: Stage, layer: int, section: Section) -> PlaceReading:
-        """``at``, as ``map_layers`` asks for it."""
-        return self.at(stage.name, layer)
-
-
 def rewrite(job: Job) -> StepProgram:
     """The step of one rank under ZeRO-3."""
     gathered = gather_schedule(job)
     program = _reducing(job, gathered)
     for phase in (Phase.FORWARD, Phase.LOSS):
-        program = map_layers(program, phase, gathered.of, lambda *layer: _gathering(job, *layer))
+        program = map_layers(program, phase, gathered.of, lambda *layer: _gathering(job, gathered, *layer))
     program = replace(
         program,
         persistent=program.persistent + tuple(_storages(job)),
@@ -100,38 +82,34 @@ def rewrite(job: Job) -> StepProgram:
 
 
 def _partition(job: Job, numel: int) -> int:
-    return divide_up(numel, job.world_size)
+    return divide_up(numel, job.num_shards)
 
 
 def _partitions(job: Job) -> Iterator[int]:
     """Elements of this rank's part of each trainable parameter."""
-    return (_partition(job, numel) for numel in job.numels(trainable=True))
+    return (_partition(job, placed.numel) for group in job.optimizer_groups for placed in group)
 
 
 def sub_groups(job: Job) -> tuple[int, ...]:
-    """Elements of each sub-group: parameters together until ``sub_group_size`` is reached."""
+    """Elements of each sub-group: parameters of an optimizer group together until ``sub_group_size`` is reached."""
     groups: list[int] = []
-    filled = 0
-    for numel in _partitions(job):
-        filled += numel
-        if filled >= job.settings.sub_group_size:
-            groups.append(filled)
-            filled = 0
-    return (*groups, filled) if filled else tuple(groups)
-
-
-def _has_recorded(job: Job) -> bool:
-    """Whether an earlier pass has told the coordinator the order of modules; until then it keeps nothing gathered."""
-    return job.scenario.state is State.STEADY or accumulates(job.scenario)
-
-
-def is_persistent(job: Job, numel: int) -> bool:
-    return numel <= job.settings.stage3_param_persistence_threshold
+    for group in job.optimizer_groups:
+        filled = 0
+        for _, numel in group:
+            filled += _partition(job, numel)
+            if filled >= job.settings.sub_group_size:
+                groups.append(filled)
+                filled = 0
+        groups.extend([filled] * bool(filled))
+    return tuple(groups)
 
 
 def _persistent_numels(job: Job) -> Iterator[int]:
+    """Elements of each weight that stays gathered, padded to what ranks hold of it alike."""
     for trainable in (True, False):
-        yield from (numel for numel in job.numels(trainable=trainable) if is_persistent(job, numel))
+        for numel in job.numels(trainable=trainable):
+            if is_persistent(job, numel):
+                yield _partition(job, numel) * job.num_shards
 
 
 def _storages(job: Job) -> Iterator[Persistent]:
@@ -141,112 +119,63 @@ def _storages(job: Job) -> Iterator[Persistent]:
         yield Persistent(Size.constant(partition * job.itemsize), Owner.WEIGHTS)
         frozen = (_partition(job, numel) * job.itemsize for numel in job.numels(trainable=False))
         yield from persistent_run(frozen, Owner.WEIGHTS)
-    if _has_recorded(job):
+    secondary = _secondary_bytes(job)
+    if secondary:
+        yield Persistent(Size.constant(secondary), Owner.WEIGHTS)
+    if has_recorded(job):
         gathered = (numel * job.itemsize for numel in _persistent_numels(job))
         yield from persistent_run(gathered, Owner.GATHERED_WEIGHTS)
-    yield Persistent(Size.constant(job.settings.reduce_bucket_size * job.itemsize), Owner.COMMUNICATION)
+    if job.settings.contiguous_gradients:
+        yield Persistent(Size.constant(job.settings.reduce_bucket_size * job.itemsize), Owner.COMMUNICATION)
     if not job.offloads_optimizer:
         yield Persistent(Size.constant(partition * job.itemsize), Owner.GRADIENTS)
         yield from persistent_run((numel * job.master_itemsize for numel in sub_groups(job)), Owner.MASTER_WEIGHTS)
 
 
+def _secondary_bytes(job: Job) -> int:
+    """ZeRO++'s second copy of the weights, shared among few ranks, from which the backward pass gathers.
+
+    Omits: that it is made in the forward pass and dropped behind the step.
+    """
+    group_size = job.settings.zero_hpz_partition_size
+    if group_size == 1:
+        return 0
+    numels = (numel for trainable in (True, False) for numel in job.numels(trainable=trainable))
+    return sum(divide_up(numel, group_size) for numel in numels) * job.itemsize
+
+
 def _host_bytes(job: Job) -> int:
-    """Offloaded optimizer and parameters; under NVMe only the buffers that they pass through."""
+    """Offloaded optimizer and parameters; under NVMe only the buffers that they pass through.
+
+    Page-locked are the gradients (in fp32 by sub-group, and as they came), the flat weights, and the parts of the
+    weights that lay there before these were made flat, which torch's host allocator keeps for later.
+    """
     partition = sum(_partitions(job))
     if job.scenario.strategy.offload is Offload.NVME:
-        parameters = _NVME_PARAM_BUFFERS * _NVME_PARAM_BUFFER_ELEMENTS * job.itemsize
-        return parameters + _NVME_OPTIMIZER_BUFFERS * max(sub_groups(job)) * FP32_BYTES + partition * job.itemsize
+        parameters = job.pinned_bytes(_NVME_PARAM_BUFFERS * _NVME_PARAM_BUFFER_ELEMENTS * job.itemsize)
+        states = _NVME_OPTIMIZER_BUFFERS * job.pinned_bytes(max(sub_groups(job)) * FP32_BYTES)
+        return parameters + states + job.pinned_bytes(partition * job.itemsize)
     total = 0
     if job.offloads_optimizer:
-        masters_and_gradients = 2 * sum(job.pinned_bytes(numel * FP32_BYTES) for numel in sub_groups(job))
-        total += masters_and_gradients + host_state_bytes_planned(job, partition) + partition * job.itemsize
+        gradients = sum(job.pinned_bytes(numel * FP32_BYTES) for numel in sub_groups(job))
+        as_they_came = job.pinned_bytes(partition * job.itemsize)
+        total += partition * FP32_BYTES + gradients + as_they_came + host_state_bytes_planned(job, partition)
     if job.scenario.strategy.offload.params:
-        frozen = sum(_partition(job, numel) for numel in job.numels(trainable=False))
-        total += (partition + frozen) * job.itemsize
+        frozen = [_partition(job, numel) for numel in job.numels(trainable=False)]
+        total += job.pinned_bytes(partition * job.itemsize) + sum(job.pinned_bytes(n * job.itemsize) for n in frozen)
+        if job.pins_memory:
+            total += sum(job.pinned_bytes(part * job.itemsize) for part in _partitions(job))
     return total
 
 
-def gather_schedule(job: Job) -> Gathered:
-    """Replays the coordinator over the step's modules, in the order in which they run."""
-    weights: dict[tuple[str, int, int], int] = {}
-    numels: list[int] = []
-    uses = [ModuleUse(-1, ())]  # the model itself runs first, and prefetches
-    places: dict[tuple[str, int], int] = {}
-    modules: dict[tuple[str, int], list[tuple[int, ...]]] = {}  # by stage and section, shared by layers alike
-    for stage in job.program.stages:
-        for layer in stage.order():
-            place = places[stage.name, layer] = len(places)
-            forward = _forward_section(job, stage, layer)
-            if (stage.name, forward) not in modules:
-                modules[stage.name, forward] = _modules(job, stage, job.program.sections[forward])
-            for module in modules[stage.name, forward]:
-                numbers = tuple(_number(job, weights, numels, stage, layer, index) for index in module)
-                uses.append(ModuleUse(place, numbers))
-    settings = FetchSettings(
-        prefetch_elements=job.settings.stage3_prefetch_bucket_size,
-        max_live_elements=job.settings.stage3_max_live_parameters,
-        max_reuse_elements=job.settings.stage3_max_reuse_distance,
-        world_size=job.world_size,
-    )
-    return Gathered(replay(uses, numels, settings, recorded=_has_recorded(job)), places)
-
-
-def _number(
-    job: Job, weights: dict[tuple[str, int, int], int], numels: list[int], stage: Stage, layer: int, index: int
-) -> int:
-    """The number of a weight: one per parameter of each layer of a stack, one per parameter of the root."""
-    group = job.program.section_of(stage, layer).group
-    key = (stage.stack, layer, index) if stage.stack else (group, 0, index)
-    if key not in weights:
-        weights[key] = len(numels)
-        numels.append(job.program.groups[group].parameters[index].numel(job.rank))
-    return weights[key]
-
-
-def _forward_section(job: Job, stage: Stage, layer: int) -> int:
-    """The number of the section whose weights a layer uses: the forward pass's, which names them."""
-    forward_name = stage.name.replace("backward", "forward", 1)
-    forward = next((other for other in job.program.stages if other.name == forward_name), stage)
-    return forward.layers[min(layer, len(forward.layers) - 1)]
-
-
-def _modules(job: Job, stage: Stage, section: Section) -> list[tuple[int, ...]]:
-    """The modules with gathered weights that ``section`` runs, each as indices of its group's parameters.
-
-    A backward pass runs them in reverse, after a forward pass again where activations are checkpointed.
-    """
-    parameters = job.program.groups[section.group].parameters
-    modules: dict[str, list[int]] = {}
-    for index in section.uses:
-        if not (_has_recorded(job) and is_persistent(job, parameters[index].numel(job.rank))):
-            modules.setdefault(_module_name(parameters[index]), []).append(index)
-    order = [tuple(indices) for indices in modules.values()]
-    if stage.phase is not Phase.BACKWARD:
-        return order
-    again = order if stage.stack and job.scenario.training.checkpointing is not Checkpointing.NONE else []
-    return again + order[::-1]
-
-
-def _module_name(parameter: Parameter) -> str:
-    return parameter.name.rpartition(".")[0]
-
-
-def _gathering(job: Job, stage: Stage, layer: int, section: Section, reading: PlaceReading) -> Section:
-    """``section`` with its gathered weights around it.
-
-    Omits: where inside a layer each module's weights come and go; the most that any of its modules sees is held
-    throughout.
-    """
-    if not reading.peak:
-        return section
-    slot = next_slot(section.events)
-    size = Size.constant(reading.peak * job.itemsize)
-    events = (
-        Alloc(slot, size, Owner.GATHERED_WEIGHTS),
-        *section.events,
-        Free(local(stage.name, slot), size),
-    )
-    return replace(section, events=events, collectives=section.collectives + _all_gather(job, reading.fetched))
+def _gathering(
+    job: Job, gathered: Gathered, stage: Stage, layer: int, section: Section, reading: PlaceReading
+) -> Section:
+    """A section of the forward pass with its gathered weights."""
+    events = GatheredEvents(job, stage, section, gathered.modules[stage.name, layer], reading)
+    for event in section.events:
+        events.append(event)
+    return replace(section, events=events.end(), collectives=section.collectives + _all_gather(job, reading.fetched))
 
 
 def _all_gather(job: Job, fetched: int) -> tuple[Collective, ...]:
@@ -255,59 +184,130 @@ def _all_gather(job: Job, fetched: int) -> tuple[Collective, ...]:
     return (Collective(CollectiveKind.ALL_GATHER, Size.constant(fetched * job.itemsize), Moment.BEFORE),)
 
 
+class ScatterFlush(NamedTuple):
+    """What one flush reduces, in elements, whether it is copied to lie flat before, and what dies with it."""
+
+    elements: int
+    is_flattened: bool
+    dying: tuple[GradientRef, ...]
+
+
+class ScatterArrival(NamedTuple):
+    """What a gradient does: the bucket is flushed before it where it is full; copied into it, the gradient dies."""
+
+    flush: ScatterFlush | None
+    is_copied: bool
+
+
+class ScatterBucket:
+    """The reduce bucket of one backward pass.
+
+    A gradient larger than the bucket is not copied: it stays until the next one comes, and is reduced by itself, where
+    it lies if it divides evenly. Without ``contiguous_gradients`` none is copied.
+    """
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._capacity = job.settings.reduce_bucket_size
+        self._waiting: list[GradientRef] = []
+
+    def take(self, gradient: GradientRef) -> ScatterArrival:
+        """Adds a gradient, after a flush where it does not fit any more."""
+        overflows = bool(self._waiting) and self._elements + gradient.numel > self._capacity
+        flush = self.flush() if overflows else None
+        self._waiting.append(gradient)
+        return ScatterArrival(flush, self._is_copied(gradient))
+
+    def flush(self) -> ScatterFlush:
+        """Empties the bucket."""
+        dying = tuple(gradient for gradient in self._waiting if not self._is_copied(gradient))
+        elements = self._elements
+        lies_flat = len(self._waiting) == 1 and elements % self._job.num_shards == 0
+        if not self._job.settings.reduce_scatter and self._job.settings.contiguous_gradients:
+            lies_flat = lies_flat and elements > self._capacity  # an all-reduce scales a copy of the bucket
+        self._waiting.clear()
+        return ScatterFlush(elements, not lies_flat, dying)
+
+    @property
+    def _elements(self) -> int:
+        return sum([gradient.numel for gradient in self._waiting])
+
+    def _is_copied(self, gradient: GradientRef) -> bool:
+        return self._job.settings.contiguous_gradients and gradient.numel <= self._capacity
+
+
+def _write_flush(job: Job, events: EventList, flush: ScatterFlush) -> None:
+    """The flat copy, and gloo's own of what it scatters; then gradients on their way to the host."""
+    copies = flush.is_flattened + (job.device is DeviceKind.CPU and job.settings.reduce_scatter)
+    frees = [events.alloc(flush.elements * job.itemsize, Owner.COMMUNICATION) for _ in range(copies)]
+    events.events.extend(reversed(frees))
+    if job.offloads_optimizer:
+        _to_host(job, events)
+    events.events.extend(Free(gradient.ref, gradient.size) for gradient in flush.dying)
+
+
+def _to_host(job: Job, events: EventList) -> None:
+    """A part of a gradient is copied back from the host's buffer, its norm taken in fp64, and cast to fp32."""
+    part = max(_partitions(job))
+    back = [events.alloc(part * job.itemsize, Owner.COMMUNICATION)] if job.device is not DeviceKind.CPU else []
+    events.passing(part * NORM_BYTES, Owner.TEMPORARIES)
+    events.passing(part * FP32_BYTES if job.itemsize != FP32_BYTES else 0, Owner.COMMUNICATION)
+    events.events.extend(back)
+
+
+class _Decision(NamedTuple):
+    """What makes one layer's backward pass differ from another's."""
+
+    arrivals: tuple[ScatterArrival, ...]
+    numel: int
+    reading: PlaceReading
+
+
 def _reducing(job: Job, gathered: Gathered) -> StepProgram:
     """The backward pass: gathered weights, gradients into the bucket, full buckets scattered."""
-    bucket = Bucket(job.settings.reduce_bucket_size)
+    bucket = ScatterBucket(job)
 
-    def decide(stage: Stage, layer: int, section: Section) -> tuple[tuple[Arrival, ...], int, PlaceReading]:
+    def decide(stage: Stage, layer: int, section: Section) -> _Decision:
         gradients = job.arriving(stage, layer)
         numel = sum([gradient.numel for gradient in gradients])
-        return tuple([bucket.take(gradient) for gradient in gradients]), numel, gathered.at(stage.name, layer)
+        arrivals = tuple([bucket.take(gradient) for gradient in gradients])
+        return _Decision(arrivals, numel, gathered.at(stage.name, layer))
 
-    def change(
-        stage: Stage, layer: int, section: Section, decision: tuple[tuple[Arrival, ...], int, PlaceReading]
-    ) -> Section:
-        arrivals, numel, reading = decision
-        reduced = replace(
+    def change(stage: Stage, layer: int, section: Section, decision: _Decision) -> Section:
+        events = GatheredEvents(job, stage, section, gathered.modules[stage.name, layer], decision.reading)
+        return replace(
             section,
-            events=_bucketed(job, stage, section, arrivals),
-            collectives=section.collectives + _reduce_scatter(job, numel),
-            copies=section.copies + _gradients_to_host(job, numel),
+            events=_bucketed(job, stage, section, decision.arrivals, events),
+            collectives=section.collectives
+            + _reduce_scatter(job, decision.numel)
+            + _all_gather(job, decision.reading.fetched),
+            copies=section.copies + _gradients_to_host(job, decision.numel),
         )
-        return _gathering(job, stage, layer, reduced, reading)
 
     program = map_layers(job.program, Phase.BACKWARD, decide, change)
     events = EventList(REDUCE_STAGE)
     # The last hook flushes the bucket while the weights of the last module are still there.
-    held = events.alloc(_last_gathered(job, gathered) * job.itemsize, Owner.GATHERED_WEIGHTS)
-    write_flush(events, bucket.flush(), itemsize=job.itemsize, copies=_scatter_copies(job))
+    held = events.alloc(gathered.last.modules[-1].held * job.itemsize, Owner.GATHERED_WEIGHTS)
+    _write_flush(job, events, bucket.flush())
     events.events.append(held)
     return add_stage(program, REDUCE_STAGE, Section(events=tuple(events.events)))
 
 
-def _bucketed(job: Job, stage: Stage, section: Section, arrivals: Iterable[Arrival]) -> tuple[Event, ...]:
+def _bucketed(
+    job: Job, stage: Stage, section: Section, arrivals: Iterable[ScatterArrival], events: GatheredEvents
+) -> tuple[Event, ...]:
     """The events of ``section`` with what its gradients do as they arrive."""
-    events = EventList(stage.name, slot=next_slot(section.events))
     following = iter(arrivals)
     for event, ready in with_ready_gradients(section.events):
-        events.events.append(event)
+        events.append(event)
         for alloc in ready:
             flush, is_copied = next(following)
             if flush is not None:
-                write_flush(events, flush, itemsize=job.itemsize, copies=_scatter_copies(job))
+                _write_flush(job, events.list, flush)
             if is_copied:
-                events.events.append(Free(local(stage.name, alloc.slot), alloc.size))
-    return tuple(events.events)
-
-
-def _last_gathered(job: Job, gathered: Gathered) -> int:
-    stage = next(stage for stage in reversed(job.program.stages) if stage.phase is Phase.BACKWARD)
-    return gathered.at(stage.name, list(stage.order())[-1]).peak
-
-
-def _scatter_copies(job: Job) -> int:
-    """The flat copy that is scattered; gloo makes another of it."""
-    return 2 if job.device is DeviceKind.CPU else 1
+                events.list.events.append(Free(local(stage.name, alloc.slot), alloc.size))
+            events.complete(alloc.parameter)
+    return events.end()
 
 
 def _reduce_scatter(job: Job, numel: int) -> tuple[Collective, ...]:

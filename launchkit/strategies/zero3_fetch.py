@@ -24,11 +24,13 @@ from launchkit.units import divide_up
 class ModuleUse(NamedTuple):
     """A module that runs, in the forward or backward pass: which part of the step it belongs to, and its weights.
 
-    ``place`` is any name of that part; weights are numbers that mean the same weight wherever they occur.
+    ``place`` is any name of that part; weights are numbers that mean the same weight wherever they occur. ``kept``
+    are elements of its weights that stay gathered for good. A module without weights prefetches like any other.
     """
 
     place: int
     weights: tuple[int, ...]
+    kept: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,13 +39,26 @@ class FetchSettings:
     max_live_elements: int
     max_reuse_elements: int
     world_size: int
+    itemsize: int = 1
+    is_quantized: bool = False  # gathered as bytes, and cast when they are needed
+    copies: int = 0  # that the backend makes of what it gathers, while it does
+    from_host: bool = False  # parts are copied to the device before they are gathered
+
+
+class ModuleReading(NamedTuple):
+    """Elements in memory for a module: at the most while its weights arrive, while it computes, and behind it."""
+
+    peak: int
+    held: int
+    after: int
 
 
 class PlaceReading(NamedTuple):
-    """A part of the step, in elements: the most that is gathered in it, and what it fetches."""
+    """A part of the step, in elements: what it finds gathered, what each of its modules sees, what it fetches."""
 
-    peak: int
-    fetched: int
+    before: int = 0
+    modules: tuple[ModuleReading, ...] = ()
+    fetched: int = 0
 
 
 @dataclass
@@ -65,6 +80,7 @@ class _State:
     fetched_for: dict[int, int] = field(default_factory=dict)  # weight -> the last use that a fetch has covered
     live: int = 0  # elements that are here or under way, as the coordinator counts them
     held: int = 0  # elements in memory: copies and flat buffers
+    peak: int = 0  # the most of ``held`` since the module's fetch began
     fetched: int = 0
 
 
@@ -90,7 +106,7 @@ class _Replay:
         )
         self.traversed = [0]  # elements of all modules before each step
         for use in uses:
-            self.traversed.append(self.traversed[-1] + sum(numels[weight] for weight in use.weights))
+            self.traversed.append(self.traversed[-1] + use.kept + sum(numels[weight] for weight in use.weights))
         self.uses_of: dict[int, list[int]] = {}
         for step, use in enumerate(uses):
             for weight in use.weights:
@@ -99,51 +115,59 @@ class _Replay:
     def run(self) -> dict[int, PlaceReading]:
         readings: dict[int, PlaceReading] = {}
         for step, use in enumerate(self.uses):
-            fetched_before = self.state.fetched
-            peak = self._fetch(step, use)
-            known = readings.get(use.place, PlaceReading(0, 0))
-            readings[use.place] = PlaceReading(
-                max(known.peak, peak), known.fetched + self.state.fetched - fetched_before
-            )
+            before, fetched = self.state.held, self.state.fetched
+            self._fetch(step, use)
+            held, peak = self.state.held, self.state.peak
             self._release(step, use)
+            known = readings.get(use.place, PlaceReading(before))
+            readings[use.place] = known._replace(
+                modules=(*known.modules, ModuleReading(peak, held, self.state.held)),
+                fetched=known.fetched + self.state.fetched - fetched,
+            )
         return readings
 
-    def _fetch(self, step: int, use: ModuleUse) -> int:
-        """Gathers what the module needs, waits for it, prefetches; returns the elements held while it computes.
-
-        Omits: the moment in which a module's own weights lie both in their flat buffer and in their copies.
-        """
+    def _fetch(self, step: int, use: ModuleUse) -> None:
+        """Gathers what the module needs, waits for it, prefetches."""
+        self.state.peak = self.state.held
         self._gather([weight for weight in use.weights if not self._is_here(weight)])
         for weight in use.weights:
             self._wait(weight)
         if self.recorded:
             self._advance_queue(step, use)
             self._gather(self._to_prefetch())
-        return self.state.held
 
     def _is_here(self, weight: int) -> bool:
         return weight in self.state.available or weight in self.state.inflight
 
     def _gather(self, weights: list[int]) -> None:
-        """Starts one all-gather. A single weight is gathered in place, several into a flat buffer."""
+        """Starts one all-gather. A single weight is gathered in place, several into a flat buffer, and so are bytes."""
         if not weights:
             return
         world_size = self.settings.world_size
         elements = sum(divide_up(self.numels[weight], world_size) * world_size for weight in weights)
-        gather = _Gather(tuple(weights), elements, set(weights), arrived=len(weights) == 1)
+        if self.settings.is_quantized:
+            elements = divide_up(elements, self.settings.itemsize)
+        gather = _Gather(tuple(weights), elements, set(weights), arrived=self._lies_in_place(weights))
         self.state.held += elements
+        passing = elements * self.settings.copies + (elements // world_size if self.settings.from_host else 0)
+        self.state.peak = max(self.state.peak, self.state.held + passing)
         self.state.fetched += elements
         self.state.live += sum(self.numels[weight] for weight in weights)
         for weight in weights:
             self.state.inflight[weight] = gather
 
+    def _lies_in_place(self, weights: Sequence[int]) -> bool:
+        """Whether what is gathered is the weight itself, not a buffer that it is copied out of."""
+        return len(weights) == 1 and not self.settings.is_quantized
+
     def _wait(self, weight: int) -> None:
         gather = self.state.inflight.pop(weight, None)
         if gather is None:
             return
-        is_alone = len(gather.weights) == 1
+        is_alone = self._lies_in_place(gather.weights)
         if not gather.arrived:
             self.state.held += sum(self.numels[other] for other in gather.weights)
+            self.state.peak = max(self.state.peak, self.state.held)
             gather.arrived = True
         self.state.available[weight] = gather.flat if is_alone else self.numels[weight]
         gather.waiting.discard(weight)

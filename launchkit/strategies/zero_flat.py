@@ -255,9 +255,10 @@ class FlatArrival(NamedTuple):
 
 
 class FlatBucket:
-    """The reduce bucket of one backward pass, as the rank that owns the last partition sees it.
+    """The reduce bucket of one backward pass, as the rank sees it whose gradients come first: its buffer is there for
+    the longest time. Where several share the first gradient, the one with the largest buffer.
 
-    That rank's gradients come first, so its buffer is there for the longest time. A gradient larger than the bucket is
+    A gradient larger than the bucket is
     not copied: it stays until the next one comes, and is reduced by itself. Without ``contiguous_gradients`` none is
     copied, and those that the rank owns stay for the optimizer.
     """
@@ -265,7 +266,9 @@ class FlatBucket:
     def __init__(self, job: Job, flat: Flat) -> None:
         self._job = job
         self._flat = flat
-        self._rank = job.world_size - 1
+        first = next(job.gradients(), None)
+        owners = [span.owner for span in flat.spans[first.key]] if first else [0]
+        self.rank = max(owners, key=lambda rank: flat.gradient_buffers[rank])
         self._capacity = job.settings.reduce_bucket_size
         self._elements = 0
         self._waiting: list[GradientRef] = []
@@ -280,10 +283,12 @@ class FlatBucket:
 
     def flush(self) -> FlatFlush:
         """Empties the bucket."""
-        owned = [gradient for gradient in self._waiting if self._flat.is_owned(gradient.key, self._rank)]
+        owned = [gradient for gradient in self._waiting if self._flat.is_owned(gradient.key, self.rank)]
         dying = [gradient for gradient in self._waiting if not self._is_copied(gradient)]
         if not _is_contiguous(self._job):
             dying = [gradient for gradient in dying if gradient not in owned]
+        if accumulates(self._job.scenario) and not _is_eager(self._job):
+            dying = []  # they are no allocations of this step, and die all together behind it
         flush = FlatFlush(self._copies(), bool(owned), tuple(dying))
         self._waiting.clear()
         self._elements = 0
@@ -358,17 +363,20 @@ class _Reduction:
             if self.job.offloads_optimizer:
                 _to_host(self.job, self.flat, events)
             elif not self.collected:
-                own = events.alloc(self.flat.gradient_buffers[-1] * self.job.itemsize, Owner.GRADIENTS)
+                own = events.alloc(self._buffer_bytes(), Owner.GRADIENTS)
                 self.collected.append(_elsewhere(own, stage, layer))
         events.events.extend(Free(gradient.ref, gradient.size) for gradient in flush.dying)
 
     def finish(self, events: EventList) -> None:
-        """The last flush. Another rank's buffer may be larger by now than the last one's."""
+        """The last flush. Another rank's buffer may be larger by now than that of the rank which came first."""
         self.flush(events, self.bucket.flush(), stage=REDUCE_STAGE, layer=0)
         if self.collected:
-            more = self.flat.gradient_buffer - self.flat.gradient_buffers[-1]
-            self.collected.append(_elsewhere(events.alloc(more * self.job.itemsize, Owner.GRADIENTS), REDUCE_STAGE, 0))
+            more = self.flat.gradient_buffer * self.job.itemsize - self._buffer_bytes()
+            self.collected.append(_elsewhere(events.alloc(more, Owner.GRADIENTS), REDUCE_STAGE, 0))
         events.events.extend(self.opened)
+
+    def _buffer_bytes(self) -> int:
+        return self.flat.gradient_buffers[self.bucket.rank] * self.job.itemsize
 
 
 def _to_host(job: Job, flat: Flat, events: EventList) -> None:
@@ -397,7 +405,7 @@ def _reduced_at_the_end(job: Job, flat: Flat) -> StepProgram:
         gradient = arrived[placed.key]
         flush, is_copied = reduction.bucket.take(gradient)
         if flush is not None:
-            reduction.flush(events, _kept(job, flush), stage=REDUCE_STAGE, layer=0)
+            reduction.flush(events, flush, stage=REDUCE_STAGE, layer=0)
         if is_copied and not accumulates(job.scenario):
             events.events.append(Free(gradient.ref, gradient.size))
     reduction.finish(events)
@@ -409,11 +417,6 @@ def _reduced_at_the_end(job: Job, flat: Flat) -> StepProgram:
         copies=_gradients_to_host(job, flat),
     )
     return add_stage(program, REDUCE_STAGE, section)
-
-
-def _kept(job: Job, flush: FlatFlush) -> FlatFlush:
-    """Accumulated gradients are no allocations of this step, and die all together behind it."""
-    return flush._replace(dying=()) if accumulates(job.scenario) else flush
 
 
 def _with_bucket_opened(job: Job, reduction: _Reduction) -> StepProgram:

@@ -74,6 +74,11 @@ class Job:
     def settings(self) -> ZeroSettings:
         return self.scenario.strategy.zero
 
+    @property
+    def num_shards(self) -> int:
+        """Ranks that share the weights under stage 3: all, or as many as MiCS puts into a group."""
+        return self.settings.mics_shard_size or self.world_size
+
     @cached_property
     def rank(self) -> int:
         return lora_rank(self.scenario)
@@ -88,13 +93,17 @@ class Job:
         """Bytes per element of master weights and states: fp32's, unless these are in bf16 too."""
         return self.itemsize if self.scenario.training.has_bf16_masters else FP32_BYTES
 
+    @property
+    def pins_memory(self) -> bool:
+        return self.settings.offload_pin_memory and self.device is not DeviceKind.CPU
+
     def pinned_bytes(self, num_bytes: int) -> int:
         """Host memory that a page-locked buffer takes: torch's host allocator rounds up to a power of two.
 
         Source: ``CachingHostAllocatorImpl::allocate`` in ATen/core/CachingHostAllocator.h, torch 2.13. A CPU build of
         torch pins nothing.
         """
-        if not self.settings.offload_pin_memory or self.device is DeviceKind.CPU:
+        if not self.pins_memory:
             return num_bytes
         return 1 << max(0, num_bytes - 1).bit_length()
 
@@ -113,6 +122,16 @@ class Job:
         for place in located_parameters(self.program, trainable=trainable):
             for _ in range(place.copies):
                 yield place.parameter.numel(self.rank)
+
+    @cached_property
+    def largest_block_weight(self) -> int:
+        """Elements of the largest parameter inside the stacks, or outside where there are none."""
+        groups = [group for name, group in self.program.groups.items() if name != ROOT_GROUP]
+        return max(
+            parameter.numel(self.rank)
+            for group in groups or self.program.groups.values()
+            for parameter in group.parameters
+        )
 
     @cached_property
     def optimizer_groups(self) -> tuple[tuple[Placed, ...], ...]:
@@ -198,56 +217,6 @@ class EventList:
         """Allocates and frees at once."""
         if num_bytes:
             self.events.append(self.alloc(num_bytes, owner))
-
-
-class Flush(NamedTuple):
-    """What one flush of the bucket reduces: the elements in it, and gradients that were too large for it."""
-
-    elements: int
-    oversized: tuple[GradientRef, ...]
-
-
-class Arrival(NamedTuple):
-    """What a gradient does: the bucket is flushed before it where it is full; copied into it, the gradient dies."""
-
-    flush: Flush | None
-    is_copied: bool
-
-
-class Bucket:
-    """The reduce bucket of one backward pass: which gradients fit, and when it is flushed.
-
-    A gradient larger than the bucket is not copied: it stays until the next one comes, and is reduced by itself.
-    """
-
-    def __init__(self, capacity: int) -> None:
-        self.capacity = capacity
-        self.elements = 0
-        self.oversized: list[GradientRef] = []
-
-    def take(self, gradient: GradientRef) -> Arrival:
-        """Adds a gradient, after a flush where it does not fit any more."""
-        overflows = self.elements > 0 and self.elements + gradient.numel > self.capacity
-        flush = self.flush() if overflows else None
-        self.elements += gradient.numel
-        is_oversized = gradient.numel > self.capacity
-        if is_oversized:
-            self.oversized.append(gradient)
-        return Arrival(flush, not is_oversized)
-
-    def flush(self) -> Flush:
-        """Empties the bucket."""
-        flush = Flush(self.elements, tuple(self.oversized))
-        self.oversized.clear()
-        self.elements = 0
-        return flush
-
-
-def write_flush(events: EventList, flush: Flush, *, itemsize: int, copies: int = 1) -> None:
-    """Reduces what was in the bucket: a flat copy of it (``copies`` of them where the backend makes its own)."""
-    frees = [events.alloc(flush.elements * itemsize, Owner.COMMUNICATION) for _ in range(copies)]
-    events.events.extend(reversed(frees))
-    events.events.extend(Free(gradient.ref, gradient.size) for gradient in flush.oversized)
 
 
 def frozen_weights(job: Job) -> Iterator[Persistent]:

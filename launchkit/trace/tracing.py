@@ -44,6 +44,7 @@ from launchkit.trace.methods import WEIGHT_DTYPE, apply_method
 from launchkit.trace.quantised import packed_bytes, scale_bytes
 from launchkit.trace.recorder import Log
 from launchkit.trace.step import trace_step
+from launchkit.trace.zero_linear import kept_linear_inputs
 from launchkit.units import divide_up
 
 ProgressHook = Callable[[int, int, str], None]
@@ -135,6 +136,7 @@ def trace_model(config: Mapping[str, Any], key: TraceKey, *, progress: ProgressH
         points = trace_points(key, telling_lengths(settings, beyond_window=key.beyond_window))
         if key.device is DeviceKind.CUDA:
             stack.enter_context(faithful_to_cuda())
+        stack.enter_context(kept_linear_inputs(key))
         stack.enter_context(liger_kernels(key, training_class(settings)[0], settings.model_type))
         logs: list[Log] = []
         models: dict[int, _Traceable] = {}

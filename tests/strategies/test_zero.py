@@ -10,10 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from launchkit import strategies
-from launchkit.program import CollectiveKind, Owner, Phase, StepProgram
-from launchkit.strategies.zero3_fetch import FetchSettings, ModuleUse, replay
+from launchkit.program import Alloc, CollectiveKind, Owner, Phase, Section, Size, Stage, StepProgram
+from launchkit.scenario import DeviceKind
+from launchkit.strategies.zero3_fetch import FetchSettings, ModuleReading, ModuleUse, PlaceReading, replay
+from launchkit.strategies.zero3_gather import Level, Module, Segment, segments
 from launchkit.strategies.zero_flat import Flat, Span, reduce_copies
-from launchkit.strategies.zero_job import Placed
+from launchkit.strategies.zero_job import EventList, Placed
+from tests.builders import profile
 from tests.strategies.small import NUM_ELEMENTS, POINT, end, most, peak, plain, program, ranks, start
 
 BUCKET = 300  # elements; the model has 392
@@ -227,7 +230,7 @@ USES = [ModuleUse(0, (0,)), ModuleUse(1, (1,)), ModuleUse(2, (1,)), ModuleUse(3,
 
 
 @pytest.mark.parametrize(
-    ("settings", "recorded", "peaks"),
+    ("settings", "recorded", "held"),
     [
         ({}, True, [10, 20, 20, 10]),
         ({}, False, [10, 20, 20, 10]),
@@ -239,17 +242,127 @@ USES = [ModuleUse(0, (0,)), ModuleUse(1, (1,)), ModuleUse(2, (1,)), ModuleUse(3,
         ({"world_size": 3}, True, [12, 21, 21, 12]),
     ],
 )
-def test_replay_of_the_coordinator(settings: dict[str, int], recorded: bool, peaks: list[int]) -> None:
+def test_replay_of_the_coordinator(settings: dict[str, int], recorded: bool, held: list[int]) -> None:
     """Weights of 10 and 20 elements, used forth and back."""
     values = {field: getattr(FETCH, field) for field in FETCH.__dataclass_fields__} | settings
     readings = replay(USES, [10, 20], FetchSettings(**values), recorded=recorded)
-    assert [readings[place].peak for place in range(4)] == peaks
+    assert [readings[place].modules[0].held for place in range(4)] == held
 
 
-def test_weights_fetched_ahead_lie_in_a_flat_buffer_until_the_last_is_used() -> None:
+@pytest.mark.parametrize(
+    ("settings", "peaks", "held"),
+    [
+        ({}, [30, 60, 30], [30, 60, 20]),
+        ({"copies": 1}, [60, 60, 30], [30, 60, 20]),
+        ({"from_host": True}, [45, 60, 30], [30, 60, 20]),
+        ({"is_quantized": True, "itemsize": 2}, [15, 45, 30], [15, 45, 20]),
+    ],
+)
+def test_weights_fetched_ahead_lie_in_a_flat_buffer_until_the_last_is_used(
+    settings: dict[str, int], peaks: list[int], held: list[int]
+) -> None:
     """Two modules prefetched together: buffer only, then buffer and copies, then copies."""
     uses = [ModuleUse(0, ()), ModuleUse(1, (0,)), ModuleUse(2, (1,))]
-    ahead = FetchSettings(prefetch_elements=100, max_live_elements=100, max_reuse_elements=100, world_size=2)
-    readings = replay(uses, [10, 20], ahead, recorded=True)
-    assert [readings[place].peak for place in range(3)] == [30, 60, 20]
-    assert [readings[place].fetched for place in range(3)] == [30, 0, 0]
+    ahead = {"prefetch_elements": 100, "max_live_elements": 100, "max_reuse_elements": 100, "world_size": 2}
+    readings = replay(uses, [10, 20], FetchSettings(**(ahead | settings)), recorded=True)
+    assert [readings[place].modules[0].held for place in range(3)] == held
+    assert [readings[place].modules[0].peak for place in range(3)] == [*peaks[:2], readings[2].before]
+    assert [bool(readings[place].fetched) for place in range(3)] == [True, False, False]
+
+
+def test_weights_that_stay_count_as_distance() -> None:
+    """A norm of 40 elements between two uses of one weight makes them too far apart to keep it."""
+    near = replay([ModuleUse(0, (0,)), ModuleUse(1, (), 9), ModuleUse(2, (0,))], [10], REUSE, recorded=True)
+    far = replay([ModuleUse(0, (0,)), ModuleUse(1, (), 40), ModuleUse(2, (0,))], [10], REUSE, recorded=True)
+    assert (near[1].before, far[1].before) == (10, 0)
+
+
+REUSE = FetchSettings(prefetch_elements=0, max_live_elements=100, max_reuse_elements=20, world_size=2)
+
+
+def test_a_gradient_lets_its_weight_go() -> None:
+    """Three modules of a backward pass: what is held falls with each gradient, and nothing is left behind the last."""
+    stage = Stage(name="backward.layers", phase=Phase.BACKWARD, layers=(0,), stack="layers", reverse=True)
+    gradients = tuple(
+        Alloc(slot, Size.constant(8), Owner.GRADIENTS, parameter) for slot, parameter in enumerate((1, 0))
+    )
+    modules = (Module(()), Module((1,)), Module((0,)))
+    reading = PlaceReading(5, (ModuleReading(7, 7, 7), ModuleReading(30, 20, 10), ModuleReading(10, 10, 0)), 0)
+    found = list(segments(stage, Section(events=gradients), modules, reading))
+    assert found == [Segment(20, 30, frozenset({1})), Segment(10, 10, frozenset({0})), Segment(0, 0)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "held"),
+    [((7, 25), 25), ((25, 7), 7), ((10, 10), 10), ((25, 0), 0)],
+)
+def test_a_level_changes_by_pieces(changes: tuple[int, ...], held: int) -> None:
+    events = EventList("s")
+    level = Level(events, itemsize=2, piece_elements=10)
+    for elements in changes:
+        level.set(elements)
+    live = sum(event.size.at(POINT) * (1 if isinstance(event, Alloc) else -1) for event in events.events)
+    assert (level.elements, live) == (held, 2 * held)
+
+
+def test_a_level_keeps_the_pieces_that_stay() -> None:
+    events = EventList("s")
+    level = Level(events, itemsize=1, piece_elements=10)
+    level.set(30)
+    level.set(35, peak=50)
+    assert [event.size.at(POINT) for event in events.events[3:]] == [20, 20, 5]
+
+
+@pytest.mark.parametrize(
+    ("settings", "owner", "less"),
+    [
+        ({"contiguous_gradients": False}, Owner.COMMUNICATION, True),
+        ({"mics_shard_size": 2}, Owner.GRADIENTS, False),
+        ({"zero_quantized_weights": True}, Owner.GATHERED_WEIGHTS, True),
+        ({"zero_hpz_partition_size": 2}, Owner.WEIGHTS, False),
+    ],
+)
+def test_settings_have_their_effect(settings: dict[str, Any], owner: Owner, less: bool) -> None:
+    changed, default = (rewritten("zero3", num_gpus=4, **values) for values in (settings, {}))
+    assert (most(changed, owner) < most(default, owner)) is less
+    assert most(changed, owner) != most(default, owner)
+
+
+def test_a_lone_gradient_is_scattered_where_it_lies() -> None:
+    """No gradient shares a bucket of 20 elements with another, so none is copied but by gloo; a matrix of 60 and
+    the norms of 4 around it share one of 70."""
+    assert most(rewritten("zero3", reduce_bucket_size=20), Owner.COMMUNICATION) == 2 * 20
+    assert most(rewritten("zero3", reduce_bucket_size=70), Owner.COMMUNICATION) == 2 * (70 + 68)
+    assert most(rewritten("zero3", reduce_bucket_size=20, cpu=True), Owner.COMMUNICATION) == 2 * (20 + 100)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "settings", "reason"),
+    [
+        ("zero2", {"mics_shard_size": 2}, "use --strategy zero3"),
+        ("zero3", {"mics_shard_size": 3}, "does not divide 4 GPUs"),
+        ("zero3", {"zero_hpz_partition_size": 3}, "does not divide 4 GPUs"),
+        ("zero3", {"zero_hpz_partition_size": 2}, None),
+    ],
+)
+def test_groups_of_ranks_are_alike(strategy: str, settings: dict[str, int], reason: str | None) -> None:
+    found = strategies.refusal(plain(strategy=strategy, **settings), profile(), ranks(4))
+    assert found is None if reason is None else found is not None and reason in found
+
+
+@pytest.mark.parametrize(
+    ("strategy", "targets", "keeps"),
+    [("zero3", "q_proj", True), ("zero3", "all-linear", False), ("zero2", "q_proj", False)],
+)
+def test_stage_3_keeps_the_inputs_of_frozen_layers(strategy: str, targets: str, keeps: bool) -> None:
+    settings = plain(strategy=strategy, method="lora", lora_targets=targets)
+    key = strategies.trace_key(settings.training, settings.strategy, DeviceKind.CUDA)
+    assert (key.keeps_linear_inputs, "inputs" in key.text) == (keeps, keeps)
+
+
+def test_pinned_buffers_take_powers_of_two() -> None:
+    """A rank's 196 elements: master weights and gradients of 784 bytes, the weights' way back of 392, a gradient of
+    200; states are pageable."""
+    pinned = rewritten("zero2", offload="optimizer").host_persistent_bytes
+    pageable = rewritten("zero2", offload="optimizer", offload_pin_memory=False).host_persistent_bytes
+    assert pinned - pageable == 2 * (1024 - 784) + (512 - 392) + (256 - 200)
