@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -56,9 +57,18 @@ class Cell:
         """Whether parts of the step compute in bf16 on parameters held in fp32."""
         return self.precision == "bf16"
 
+    @property
+    def fingerprint(self) -> str:
+        """Of what is run, so that a measurement of something else is not taken for this cell's."""
+        told = {name: value for name, value in asdict(self).items() if name != "name" and value != _DEFAULTS.get(name)}
+        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
+
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> Cell:
         return cls(**json.loads(text))
+
+
+_DEFAULTS = asdict(Cell(name="", config={}))

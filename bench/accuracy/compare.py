@@ -1,6 +1,7 @@
 """Predicted beside measured for every cell: ``results.json`` here, and with it ``docs/accuracy.md``.
 
-``python -m bench.accuracy.compare`` measures what ``results.json`` lacks, predicts anew and writes the page.
+``python -m bench.accuracy.compare`` measures what ``results.json`` lacks, or has of a cell as it was before a change,
+predicts anew and writes the page.
 ``--only TEXT`` restricts it to cells whose names contain TEXT, ``--measure`` measures those again.
 """
 
@@ -98,9 +99,12 @@ def update(cells: Sequence[Cell], results: Mapping[str, Any], *, again: bool, re
     """``results`` with ``cells`` predicted, and measured where that is missing or asked for."""
     updated = dict(results)
     for cell in cells:
-        old = {} if again else updated.get(cell.name, {})
+        old = updated.get(cell.name, {})
+        if again or old.get("fingerprint") != cell.fingerprint:
+            old = {}
         noisy = cell.strategy in (*FSDP, "ddp")  # gloo's thread may free what the profiler then takes to be live
         entry = {
+            "fingerprint": cell.fingerprint,
             "measured": old.get("measured") or measured(cell, repeats=repeats if noisy else 1),
             "predicted": {state: predict(cell, state) for state in states(cell)},
         }

@@ -7,7 +7,15 @@ from typing import Any
 import pytest
 
 from bench.accuracy.cell import Cell
-from bench.accuracy.rows import cell_comparisons, error_percent, kind_of, published_comparisons
+from bench.accuracy.cells import CELLS
+from bench.accuracy.rows import (
+    RESULTS,
+    cell_comparisons,
+    error_percent,
+    kind_of,
+    published_comparisons,
+    read_json,
+)
 from tests.bench.evidence import FLAGS, row
 
 
@@ -63,3 +71,12 @@ def test_rivals_are_compared_with_the_steady_step_only() -> None:
     assert [(item.id, item.own_error_percent, item.rivals_bytes) for item in steady] == [
         ("one", -37.5, {"EleutherAI": 9})
     ]
+
+
+def test_what_was_measured_is_what_the_cells_say_today() -> None:
+    """If this fails: python -m bench.accuracy.compare"""
+    results = read_json(RESULTS)
+    stale = [
+        cell.name for cell in CELLS if cell.name in results and results[cell.name]["fingerprint"] != cell.fingerprint
+    ]
+    assert not stale
