@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -52,4 +52,9 @@ class ModelSource(Protocol):
     def program(self, key: TraceKey) -> StepProgram:
         """The unsharded step program: forward, loss and backward of one micro-batch, without the optimizer's
         part, which the strategies add. Raises ``TraceError`` where it cannot be had."""
+        ...
+
+    def expect(self, keys: Iterable[TraceKey]) -> None:
+        """Says which programs will likely be asked for, the likeliest first, so that those that have to be made can be
+        made side by side."""
         ...

@@ -7,22 +7,25 @@ traced on demand and remembered in the user's cache. Planning a catalogued model
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from launchkit.catalog.cache import TraceCache
 from launchkit.catalog.codec import ProgramFile
 from launchkit.catalog.fingerprint import fingerprint
 from launchkit.catalog.index import Index, models_directory
-from launchkit.errors import MissingExtraError, ModelConfigError, ProgramError
+from launchkit.errors import LaunchkitError, MissingExtraError, ModelConfigError, ProgramError
 from launchkit.hub.local import ModelFiles, is_local, read_local
 from launchkit.hub.remote import fetch_config
 from launchkit.model import ModelProfile, ModelSource
 from launchkit.program import StepProgram
 from launchkit.scenario import TraceKey
 from launchkit.units import count
+
+if TYPE_CHECKING:
+    from launchkit.catalog.workers import TraceWorkers
 
 Progress = Callable[[int, int, str], None]  # steps done, steps in all, what is being done
 
@@ -130,6 +133,7 @@ class TracedModel:
         self._cache = cache or TraceCache(fingerprint)
         self._progress = progress
         self._programs: dict[str, StepProgram] = {}
+        self._workers: TraceWorkers | None = None
 
     @property
     def config(self) -> Mapping[str, Any]:
@@ -158,6 +162,21 @@ class TracedModel:
         if program is None:
             program = self._programs[key.text] = self._load(key)
         return program
+
+    def expect(self, keys: Iterable[TraceKey]) -> None:
+        """Starts to trace what neither ships nor is cached, if it is more than one program; see ``ModelSource``."""
+        missing = [key for key in dict.fromkeys(keys) if not self._is_at_hand(key)]
+        if len(missing) < 2 or self._workers is not None:
+            return
+        from launchkit.catalog.workers import TraceWorkers, affordable_workers  # lazy: seldom needed
+
+        num_processes = affordable_workers(len(missing))
+        if num_processes > 1:
+            self._workers = TraceWorkers(self.config, profile=self.profile, keys=missing, num_processes=num_processes)
+
+    def _is_at_hand(self, key: TraceKey) -> bool:
+        is_shipped = self._shipped is not None and key.text in self._shipped
+        return is_shipped or key.text in self._programs or self._cache.program_path(key).exists()
 
     def _architecture(self) -> ModelProfile:
         """What the fingerprint decides."""
@@ -189,9 +208,19 @@ class TracedModel:
             from launchkit.trace import trace_model  # lazy: imports torch and transformers
         except ImportError as error:
             raise _needs_tracing() from error
-        program: StepProgram = trace_model(dict(self.config), key, progress=self._progress)
+        program = self._traced_by_worker(key) or trace_model(dict(self.config), key, progress=self._progress)
         self._cache.store_program(key, program, profile=self.profile)
         return program
+
+    def _traced_by_worker(self, key: TraceKey) -> StepProgram | None:
+        """What a worker answers; None where none was asked, or it was lost. Raises what the worker's trace raised."""
+        workers = self._workers
+        if workers is None or not workers.expects(key):
+            return None
+        found = workers.answer(key, progress=self._progress)
+        if isinstance(found, LaunchkitError):
+            raise found
+        return None if found is None else ProgramFile(found, where="a trace").program(key.text)
 
 
 def _parts(config: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:

@@ -41,6 +41,7 @@ def plan(source: ModelSource, *, cluster: Cluster, request: Request) -> Plan:
     """
     bench = Bench(source=source, cluster=cluster)
     search = Search(bench=bench, request=request)
+    source.expect(search.expected_keys())
     options, refused = _explore(search)
     if not options:
         reasons = dict.fromkeys(item.reason for item in refused)

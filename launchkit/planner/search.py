@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 from launchkit import strategies
 from launchkit.errors import MissingExtraError, TraceError
@@ -23,6 +24,7 @@ from launchkit.scenario import (
     Sharding,
     Strategy,
     StrategyKind,
+    TraceKey,
 )
 from launchkit.simulate.overheads import MEMORY_MODEL_ERROR, cuda_context
 from launchkit.units import round_up
@@ -150,6 +152,32 @@ class Search:
                 strategy = replace(strategy, zero=zero)
             yield strategy
 
+    def expected_keys(self) -> Iterator[TraceKey]:
+        """The programs that the search will likely read, in the order in which it gets to them."""
+        least = [
+            self.base(method, strategy)
+            for method in self.methods()
+            for strategy in self.strategies()
+            if strategy.offload in (Offload.NONE, self.request.offload) and not self._is_pointless(method, strategy)
+        ]
+        least = [s for s in least if strategies.refusal(s, self._profile, self.bench.cluster_of(s)) is None]
+        full = [scenario for scenario in least if scenario.training.method is Method.FULL]
+        adapters = [scenario for scenario in least if scenario.training.method is not Method.FULL]
+        yield from map(self.bench.key, full)
+        for scenarios in (adapters, full):
+            for checkpointing in self._checkpointings():
+                for scenario in scenarios:
+                    *_, largest = self._micro_batches(scenario)
+                    yield self.bench.key(self._with(scenario, checkpointing, largest))
+
+    def _with(self, scenario: Scenario, checkpointing: Checkpointing, micro_batch: int) -> Scenario:
+        training = replace(scenario.training, checkpointing=checkpointing)
+        batch = self._batch(micro_batch, scenario.batch.seq_len, scenario.strategy)
+        return replace(scenario, training=training, batch=batch)
+
+    def _is_pointless(self, method: Method, strategy: Strategy) -> bool:
+        return strategy.kind in _WITHOUT_PURPOSE[method] and self.request.strategy is None
+
     def base(self, method: Method, strategy: Strategy) -> Scenario:
         """The scenario of a method and a strategy before a batch is chosen: micro-batch 1 and full checkpointing,
         which needs the least memory, unless something else was asked for."""
@@ -179,7 +207,7 @@ class Search:
         for strategy in self.strategies():
             if (strategy.offload is not Offload.NONE) is not offload:
                 continue
-            if strategy.kind in _WITHOUT_PURPOSE[method] and self.request.strategy is None:
+            if self._is_pointless(method, strategy):
                 continue
             scenario = self.base(method, strategy)
             reason = self._batch_refusal(scenario)
@@ -193,36 +221,40 @@ class Search:
                 yield Refused(scenario=scenario, reason=str(error))
 
     def best_batch(self, least: Scenario) -> Option:
-        """The fastest batch and checkpointing that fit, from the least demanding one upwards."""
-        option = self._read(least)
-        if not option.fits and _keeps_whole_gradients(least):
-            at_once = self._read(self._without_accumulation(least))
-            option = at_once if at_once.fits else min(option, at_once, key=lambda option: option.live_bytes)
-        if not option.fits:
-            return option
-        found = [self._timed(option)]
-        checkpointings = [self.request.checkpointing or Checkpointing.FULL]
-        if self.request.checkpointing is None:
-            checkpointings.append(Checkpointing.NONE)
-        for checkpointing in checkpointings:
-            for micro_batch in self._micro_batches(least):
-                scenario = replace(
-                    least,
-                    training=replace(least.training, checkpointing=checkpointing),
-                    batch=self._batch(micro_batch, least.batch.seq_len, least.strategy),
-                )
-                if scenario == option.scenario:
-                    continue
-                larger = self._read(scenario)
-                if not larger.fits:
-                    break
-                found.append(self._timed(larger))
+        """The fastest batch and checkpointing that fit; the least demanding ones where none do."""
+        if least.training.method is Method.FULL and not (smallest := self._smallest(least)).fits:
+            return smallest  # read first, since it is often too large as it is; adapters seldom are
+        found = [self._timed(option) for option in map(partial(self._largest, least), self._checkpointings()) if option]
+        if not found:
+            return self._smallest(least)
         return min(found, key=lambda option: (option.seconds, option.live_bytes))
+
+    def _checkpointings(self) -> tuple[Checkpointing, ...]:
+        asked = self.request.checkpointing
+        return (Checkpointing.FULL, Checkpointing.NONE) if asked is None else (asked,)
+
+    def _smallest(self, least: Scenario) -> Option:
+        """``least``, or the same batch without accumulation where that alone fits or needs less."""
+        option = self._read(least)
+        if option.fits or not _keeps_whole_gradients(least):
+            return option
+        at_once = self._read(self._without_accumulation(least))
+        return at_once if at_once.fits else min(option, at_once, key=lambda option: option.live_bytes)
+
+    def _largest(self, least: Scenario, checkpointing: Checkpointing) -> Option | None:
+        """The largest micro-batch that fits, which is the fastest."""
+        for micro_batch in reversed(tuple(self._micro_batches(least))):
+            scenario = self._with(least, checkpointing, micro_batch)
+            if self.bench.least_live_bytes(scenario) > self.room_bytes(scenario):
+                self.num_considered += 1
+            elif (option := self._read(scenario)).fits:
+                return option
+        return None
 
     def _without_accumulation(self, scenario: Scenario) -> Scenario:
         """The same global batch in one pass, where that is a micro-batch to be tried."""
         *_, largest = self._micro_batches(scenario)
-        return replace(scenario, batch=self._batch(largest, scenario.batch.seq_len, scenario.strategy))
+        return self._with(scenario, scenario.training.checkpointing, largest)
 
     def _micro_batches(self, scenario: Scenario) -> Iterator[int]:
         """Micro-batches to try, smallest first; those that keep the global batch whole."""

@@ -210,12 +210,14 @@ class ScatterBucket:
         self._job = job
         self._capacity = job.settings.reduce_bucket_size
         self._waiting: list[GradientRef] = []
+        self._elements = 0
 
     def take(self, gradient: GradientRef) -> ScatterArrival:
         """Adds a gradient, after a flush where it does not fit any more."""
         overflows = bool(self._waiting) and self._elements + gradient.numel > self._capacity
         flush = self.flush() if overflows else None
         self._waiting.append(gradient)
+        self._elements += gradient.numel
         return ScatterArrival(flush, self._is_copied(gradient))
 
     def flush(self) -> ScatterFlush:
@@ -226,11 +228,8 @@ class ScatterBucket:
         if not self._job.settings.reduce_scatter and self._job.settings.contiguous_gradients:
             lies_flat = lies_flat and elements > self._capacity  # an all-reduce scales a copy of the bucket
         self._waiting.clear()
+        self._elements = 0
         return ScatterFlush(elements, not lies_flat, dying)
-
-    @property
-    def _elements(self) -> int:
-        return sum([gradient.numel for gradient in self._waiting])
 
     def _is_copied(self, gradient: GradientRef) -> bool:
         return self._job.settings.contiguous_gradients and gradient.numel <= self._capacity

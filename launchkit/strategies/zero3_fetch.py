@@ -113,18 +113,28 @@ class _Replay:
                 self.uses_of.setdefault(weight, []).append(step)
 
     def run(self) -> dict[int, PlaceReading]:
-        readings: dict[int, PlaceReading] = {}
+        state = self.state
+        places: dict[int, tuple[int, list[ModuleReading]]] = {}  # what each finds gathered, what its modules see
+        fetched: dict[int, int] = {}
         for step, use in enumerate(self.uses):
-            before, fetched = self.state.held, self.state.fetched
+            if use.place not in places:
+                places[use.place] = (state.held, [])
+                fetched[use.place] = 0
+            modules = places[use.place][1]
+            if not use.weights and not self._may_prefetch():
+                modules.append(ModuleReading(state.held, state.held, state.held))
+                continue
+            before = state.fetched
             self._fetch(step, use)
-            held, peak = self.state.held, self.state.peak
+            held = state.held
             self._release(step, use)
-            known = readings.get(use.place, PlaceReading(before))
-            readings[use.place] = known._replace(
-                modules=(*known.modules, ModuleReading(peak, held, self.state.held)),
-                fetched=known.fetched + self.state.fetched - fetched,
-            )
-        return readings
+            modules.append(ModuleReading(state.peak, held, state.held))
+            fetched[use.place] += state.fetched - before
+        return {place: PlaceReading(held, tuple(seen), fetched[place]) for place, (held, seen) in places.items()}
+
+    def _may_prefetch(self) -> bool:
+        """Whether anything is left to be prefetched, and there is room."""
+        return bool(self.queue) and self.state.live < self.settings.max_live_elements
 
     def _fetch(self, step: int, use: ModuleUse) -> None:
         """Gathers what the module needs, waits for it, prefetches."""

@@ -27,10 +27,13 @@ LOGITS = -1  # among the parameters that end a segment: the logits do
 
 
 class Module(NamedTuple):
-    """A module: its own weights as indices of the section's group, those that come and go and those that stay."""
+    """A module: its own weights as indices of the section's group, those that come and go, with their elements, and
+    those that stay."""
 
-    fetched: tuple[int, ...]
+    fetched: tuple[int, ...] = ()
+    numels: tuple[int, ...] = ()
     kept: tuple[int, ...] = ()
+    kept_elements: int = 0
 
 
 class Segment(NamedTuple):
@@ -86,16 +89,16 @@ def gather_schedule(job: Job) -> Gathered:
             place = places[stage.name, layer] = len(places)
             number = (stage.name, stage.layers[layer])
             if number not in alike:
-                alike[number] = tuple(_modules(job, stage, layer, entered)) or (Module(()),)
+                alike[number] = tuple(_modules(job, stage, layer, entered)) or (Module(),)
             modules[stage.name, layer] = alike[number]
-            parameters = job.program.groups[job.program.section_of(stage, layer).group].parameters
             for module in alike[number]:
-                for index in module.fetched:
-                    if weights.setdefault(parameter_key(stage, layer, index), len(numels)) == len(numels):
-                        numels.append(parameters[index].numel(job.rank))
-                fetched = tuple(weights[parameter_key(stage, layer, index)] for index in module.fetched)
-                kept = sum(parameters[index].numel(job.rank) for index in module.kept)
-                uses.append(ModuleUse(place, fetched, kept))
+                fetched = []
+                for index, numel in zip(module.fetched, module.numels, strict=True):
+                    weight = weights.setdefault(parameter_key(stage, layer, index), len(numels))
+                    if weight == len(numels):
+                        numels.append(numel)
+                    fetched.append(weight)
+                uses.append(ModuleUse(place, tuple(fetched), module.kept_elements))
     if _requires_input_gradients(job):
         inputs = len(places)
         uses.extend([use._replace(place=inputs) for use in uses if use.place == 0])
@@ -141,7 +144,7 @@ def _modules(job: Job, stage: Stage, layer: int, entered: set[tuple[bool, str]])
             for container in _containers(name):
                 if (is_backward, container) not in known:
                     known.add((is_backward, container))
-                    yield Module(())
+                    yield Module()
             yield module
 
 
@@ -164,8 +167,9 @@ def _ordered_names(job: Job, stage: Stage, layer: int) -> list[tuple[str, Module
 
 def _module(job: Job, weights: Sequence[tuple[int, int]]) -> Module:
     """In a job's first pass what is persistent comes and goes like the rest."""
-    kept = tuple(index for index, numel in weights if has_recorded(job) and is_persistent(job, numel))
-    return Module(tuple(index for index, _ in weights if index not in kept), kept)
+    stays = dict(weight for weight in weights if has_recorded(job) and is_persistent(job, weight[1]))
+    comes = dict(weight for weight in weights if weight[0] not in stays)
+    return Module(tuple(comes), tuple(comes.values()), tuple(stays), sum(stays.values()))
 
 
 def _forward_section(job: Job, stage: Stage, layer: int) -> Section:
@@ -198,7 +202,7 @@ def segments(stage: Stage, section: Section, modules: Sequence[Module], reading:
     before = reading.before
     if num_logits_events(stage, section.events):
         # The whole model's own hook prefetches ahead of the loss's backward pass, the head's behind it.
-        ahead = seen if stage.phase is Phase.LOSS else list(takewhile(lambda pair: pair[0] == Module(()), seen))
+        ahead = seen if stage.phase is Phase.LOSS else list(takewhile(lambda pair: pair[0] == Module(), seen))
         held = [before, *(found.held for _, found in ahead)]
         yield Segment(max(held), max(held + [found.peak for _, found in ahead]), frozenset({LOGITS}))
         seen, before = seen[len(ahead) :], 0

@@ -6,6 +6,7 @@ the logits are fp32. What trains is everything, or adapters on the blocks' matri
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from launchkit.errors import TraceError
@@ -38,12 +39,13 @@ _WEIGHT_BYTES = {Compute.FP32: 4, Compute.AUTOCAST_BF16: 4}
 
 @dataclass
 class WrittenSource:
-    """A model of ``num_layers`` blocks of 134M parameters. ``asked`` are the programs that were wanted, in order;
-    those of a method in ``untraceable`` cannot be had."""
+    """A model of ``num_layers`` blocks of 134M parameters. ``asked`` are the programs that were wanted, in order,
+    ``expected`` those that were said to be; those of a method in ``untraceable`` cannot be had."""
 
     num_layers: int = 8
     untraceable: tuple[Method, ...] = ()
     asked: list[TraceKey] = field(default_factory=list)
+    expected: list[TraceKey] = field(default_factory=list)
 
     @property
     def num_parameters(self) -> int:
@@ -58,6 +60,9 @@ class WrittenSource:
             vocab_size=VOCABULARY,
             block_classes=("Block",),
         )
+
+    def expect(self, keys: Iterable[TraceKey]) -> None:
+        self.expected += keys
 
     def program(self, key: TraceKey) -> StepProgram:
         self.asked.append(key)
