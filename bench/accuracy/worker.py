@@ -113,6 +113,8 @@ def with_adapter(model: Any, cell: Cell) -> nn.Module:
     """``model`` under PEFT's adapter, which is all that is trained."""
     from peft import LoraConfig, get_peft_model
 
+    from launchkit.trace.methods import peft_task
+
     named = cell.lora_targets.split(",")
     parameters = [name for name in named if "experts." in name]
     targets = cell.lora_targets if named == ["all-linear"] else [name for name in named if name not in parameters]
@@ -122,6 +124,7 @@ def with_adapter(model: Any, cell: Cell) -> nn.Module:
         target_modules=targets,
         target_parameters=parameters or None,
         use_dora=cell.dora,
+        task_type=peft_task(model),
         modules_to_save=cell.lora_modules_to_save.split(",") if cell.lora_modules_to_save else None,
     )
     return get_peft_model(model, config)

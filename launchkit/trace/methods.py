@@ -33,6 +33,15 @@ WEIGHT_DTYPE: Mapping[Compute, torch.dtype] = {
 }
 
 
+_PEFT_TASKS = {"CausalLM": "CAUSAL_LM", "SequenceClassification": "SEQ_CLS"}
+
+
+def peft_task(model: nn.Module) -> str | None:
+    """PEFT's ``task_type``: a classifier's head is trained whole beside its adapters."""
+    name = type(model).__name__
+    return next((task for suffix, task in _PEFT_TASKS.items() if name.endswith(suffix)), None)
+
+
 def apply_method(model: nn.Module, key: TraceKey, *, lora_rank: int) -> nn.Module:
     """The model as it is trained: itself, or wrapped by PEFT with everything else frozen.
 
@@ -47,8 +56,6 @@ def apply_method(model: nn.Module, key: TraceKey, *, lora_rank: int) -> nn.Modul
     if key.method is Method.QLORA:
         quantise_linears(model, dtype=WEIGHT_DTYPE[key.compute], device=key.device)
         prepare_for_kbit_training(model, upcast=not key.cast_adapters)
-    task = {"CausalLM": "CAUSAL_LM", "SequenceClassification": "SEQ_CLS", "ConditionalGeneration": None}
-    task_type = next((t for suffix, t in task.items() if type(model).__name__.endswith(suffix)), None)
     config = LoraConfig(
         r=lora_rank,
         lora_alpha=RECIPES[key.method].lora_alpha(lora_rank),
@@ -57,7 +64,7 @@ def apply_method(model: nn.Module, key: TraceKey, *, lora_rank: int) -> nn.Modul
         target_parameters=parameters or None,
         modules_to_save=_modules_to_save(model, key.modules_to_save),
         use_dora=key.dora,
-        task_type=task_type,
+        task_type=peft_task(model),
     )
     try:
         with unpacking_for_dora():
