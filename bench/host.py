@@ -1,6 +1,7 @@
-"""Resident memory of real loads beside the prediction: ``python -m bench.host [--only NAME]``.
+"""Resident memory of real loads and runs beside the prediction: ``python -m bench.host [--only NAME]``.
 
-A model of random weights is saved, then loaded in fresh processes as each engine loads it, on the CPU. A node's
+A model of random weights is saved, then loaded in fresh processes as each engine loads it, on the CPU, and trained for
+a few steps where the case says so. A node's
 resident memory counts each page once: the private pages of all its processes, and the mapped pages (weight files,
 libraries) of the process that has most of them. The prediction is for ranks that keep in step; of two runs the higher
 counts, since on few cores they seldom do.
@@ -16,7 +17,7 @@ import tempfile
 from bisect import bisect_right
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import launchkit
 from bench.accuracy.measure import environment, free_port
@@ -34,18 +35,47 @@ FIELDS = {
     "tie_word_embeddings": False,
 }
 REPEATS = 2
-# strategy, processes, dtype of the files, dtype loaded, accelerate's mixed precision, the flag that says the same
-CASES: tuple[tuple[str, int, str, str, str, str], ...] = (
-    ("single", 1, "bfloat16", "float32", "no", "fp32"),
-    ("single", 1, "float32", "bfloat16", "no", "bf16-pure"),
-    ("single", 1, "bfloat16", "bfloat16", "no", "bf16-pure"),
-    ("ddp", 2, "bfloat16", "bfloat16", "no", "bf16-pure"),
-    ("ddp", 2, "bfloat16", "float32", "no", "fp32"),
-    ("fsdp2", 2, "bfloat16", "bfloat16", "no", "bf16-pure"),
-    ("fsdp2", 2, "bfloat16", "float32", "bf16", "bf16"),
-    ("fsdp2", 2, "float32", "float32", "no", "fp32"),
-    ("zero2", 2, "bfloat16", "bfloat16", "bf16", "bf16"),
-    ("zero3", 2, "bfloat16", "bfloat16", "bf16", "bf16"),
+SEQ_LEN = 256  # of the two sequences of a step that is trained
+
+
+class Case(NamedTuple):
+    """``stored`` and ``loaded`` are torch's names of dtypes, ``mixed`` is accelerate's, ``precision`` the flag that
+    says the same."""
+
+    strategy: str
+    num_processes: int
+    stored: str
+    loaded: str
+    mixed: str
+    precision: str
+    offload: str = "none"
+    num_steps: int = 0  # 0: the model is only loaded
+
+    @property
+    def title(self) -> str:
+        trained = f", {self.num_steps} steps" if self.num_steps else ""
+        offload = f", {self.offload} offloaded" if self.offload != "none" else ""
+        return f"{self.strategy} {self.stored} as {self.loaded}, mixed {self.mixed}{offload}{trained}"
+
+
+CASES = (
+    Case("single", 1, "bfloat16", "float32", "no", "fp32"),
+    Case("single", 1, "float32", "bfloat16", "no", "bf16-pure"),
+    Case("single", 1, "bfloat16", "bfloat16", "no", "bf16-pure"),
+    Case("ddp", 2, "bfloat16", "bfloat16", "no", "bf16-pure"),
+    Case("ddp", 2, "bfloat16", "float32", "no", "fp32"),
+    Case("fsdp2", 2, "bfloat16", "bfloat16", "no", "bf16-pure"),
+    Case("fsdp2", 2, "bfloat16", "float32", "bf16", "bf16"),
+    Case("fsdp2", 2, "float32", "float32", "no", "fp32"),
+    Case("zero2", 2, "bfloat16", "bfloat16", "bf16", "bf16"),
+    Case("zero3", 2, "bfloat16", "bfloat16", "bf16", "bf16"),
+    Case("single", 1, "float32", "float32", "no", "fp32", num_steps=3),
+    Case("ddp", 2, "bfloat16", "bfloat16", "no", "bf16-pure", num_steps=3),
+    Case("fsdp2", 2, "bfloat16", "float32", "bf16", "bf16", num_steps=3),
+    Case("zero2", 2, "bfloat16", "bfloat16", "bf16", "bf16", num_steps=3),
+    Case("zero2", 2, "bfloat16", "bfloat16", "bf16", "bf16", offload="optimizer", num_steps=3),
+    Case("zero3", 2, "bfloat16", "bfloat16", "bf16", "bf16", num_steps=3),
+    Case("zero3", 2, "bfloat16", "bfloat16", "bf16", "bf16", offload="all", num_steps=3),
 )
 
 
@@ -57,13 +87,15 @@ def save_model(dtype: str, folder: Path) -> None:
     LlamaForCausalLM(LlamaConfig(**FIELDS)).to(getattr(torch, dtype)).save_pretrained(folder)
 
 
-def measured_bytes(case: dict[str, Any], num_processes: int) -> int:
-    """The node's resident peak in one run of ``case``."""
+def measured_bytes(case: Case, model: Path) -> int:
+    """The node's resident peak in one run of ``case``, of its training where it trains."""
+    num_processes = case.num_processes
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as name:
         port = free_port()
+        told = {**case._asdict(), "model": str(model)}
         ranks = [
-            context.Process(target=_rank, args=(case, Path(name), environment(rank, num_processes, port), rank))
+            context.Process(target=_rank, args=(told, Path(name), environment(rank, num_processes, port), rank))
             for rank in range(num_processes)
         ]
         for rank in ranks:
@@ -91,12 +123,20 @@ def node_peak(ranks: Sequence[Sequence[Sequence[float]]]) -> int:
     return round(peak)
 
 
-def predicted_bytes(model: Path, *, strategy: str, num_processes: int, precision: str) -> int:
-    """What the plan of the same run says of loading."""
+def predicted_bytes(case: Case, model: Path) -> int:
+    """What the plan of the same run says of loading, or of a steady step."""
     candidate = launchkit.estimate(
-        str(model), gpus=f"{num_processes}xcpu", strategy=strategy, precision=precision, seq_len=64
+        str(model),
+        gpus=f"{case.num_processes}xcpu",
+        strategy=case.strategy,
+        precision=case.precision,
+        offload=case.offload,
+        trainer="loop",
+        micro_batch=2,
+        seq_len=SEQ_LEN,
     )
-    return next(peak.host_peak_bytes for peak in candidate.estimate.phases if peak.phase is RunPhase.LOAD)
+    phase = RunPhase.STEADY_STEP if case.num_steps else RunPhase.LOAD
+    return next(peak.host_peak_bytes for peak in candidate.estimate.phases if peak.phase is phase)
 
 
 def main() -> None:
@@ -108,17 +148,15 @@ def main() -> None:
             process = multiprocessing.get_context("spawn").Process(target=save_model, args=(dtype, Path(name) / dtype))
             process.start()
             process.join()
-        for strategy, num_processes, stored, loaded, mixed, precision in CASES:
-            title = f"{strategy} {stored} as {loaded}, mixed {mixed}"
-            if only not in title:
+        for case in CASES:
+            if only not in case.title:
                 continue
-            model = Path(name) / stored
-            case = {"strategy": strategy, "model": str(model), "dtype": loaded, "mixed": mixed}
-            measured = max(measured_bytes(case, num_processes) for _ in range(REPEATS))
-            predicted = predicted_bytes(model, strategy=strategy, num_processes=num_processes, precision=precision)
+            model = Path(name) / case.stored
+            measured = max(measured_bytes(case, model) for _ in range(REPEATS))
+            predicted = predicted_bytes(case, model)
             error = predicted / measured - 1
             print(
-                f"{title:42} {measured / MIB:7.0f} MiB measured {predicted / MIB:7.0f} predicted {error:+7.1%}",
+                f"{case.title:62} {measured / MIB:7.0f} MiB measured {predicted / MIB:7.0f} predicted {error:+7.1%}",
                 flush=True,
             )
 

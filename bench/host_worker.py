@@ -1,4 +1,4 @@
-"""One rank of ``bench.host``: loads a model (and saves it, if told to) while a thread watches its resident memory."""
+"""One rank of ``bench.host``: loads a model, or trains it, while a thread watches its resident memory."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import json
 import os
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 SAMPLE_SECONDS = 0.005
 
@@ -47,11 +48,12 @@ def run(case: dict[str, Any], folder: Path, rank: int) -> None:
     from transformers import Trainer  # noqa: F401
 
     torch.set_num_threads(1)
-    prepare = {"single": _alone, "ddp": _replicate, "fsdp2": _shard, "zero2": _partition, "zero3": _partition}
     with Watch() as watch:
-        kept = prepare[case["strategy"]](case)
+        training = PREPARE[case["strategy"]](case)
         time.sleep(4 * SAMPLE_SECONDS)
-    del kept
+        if case["num_steps"]:
+            watch.samples.clear()
+            _train(training, case)
     (folder / f"rank{rank}.json").write_text(json.dumps(watch.samples))
     os._exit(0)  # engines now and then abort while they shut down
 
@@ -60,21 +62,54 @@ def _load(case: dict[str, Any]) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(case["model"], dtype=getattr(torch, case["dtype"]))
+    return AutoModelForCausalLM.from_pretrained(case["model"], dtype=getattr(torch, case["loaded"]))
 
 
-def _alone(case: dict[str, Any]) -> Any:
-    return _load(case)
+class Training(NamedTuple):
+    """A model that is ready to be trained, and how: ``kept`` is what must live as long."""
+
+    model: Any
+    backward: Callable[[Any], None]
+    step: Callable[[], None]
+    kept: Any = None
 
 
-def _replicate(case: dict[str, Any]) -> Any:
+def _train(training: Training, case: dict[str, Any]) -> None:
+    """Steps on random tokens, as the plain loop runs them."""
+    import torch
+
+    from bench.host import FIELDS, SEQ_LEN
+
+    for _ in range(case["num_steps"]):
+        tokens = torch.randint(FIELDS["vocab_size"], (2, SEQ_LEN))
+        training.backward(training.model(input_ids=tokens, labels=tokens).loss)
+        training.step()
+
+
+def _looped(model: Any) -> Training:
+    import torch
+
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+
+    def step() -> None:
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return Training(model.train(), lambda loss: loss.backward(), step)
+
+
+def _alone(case: dict[str, Any]) -> Training:
+    return _looped(_load(case))
+
+
+def _replicate(case: dict[str, Any]) -> Training:
     import torch
 
     torch.distributed.init_process_group("gloo")
-    return torch.nn.parallel.DistributedDataParallel(_load(case))
+    return _looped(torch.nn.parallel.DistributedDataParallel(_load(case)))
 
 
-def _shard(case: dict[str, Any]) -> Any:
+def _shard(case: dict[str, Any]) -> Training:
     from launchkit.finetune import cpu_fsdp
 
     cpu_fsdp.install()
@@ -91,10 +126,16 @@ def _shard(case: dict[str, Any]) -> Any:
 
     accelerator = Accelerator()
     model = _load(case)
-    return accelerator.prepare(model, torch.optim.AdamW(model.parameters()))
+    model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), fused=True))
+
+    def step() -> None:
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return Training(model.train(), accelerator.backward, step, accelerator)
 
 
-def _partition(case: dict[str, Any]) -> Any:
+def _partition(case: dict[str, Any]) -> Training:
     from launchkit.finetune import cpu_fsdp
 
     os.environ["DS_ACCELERATOR"] = "cpu"
@@ -103,8 +144,15 @@ def _partition(case: dict[str, Any]) -> Any:
     import torch
     from transformers.integrations import HfDeepSpeedConfig
 
+    zero: dict[str, Any] = {"stage": int(case["strategy"][-1])}
+    where = {"device": "cpu", "pin_memory": False}  # pinning takes a GPU's driver
+    if case["offload"] != "none":
+        zero["offload_optimizer"] = where
+    if case["offload"] == "all":
+        zero["offload_param"] = where
     config = {
-        "zero_optimization": {"stage": int(case["strategy"][-1])},
+        "zero_optimization": zero,
+        "zero_force_ds_cpu_optimizer": False,
         "bf16": {"enabled": case["mixed"] == "bf16"},
         "train_micro_batch_size_per_gpu": 1,
         "zero_allow_untested_optimizer": True,
@@ -113,4 +161,15 @@ def _partition(case: dict[str, Any]) -> Any:
     registered = HfDeepSpeedConfig(config)  # makes from_pretrained shard; weakly referenced
     model = _load(case)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    return registered, deepspeed.initialize(model=model, config=config, optimizer=optimizer)
+    engine, *_ = deepspeed.initialize(model=model, config=config, optimizer=optimizer)
+    engine.train()
+    return Training(engine, engine.backward, engine.step, registered)
+
+
+PREPARE: dict[str, Callable[[dict[str, Any]], Training]] = {
+    "single": _alone,
+    "ddp": _replicate,
+    "fsdp2": _shard,
+    "zero2": _partition,
+    "zero3": _partition,
+}
