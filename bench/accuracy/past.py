@@ -1,0 +1,164 @@
+"""What the code of published runs did in a step that today's does not, put into a trace of today's code.
+
+Most published runs are years old. ``Past`` says which of their code's habits a row's step had, each with its source;
+``PastModel`` answers with programs traced that way. Nothing here is fitted: each habit is a rule of the old source.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from importlib import import_module
+from typing import Any
+from unittest import mock
+
+import torch
+from torch.autograd import Function
+from torch.nn import functional
+from transformers import modeling_utils
+from transformers.integrations import sdpa_attention
+from transformers.loss.loss_utils import LOSS_MAPPING
+
+from launchkit.model import ModelProfile, ModelSource
+from launchkit.program import StepProgram
+from launchkit.scenario import TraceKey
+from launchkit.trace import trace_model
+
+
+@dataclass(frozen=True, kw_only=True)
+class Past:
+    """What a step did that today's does not.
+
+    shifts_logits: the loss widened all logits, then copied all but the last position's. Source: transformers 4.48.1
+    ``loss/loss_utils.py``, ``ForCausalLMLoss``; 4.45.2 ``LlamaForCausalLM.forward``.
+
+    repeats_keys: keys and values were repeated for each query head even for FlashAttention. Source: transformers 4.45.2
+    ``MistralFlashAttention2.forward``; Llama's did not.
+
+    fast_kernels: Triton norms and rotary embeddings that work in place. Source: fms-acceleration
+    ``fused_ops_and_kernels``, ``kernels/unsloth/rms_layernorm.py``, ``rope_embedding.py``.
+
+    checkpoints_units: FSDP's units lay inside the checkpointed call, as the blocks of transformers before 4.53 do. A
+    frozen unit hooks the inputs of its recomputation, by which they and their gradients live until the backward pass
+    ends, and no unit's backward knows which to gather next. Source: transformers 4.45.2 ``MistralModel.forward``;
+    torch 2.4.1 ``fsdp/_runtime_utils.py``, ``_register_post_backward_reshard_only_hook``, ``_pre_backward_hook``.
+
+    keeps_half: what stood beside 4-bit weights stayed in 16 bits. Source: fms-acceleration
+    ``framework_plugin_bnb.py``, ``_prepare_model_for_kbit_training``.
+    """
+
+    shifts_logits: bool = False
+    repeats_keys: bool = False
+    fast_kernels: bool = False
+    checkpoints_units: bool = False
+    keeps_half: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class PastModel:
+    """A ``ModelSource`` whose programs are traced as ``past`` has it, from the model's ``config.json``."""
+
+    source: ModelSource
+    config: Mapping[str, Any]
+    past: Past
+    programs: dict[TraceKey, StepProgram] = field(default_factory=dict)
+
+    @property
+    def profile(self) -> ModelProfile:
+        return self.source.profile
+
+    def program(self, key: TraceKey) -> StepProgram:
+        """Traced once for each key."""
+        if key not in self.programs:
+            with _as_it_was(self.past, model_type=self.profile.model_type, holds_inputs=self._holds_inputs(key)):
+                traced = replace(key, keeps_half=key.keeps_half or self.past.keeps_half)
+                self.programs[key] = trace_model(self.config, traced)
+        return self.programs[key]
+
+    def _holds_inputs(self, key: TraceKey) -> bool:
+        """Only units without anything to train hook their inputs, which those beside adapters are."""
+        return self.past.checkpoints_units and bool(key.lora_targets)
+
+
+@contextmanager
+def _as_it_was(past: Past, *, model_type: str, holds_inputs: bool) -> Iterator[None]:
+    """While active, what is built and traced runs as ``past`` says."""
+    with ExitStack() as stack:
+        if past.shifts_logits:
+            stack.enter_context(mock.patch.dict(LOSS_MAPPING, ForCausalLM=_shifted_loss))
+        if past.repeats_keys:
+            stack.enter_context(mock.patch.object(sdpa_attention, "use_gqa_in_sdpa", lambda *arguments: False))
+        if past.fast_kernels:
+            stack.enter_context(_fast_kernels(model_type))
+        if holds_inputs:
+            stack.enter_context(mock.patch.object(modeling_utils, "checkpoint", _holding(modeling_utils.checkpoint)))
+        yield
+
+
+def _shifted_loss(logits: torch.Tensor, labels: torch.Tensor, vocab_size: int, **kwargs: Any) -> torch.Tensor:
+    wide = logits.float()
+    rows = wide[..., :-1, :].contiguous().view(-1, vocab_size)
+    return functional.cross_entropy(rows, labels[..., 1:].contiguous().view(-1))
+
+
+def _holding(checkpoint: Callable[..., Any]) -> Callable[..., Any]:
+    """``checkpoint`` whose recomputations leave their inputs to the garbage collector, and so to the end of the step's
+    backward pass."""
+
+    def hold(function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        def run(*inputs: Any) -> Any:
+            if torch.is_grad_enabled():
+                held: list[Any] = [tensor for tensor in inputs if isinstance(tensor, torch.Tensor)]
+                held.append(held)
+            return function(*inputs)
+
+        return checkpoint(run, *arguments, **options)
+
+    return hold
+
+
+class _FastNorm(Function):
+    """Keeps its input and a number per row; the gradient is written over the one that arrives, the weight gets none."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x, weight, x.new_empty(x.shape[:-1].numel(), dtype=torch.float32))
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return gradients[0], None
+
+
+class _FastRotary(Function):
+    """Rotates where the tensor lies, forward and backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        ctx.tables = (cos, sin)
+        return x.view(-1, x.shape[2] * x.shape[3]).view(x.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (gradient,) = gradients
+        return gradient.reshape(-1, gradient.shape[2] * gradient.shape[3]).view(gradient.shape), None, None
+
+
+def _fast_norm(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
+    return _FastNorm.apply(hidden_states, self.weight)  # type: ignore[no-any-return]
+
+
+def _fast_rotary(query: Any, key: Any, cos: Any, sin: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+    return tuple(_FastRotary.apply(x.transpose(1, 2), cos, sin).transpose(1, 2) for x in (query, key))  # type: ignore[return-value]
+
+
+@contextmanager
+def _fast_kernels(model_type: str) -> Iterator[None]:
+    modeling = import_module(f"transformers.models.{model_type}.modeling_{model_type}")
+    (norm,) = (part for name, part in vars(modeling).items() if name.endswith("RMSNorm"))
+    with (
+        mock.patch.object(norm, "forward", _fast_norm),
+        mock.patch.object(modeling, "apply_rotary_pos_emb", _fast_rotary),
+    ):
+        yield
