@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib import import_module
 from typing import Any
 from unittest import mock
 
 import torch
+from torch import nn
 from torch.autograd import Function
 from torch.nn import functional
 from transformers import modeling_utils
@@ -23,7 +25,8 @@ from transformers.loss.loss_utils import LOSS_MAPPING
 from launchkit.model import ModelProfile, ModelSource
 from launchkit.program import StepProgram
 from launchkit.scenario import TraceKey
-from launchkit.trace import trace_model
+from launchkit.trace import trace_model, tracing
+from launchkit.trace.forward import Batch, Forward, forward_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +34,13 @@ class Past:
     """What a step did that today's does not.
 
     shifts_logits: the loss widened all logits, then copied all but the last position's. Source: transformers 4.48.1
-    ``loss/loss_utils.py``, ``ForCausalLMLoss``; 4.45.2 ``LlamaForCausalLM.forward``.
+    ``loss/loss_utils.py``, ``ForCausalLMLoss``.
+
+    widens_logits: the model put out fp32 logits, so that the narrow ones were gone. Source: transformers 4.45.2
+    ``LlamaForCausalLM.forward``, ``MistralForCausalLM.forward``.
+
+    fused_loss: a Triton cross-entropy that writes the gradient over the logits. Source: fms-acceleration
+    ``fused_ops_and_kernels``, ``kernels/unsloth/cross_entropy_loss.py``.
 
     repeats_keys: keys and values were repeated for each query head even for FlashAttention. Source: transformers 4.45.2
     ``MistralFlashAttention2.forward``; Llama's did not.
@@ -49,6 +58,8 @@ class Past:
     """
 
     shifts_logits: bool = False
+    widens_logits: bool = False
+    fused_loss: bool = False
     repeats_keys: bool = False
     fast_kernels: bool = False
     checkpoints_units: bool = False
@@ -86,7 +97,10 @@ def _as_it_was(past: Past, *, model_type: str, holds_inputs: bool) -> Iterator[N
     """While active, what is built and traced runs as ``past`` says."""
     with ExitStack() as stack:
         if past.shifts_logits:
-            stack.enter_context(mock.patch.dict(LOSS_MAPPING, ForCausalLM=_shifted_loss))
+            loss = _fused_loss if past.fused_loss else functional.cross_entropy
+            stack.enter_context(mock.patch.dict(LOSS_MAPPING, ForCausalLM=partial(_shifted_loss, loss=loss)))
+        if past.widens_logits:
+            stack.enter_context(mock.patch.object(tracing, "forward_of", lambda key: _widening(forward_of(key))))
         if past.repeats_keys:
             stack.enter_context(mock.patch.object(sdpa_attention, "use_gqa_in_sdpa", lambda *arguments: False))
         if past.fast_kernels:
@@ -96,10 +110,47 @@ def _as_it_was(past: Past, *, model_type: str, holds_inputs: bool) -> Iterator[N
         yield
 
 
-def _shifted_loss(logits: torch.Tensor, labels: torch.Tensor, vocab_size: int, **kwargs: Any) -> torch.Tensor:
+def _shifted_loss(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    vocab_size: int,
+    *,
+    loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    **kwargs: Any,
+) -> torch.Tensor:
     wide = logits.float()
     rows = wide[..., :-1, :].contiguous().view(-1, vocab_size)
-    return functional.cross_entropy(rows, labels[..., 1:].contiguous().view(-1))
+    return loss(rows, labels[..., 1:].contiguous().view(-1))
+
+
+class _FusedLoss(Function):
+    """A loss and a log-sum-exp per row; the gradient is written over the logits."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        losses, log_sum_exp = (logits.new_empty(len(logits)) for _ in range(2))
+        ctx.save_for_backward(logits, log_sum_exp, labels)
+        return losses
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return ctx.saved_tensors[0], None
+
+
+def _fused_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return _FusedLoss.apply(logits, labels).sum() / len(labels)  # type: ignore[no-any-return]
+
+
+def _widening(forward: Forward) -> Forward:
+    """``forward`` of a model whose head's output is widened before anything else sees it."""
+
+    def run(model: nn.Module, batch: Batch) -> torch.Tensor:
+        causal: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+        head = causal.get_output_embeddings()
+        with mock.patch.object(head, "forward", lambda hidden: type(head).forward(head, hidden).float()):
+            return forward(model, batch)
+
+    return run
 
 
 def _holding(checkpoint: Callable[..., Any]) -> Callable[..., Any]:
