@@ -6,9 +6,9 @@ Most published runs are years old. ``Past`` says which of their code's habits a 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from importlib import import_module
 from typing import Any
@@ -22,16 +22,21 @@ from transformers import modeling_utils
 from transformers.integrations import sdpa_attention
 from transformers.loss.loss_utils import LOSS_MAPPING
 
-from launchkit.model import ModelProfile, ModelSource
+from launchkit.catalog.models import TracedModel
+from launchkit.model import ModelProfile
 from launchkit.program import StepProgram
-from launchkit.scenario import TraceKey
-from launchkit.trace import trace_model, tracing
+from launchkit.scenario import Checkpointing, TraceKey
+from launchkit.trace import methods, trace_model, tracing
 from launchkit.trace.forward import Batch, Forward, forward_of
+from launchkit.trace.quantised import prepare_for_kbit_training
 
 
 @dataclass(frozen=True, kw_only=True)
 class Past:
     """What a step did that today's does not.
+
+    reenters: full checkpointing ran a backward pass within the backward pass. Source: transformers 4.48.1
+    ``PreTrainedModel.gradient_checkpointing_enable``, whose default it was before version 5.
 
     shifts_logits: the loss widened all logits, then copied all but the last position's. Source: transformers 4.48.1
     ``loss/loss_utils.py``, ``ForCausalLMLoss``.
@@ -55,8 +60,15 @@ class Past:
 
     keeps_half: what stood beside 4-bit weights stayed in 16 bits. Source: fms-acceleration
     ``framework_plugin_bnb.py``, ``_prepare_model_for_kbit_training``.
+
+    widens_norms_alone: beside 4-bit weights embeddings and head were narrowed again. Source: trl 0.13.0
+    ``trainer/utils.py``, ``peft_module_casting_to_bf16``.
+
+    keeps_outputs: the loop held the model's outputs, logits among them, until the next micro-batch's were there.
+    Source: chenyaofo/OpenLM ``openlm/engine/pretraining.py``, ``train``.
     """
 
+    reenters: bool = False
     shifts_logits: bool = False
     widens_logits: bool = False
     fused_loss: bool = False
@@ -64,14 +76,29 @@ class Past:
     fast_kernels: bool = False
     checkpoints_units: bool = False
     keeps_half: bool = False
+    widens_norms_alone: bool = False
+    keeps_outputs: bool = False
+
+    @property
+    def habits(self) -> tuple[str, ...]:
+        """The names of those that the step had."""
+        return tuple(name for name, has in asdict(self).items() if has)
+
+    def applied_to(self, key: TraceKey) -> TraceKey:
+        """``key`` of today's step as it was then."""
+        reenters = self.reenters and key.checkpointing is Checkpointing.FULL
+        return replace(
+            key,
+            checkpointing=Checkpointing.REENTRANT if reenters else key.checkpointing,
+            keeps_half=key.keeps_half or self.keeps_half,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class PastModel:
-    """A ``ModelSource`` whose programs are traced as ``past`` has it, from the model's ``config.json``."""
+    """A ``ModelSource`` whose programs are traced as ``past`` has it."""
 
-    source: ModelSource
-    config: Mapping[str, Any]
+    source: TracedModel
     past: Past
     programs: dict[TraceKey, StepProgram] = field(default_factory=dict)
 
@@ -83,8 +110,7 @@ class PastModel:
         """Traced once for each key."""
         if key not in self.programs:
             with _as_it_was(self.past, model_type=self.profile.model_type, holds_inputs=self._holds_inputs(key)):
-                traced = replace(key, keeps_half=key.keeps_half or self.past.keeps_half)
-                self.programs[key] = trace_model(self.config, traced)
+                self.programs[key] = trace_model(self.source.config, self.past.applied_to(key))
         return self.programs[key]
 
     def _holds_inputs(self, key: TraceKey) -> bool:
@@ -99,8 +125,9 @@ def _as_it_was(past: Past, *, model_type: str, holds_inputs: bool) -> Iterator[N
         if past.shifts_logits:
             loss = _fused_loss if past.fused_loss else functional.cross_entropy
             stack.enter_context(mock.patch.dict(LOSS_MAPPING, ForCausalLM=partial(_shifted_loss, loss=loss)))
-        if past.widens_logits:
-            stack.enter_context(mock.patch.object(tracing, "forward_of", lambda key: _widening(forward_of(key))))
+        stack.enter_context(mock.patch.object(tracing, "forward_of", partial(_forward_of, past=past)))
+        if past.widens_norms_alone:
+            stack.enter_context(mock.patch.object(methods, "prepare_for_kbit_training", _widen_norms))
         if past.repeats_keys:
             stack.enter_context(mock.patch.object(sdpa_attention, "use_gqa_in_sdpa", lambda *arguments: False))
         if past.fast_kernels:
@@ -141,6 +168,13 @@ def _fused_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return _FusedLoss.apply(logits, labels).sum() / len(labels)  # type: ignore[no-any-return]
 
 
+def _forward_of(key: TraceKey, *, past: Past) -> Forward:
+    forward = forward_of(key)
+    if past.widens_logits:
+        forward = _widening(forward)
+    return _keeping(forward) if past.keeps_outputs else forward
+
+
 def _widening(forward: Forward) -> Forward:
     """``forward`` of a model whose head's output is widened before anything else sees it."""
 
@@ -167,6 +201,33 @@ def _holding(checkpoint: Callable[..., Any]) -> Callable[..., Any]:
         return checkpoint(run, *arguments, **options)
 
     return hold
+
+
+def _keeping(forward: Forward) -> Forward:
+    """``forward`` of a loop that holds fp32 logits: the last batch's until it is done, its own until the step is."""
+
+    def run(model: nn.Module, batch: Batch) -> torch.Tensor:
+        causal: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+        shape = (*batch["input_ids"].shape, causal.config.vocab_size)
+        before = torch.empty(shape, dtype=torch.float32)
+        kept: list[Any] = []
+        kept.append(kept)  # until the step's garbage is collected
+        head = causal.get_output_embeddings()
+        handle = head.register_forward_hook(lambda module, inputs, output: kept.append(output))
+        try:
+            return forward(model, batch)
+        finally:
+            handle.remove()
+            del before
+
+    return run
+
+
+def _widen_norms(model: nn.Module, *, upcast: bool) -> None:
+    """``prepare_for_kbit_training`` whose upcast leaves out embeddings and head."""
+    prepare_for_kbit_training(model, upcast=upcast)
+    for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+        layer.to(torch.bfloat16)
 
 
 class _FastNorm(Function):
