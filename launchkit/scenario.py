@@ -187,6 +187,7 @@ class ZeroSettings:
     zero_quantized_weights: bool = False
     zero_quantized_gradients: bool = False
     mics_shard_size: int = 0
+    memory_efficient_linear: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)

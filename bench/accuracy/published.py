@@ -108,7 +108,7 @@ METRICS = {
 # What chenyaofo's training code, of which the gist tells, gives DeepSpeed: chenyaofo/OpenLM ``config/default.hocon``.
 OPENLM_SETTINGS = (
     "overlap_comm=true,stage3_param_persistence_threshold=10000,stage3_max_live_parameters=30000000,"
-    "stage3_prefetch_bucket_size=30000000"
+    "stage3_prefetch_bucket_size=30000000,memory_efficient_linear=false"
 )
 # Rows that do not say what their figures say.
 CONTRADICTORY = {
