@@ -31,8 +31,8 @@ _HOST_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adagrad", "lion_32bit")
 def trace_key(training: Training, strategy: Strategy, device: DeviceKind, *, single_sequence: bool = False) -> TraceKey:
     """The whole module runs in the engine's dtype, adapters included.
 
-    Stage 3 keeps the input of every linear layer, unless told to leave them torch's. Where all of them have adapters these keep it anyway, but for the
-    head's, which is small; so a program of its own is traced only for other targets.
+    Stage 3 keeps the input of every linear layer, unless told to leave them torch's. Where all of them have adapters
+    these keep it anyway, but for the head's, which is small; so a program of its own is traced only for other targets.
     """
     key = make_trace_key(training, COMPUTE[training.precision], device, single_sequence=single_sequence)
     casts = training.method is not Method.FULL and key.compute is not Compute.FP32

@@ -7,8 +7,8 @@ Source: DeepSpeed 0.19.8 ``deepspeed/runtime/zero/stage3.py``, confirmed on time
   gradients, and the bucket of ``reduce_bucket_size`` elements, all from the start of the job to its end.
 - Parameters of at most ``stage3_param_persistence_threshold`` elements are gathered after each step and stay.
 - The others come and go as ``zero3_fetch`` says.
-- Without ``memory_efficient_linear`` the linear layers are torch's, which keep the gathered weight for the backward pass
-  of what is not checkpointed, though DeepSpeed has let it go and gathers it again.
+- Without ``memory_efficient_linear`` the linear layers are torch's, which keep the gathered weight until their backward
+  where nothing is checkpointed, though DeepSpeed has let it go and gathers it again.
 - A gradient is copied into the bucket and dies; a full bucket is flattened and reduce-scattered.
 - The step goes over the sub-groups: gradients flattened, cast to fp32, update.
 """
