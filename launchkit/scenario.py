@@ -346,7 +346,6 @@ class TraceKey:
     modules_to_save: str = ""
     images: bool = False
     keeps_linear_inputs: bool = False  # of frozen layers too, as ZeRO-3's own linear function does
-    keeps_half: bool = False  # beside 4-bit weights what is not quantised stays in 16 bits, which PEFT would widen
 
     @property
     def canonical(self) -> TraceKey:
@@ -422,6 +421,4 @@ class TraceKey:
             parts.append("images")
         if self.keeps_linear_inputs:
             parts.append("inputs")
-        if self.keeps_half:
-            parts.append("half")
         return "/".join(str(part) for part in parts)

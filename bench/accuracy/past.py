@@ -87,11 +87,7 @@ class Past:
     def applied_to(self, key: TraceKey) -> TraceKey:
         """``key`` of today's step as it was then."""
         reenters = self.reenters and key.checkpointing is Checkpointing.FULL
-        return replace(
-            key,
-            checkpointing=Checkpointing.REENTRANT if reenters else key.checkpointing,
-            keeps_half=key.keeps_half or self.keeps_half,
-        )
+        return replace(key, checkpointing=Checkpointing.REENTRANT) if reenters else key
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,8 +122,9 @@ def _as_it_was(past: Past, *, model_type: str, holds_inputs: bool) -> Iterator[N
             loss = _fused_loss if past.fused_loss else functional.cross_entropy
             stack.enter_context(mock.patch.dict(LOSS_MAPPING, ForCausalLM=partial(_shifted_loss, loss=loss)))
         stack.enter_context(mock.patch.object(tracing, "forward_of", partial(_forward_of, past=past)))
-        if past.widens_norms_alone:
-            stack.enter_context(mock.patch.object(methods, "prepare_for_kbit_training", _widen_norms))
+        if past.keeps_half or past.widens_norms_alone:
+            prepare = partial(_prepare, widens_norms=past.widens_norms_alone)
+            stack.enter_context(mock.patch.object(methods, "prepare_for_kbit_training", prepare))
         if past.repeats_keys:
             stack.enter_context(mock.patch.object(sdpa_attention, "use_gqa_in_sdpa", lambda *arguments: False))
         if past.fast_kernels:
@@ -223,9 +220,9 @@ def _keeping(forward: Forward) -> Forward:
     return run
 
 
-def _widen_norms(model: nn.Module, *, upcast: bool) -> None:
-    """``prepare_for_kbit_training`` whose upcast leaves out embeddings and head."""
-    prepare_for_kbit_training(model, upcast=upcast)
+def _prepare(model: nn.Module, *, upcast: bool, widens_norms: bool) -> None:
+    """``prepare_for_kbit_training`` that widens nothing, or the norms alone."""
+    prepare_for_kbit_training(model, upcast=upcast and widens_norms)
     for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
         layer.to(torch.bfloat16)
 

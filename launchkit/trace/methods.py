@@ -46,7 +46,7 @@ def apply_method(model: nn.Module, key: TraceKey, *, lora_rank: int) -> nn.Modul
     targets, parameters = lora_targets(model, key.lora_targets)
     if key.method is Method.QLORA:
         quantise_linears(model, dtype=WEIGHT_DTYPE[key.compute], device=key.device)
-        prepare_for_kbit_training(model, upcast=not (key.cast_adapters or key.keeps_half))
+        prepare_for_kbit_training(model, upcast=not key.cast_adapters)
     task = {"CausalLM": "CAUSAL_LM", "SequenceClassification": "SEQ_CLS", "ConditionalGeneration": None}
     task_type = next((t for suffix, t in task.items() if type(model).__name__.endswith(suffix)), None)
     config = LoraConfig(
