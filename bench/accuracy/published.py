@@ -117,6 +117,7 @@ CONTRADICTORY = {
     "gist-zero-08": "not stated: micro-batch (4 is printed, with the logits and activations of 2)",
     "gist-zero-11": "not stated: micro-batch (8 is printed, with the logits and activations of 16)",
 }
+NVIDIA_SMI = "nvidia-smi (1s sampling, mean of GPU peaks, minus idle)"  # the device's figure among a row's other ones
 # Sources whose runs execute transformers' models, by the code they ran; the others bring models of their own. Torch 1
 # set gradients to zero between steps instead of freeing them and loaded all kernels with the context (1.3 GiB).
 GROUPS = {"fms-acceleration": "transformers", "ZeRO gist": "transformers", "HF transformers docs": "torch 1"}
@@ -217,8 +218,8 @@ def lora_flags(lora: Mapping[str, Any] | None) -> dict[str, Any]:
     return {"lora_rank": lora["r"], "lora_targets": targets, "lora_dropout": lora.get("dropout", 0.0)}
 
 
-def compare(row: Mapping[str, Any]) -> Row:
-    """One row with its prediction, or with the reason why there is none."""
+def compare(row: Mapping[str, Any]) -> tuple[Row, ...]:
+    """One row with its prediction, or with the reason why there is none; and what the driver showed of the same run."""
     metric = row["metric_class"]
     compared = Row(
         id=row["id"],
@@ -237,14 +238,19 @@ def compare(row: Mapping[str, Any]) -> Row:
         flags = flags_of(row)
         candidate = predict(MODELS.get(row["model"], row["model"]), flags, past)
     except NotComparable as reason:
-        return replace(compared, skipped=str(reason))
+        return (replace(compared, skipped=str(reason)),)
     except (UnknownModelError, HubError):
-        return replace(compared, skipped=f"model: {row['model']}, not in the catalogue")
+        return (replace(compared, skipped=f"model: {row['model']}, not in the catalogue"),)
     except LaunchkitError as error:
         fact = str(error).partition(";")[0]
-        return replace(compared, skipped=f"refused: {fact}")
-    known = figures(candidate, metric)
-    return replace(compared, flags={"model": candidate.model.name, **flags}, habits=past.habits, **known)
+        return (replace(compared, skipped=f"refused: {fact}"),)
+    compared = replace(compared, flags={"model": candidate.model.name, **flags}, habits=past.habits)
+    told = replace(compared, **figures(candidate, metric))
+    device_gib = (row["alt_peaks_gib"] or {}).get(NVIDIA_SMI)
+    if not device_gib or metric == "outcome":
+        return (told,)
+    shown = replace(compared, id=f"{told.id}-device", metric="device", measured_bytes=round(device_gib * GIB))
+    return told, replace(shown, **figures(candidate, "device"))
 
 
 def predict(model: str, flags: Mapping[str, Any], past: Past) -> Candidate:
@@ -300,9 +306,9 @@ def main() -> None:
     for name in ("measurements.jsonl", "outcomes.jsonl"):
         for row in read(arguments.folder / name):
             if arguments.only in row["id"]:
-                compared = compare(row)
-                old[row["id"]] = asdict(compared)
-                print(text(compared), flush=True)
+                for compared in compare(row):
+                    old[compared.id] = asdict(compared)
+                    print(text(compared), flush=True)
                 PUBLISHED.write_text(json.dumps(sorted(old.values(), key=lambda r: r["id"]), indent=1) + "\n")
     page.write()
 

@@ -91,7 +91,7 @@ def test_places_know_the_parameters_that_they_read_and_tied_ones_are_one() -> No
 
 
 def test_scratch_lives_only_while_its_kernel_runs() -> None:
-    """Beside its outputs flash attention's backward holds a row sum and an fp32 accumulator of the queries' gradient."""
+    """Flash attention's backward holds, behind its outputs, a row sum and an fp32 accumulator for the queries."""
     batch, heads, length, head = 2, 4, 64, 8
     with FakeTensorMode():
         query, key, value = (torch.empty(batch, heads, length, head, dtype=torch.bfloat16) for _ in range(3))
