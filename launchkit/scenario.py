@@ -39,6 +39,7 @@ class Checkpointing(StrEnum):
     FULL = "full"
     SELECTIVE = "selective"  # all but the attention
     OFFLOAD = "offload"  # all, and what each block starts from waits on the host
+    REENTRANT = "reentrant"  # all, in a backward pass within the backward pass (torch's ``use_reentrant=True``)
 
 
 class Attention(StrEnum):
@@ -186,6 +187,7 @@ class ZeroSettings:
     zero_quantized_weights: bool = False
     zero_quantized_gradients: bool = False
     mics_shard_size: int = 0
+    memory_efficient_linear: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,25 +2,34 @@
 
 ``python -m bench.accuracy.published FOLDER`` reads ``measurements.jsonl`` (runs with a measured peak) and
 ``outcomes.jsonl`` (runs of which only the outcome is known) in FOLDER. A row is predicted when its configuration can
-be said in launchkit's flags; one that cannot is counted with the reason. Rows of another implementation of the model
-are compared too, but apart: there the kernels of the step differ, not only its sharding. Then ask the other tools
-again: ``python -m bench.accuracy.rivals``.
+be said in launchkit's flags; one that cannot is counted with the reason. Where the source of what a run executed is
+known, the step is traced with that code's habits (``past``). Rows of another implementation of the model are compared
+too, but apart: there the kernels of the step differ, not only its sharding. Then ask the other tools again:
+``python -m bench.accuracy.rivals``.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from bench.accuracy import page
+from bench.accuracy.past import Past, PastModel
 from bench.accuracy.rows import PUBLISHED, Row, error_percent, read_json
-from launchkit.api import estimate
-from launchkit.errors import HubError, LaunchkitError, UnknownModelError
+from launchkit import planner, strategies
+from launchkit.api import find_cluster
+from launchkit.catalog.models import TracedModel, find_model
+from launchkit.errors import HubError, IllegalScenarioError, LaunchkitError, UnknownModelError
 from launchkit.plan import Candidate
+from launchkit.planner.evaluate import Bench, judge
+from launchkit.request import Request, resolve
+from launchkit.scenario import Scenario
 from launchkit.units import GIB
 
 MODELS = {
@@ -57,6 +66,7 @@ LOSSES = {
     "CE full logits": "plain",
     "CE": "plain",
     "chunked_cross_entropy chunk_size=0 (full logits)": "plain",
+    "fused triton cross-entropy (foak)": "plain",  # of which ``past`` knows the kernel
     "liger fused linear cross-entropy": "liger",
 }
 OPTIMIZERS = {
@@ -95,6 +105,19 @@ METRICS = {
     "reserved": "reserved_peak_bytes",
     "device": "device_peak_bytes",
 }
+# What chenyaofo's training code, of which the gist tells, gives DeepSpeed: chenyaofo/OpenLM ``config/default.hocon``.
+OPENLM_SETTINGS = (
+    "overlap_comm=true,stage3_param_persistence_threshold=10000,stage3_max_live_parameters=30000000,"
+    "stage3_prefetch_bucket_size=30000000,memory_efficient_linear=false"
+)
+# Rows that do not say what their figures say.
+CONTRADICTORY = {
+    "gist-zero-01": "measured: before the first optimizer step (no room for its states in 19.4 GiB)",
+    "gist-zero-02": "measured: before the first optimizer step (no room for its states in 19.4 GiB)",
+    "gist-zero-08": "not stated: micro-batch (4 is printed, with the logits and activations of 2)",
+    "gist-zero-11": "not stated: micro-batch (8 is printed, with the logits and activations of 16)",
+}
+NVIDIA_SMI = "nvidia-smi (1s sampling, mean of GPU peaks, minus idle)"  # the device's figure among a row's other ones
 # Sources whose runs execute transformers' models, by the code they ran; the others bring models of their own. Torch 1
 # set gradients to zero between steps instead of freeing them and loaded all kernels with the context (1.3 GiB).
 GROUPS = {"fms-acceleration": "transformers", "ZeRO gist": "transformers", "HF transformers docs": "torch 1"}
@@ -113,6 +136,8 @@ def said(table: Mapping[Any, str], value: Any, *, what: str) -> str:
 
 def flags_of(row: Mapping[str, Any]) -> dict[str, Any]:
     """A row's configuration as the flags of ``launchkit estimate``. Raises ``NotComparable``."""
+    if row["id"] in CONTRADICTORY:
+        raise NotComparable(CONTRADICTORY[row["id"]])
     quantised = row["quant"] is not None
     if quantised and row["quant"] != "nf4":
         raise NotComparable(f"weights: {row['quant']}")
@@ -140,6 +165,8 @@ def flags_of(row: Mapping[str, Any]) -> dict[str, Any]:
         "loss": loss,
         "trainer": trainer_of(row, loss),
     }
+    if row["source_group"] == "ZeRO gist":
+        flags["zero_settings"] = OPENLM_SETTINGS
     if row["method"] not in ("full", "lora", "qlora"):
         raise NotComparable(f"method: {row['method']}")
     return flags | (lora_flags(row["lora"]) if row["method"] != "full" else {})
@@ -147,25 +174,40 @@ def flags_of(row: Mapping[str, Any]) -> dict[str, Any]:
 
 def trainer_of(row: Mapping[str, Any], loss: str) -> str:
     """Whose step the row's run is. fms-acceleration takes Liger's loss without its layer kernels, as ``--trainer
-    axolotl`` does; its own norms and rotary embeddings are not counted."""
+    axolotl`` does."""
     if row["source_group"] == "litgpt":
         return "loop"
     return "axolotl" if loss == "liger" and row["source_group"] == "fms-acceleration" else "hf"
 
 
 def check_quantised(row: Mapping[str, Any]) -> None:
-    """Raises ``NotComparable`` where a 4-bit run held other weights than the same flags mean today.
-
-    Single processes widen what is not quantised to fp32 (``prepare_model_for_kbit_training``), sharded ones do not, as
-    TRL; in transformers 4 the experts of Mixtral were linear layers, which bitsandbytes quantises.
-    """
-    is_single = row["strategy"] == "single"
+    """Raises ``NotComparable`` where a 4-bit run held other weights than the same flags mean today: in transformers 4
+    the experts of Mixtral were linear layers, which bitsandbytes quantises."""
     if "Mixtral" in row["model"]:
         raise NotComparable("4-bit: experts that transformers 5 leaves in 16 bits")
-    if is_single and "accelerated-peft-bnb" in row["raw"]:
-        raise NotComparable("4-bit: without prepare_model_for_kbit_training on one GPU")
-    if not is_single and "baseline-peft-bnb" in row["raw"]:
-        raise NotComparable("4-bit: with prepare_model_for_kbit_training under FSDP")
+
+
+def past_of(row: Mapping[str, Any]) -> Past:
+    """The habits of the code that a row's run executed, where its source is known."""
+    if row["source_group"] == "ZeRO gist":
+        return Past(reenters=True, shifts_logits=True, widens_logits=True, keeps_outputs=True)
+    if row["source_group"] != "fms-acceleration":
+        return Past()
+    (configuration,) = re.findall(r"framework_config=([\w-]+)", row["raw"])
+    has_logits = row["loss_impl"] != "liger fused linear cross-entropy"
+    is_fast = "foak" in configuration
+    is_early = "transformers 4.45" in row["framework"]
+    return Past(
+        reenters=True,
+        shifts_logits=has_logits,
+        widens_logits=has_logits and is_early,
+        fused_loss=has_logits and is_fast,
+        repeats_keys=is_early and "Mistral" in row["model"],
+        fast_kernels=is_fast,
+        checkpoints_units=row["strategy"] == "fsdp_full_shard",
+        keeps_half=configuration.startswith("accelerated-peft-bnb"),
+        widens_norms_alone=configuration == "baseline-peft-bnb" and row["strategy"] == "single",
+    )
 
 
 def lora_flags(lora: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -176,8 +218,8 @@ def lora_flags(lora: Mapping[str, Any] | None) -> dict[str, Any]:
     return {"lora_rank": lora["r"], "lora_targets": targets, "lora_dropout": lora.get("dropout", 0.0)}
 
 
-def compare(row: Mapping[str, Any]) -> Row:
-    """One row with its prediction, or with the reason why there is none."""
+def compare(row: Mapping[str, Any]) -> tuple[Row, ...]:
+    """One row with its prediction, or with the reason why there is none; and what the driver showed of the same run."""
     metric = row["metric_class"]
     compared = Row(
         id=row["id"],
@@ -189,19 +231,53 @@ def compare(row: Mapping[str, Any]) -> Row:
         measured_bytes=round((row["peak_gib"] or 0) * GIB),
         ran_out="OOM" in row["measured_kind"],
     )
+    past = past_of(row)
     try:
         if metric not in METRICS and metric != "outcome":
             raise NotComparable(f"metric: {metric}")
         flags = flags_of(row)
-        candidate = estimate(MODELS.get(row["model"], row["model"]), **flags)
+        candidate = predict(MODELS.get(row["model"], row["model"]), flags, past)
     except NotComparable as reason:
-        return replace(compared, skipped=str(reason))
+        return (replace(compared, skipped=str(reason)),)
     except (UnknownModelError, HubError):
-        return replace(compared, skipped=f"model: {row['model']}, not in the catalogue")
+        return (replace(compared, skipped=f"model: {row['model']}, not in the catalogue"),)
     except LaunchkitError as error:
         fact = str(error).partition(";")[0]
-        return replace(compared, skipped=f"refused: {fact}")
-    return replace(compared, flags={"model": candidate.model.name, **flags}, **figures(candidate, metric))
+        return (replace(compared, skipped=f"refused: {fact}"),)
+    compared = replace(compared, flags={"model": candidate.model.name, **flags}, habits=past.habits)
+    told = replace(compared, **figures(candidate, metric))
+    device_gib = (row["alt_peaks_gib"] or {}).get(NVIDIA_SMI)
+    if not device_gib or metric == "outcome":
+        return (told,)
+    shown = replace(compared, id=f"{told.id}-device", metric="device", measured_bytes=round(device_gib * GIB))
+    return told, replace(shown, **figures(candidate, "device"))
+
+
+def predict(model: str, flags: Mapping[str, Any], past: Past) -> Candidate:
+    """What ``launchkit estimate`` says, of a step with the habits of ``past``."""
+    request = Request.from_flags(flags)
+    cluster = find_cluster(request.gpus)
+    source = find_model(model)
+    scenario = resolve(request, model=source.profile, cluster=cluster).scenario
+    if past == Past():
+        return planner.estimate(source, cluster=cluster, scenario=scenario)
+    reason = strategies.refusal(scenario, source.profile, cluster)
+    if reason is not None:
+        raise IllegalScenarioError(reason)
+    return judge(Bench(source=past_model(model, past), cluster=cluster), as_it_ran(scenario, past))
+
+
+def as_it_ran(scenario: Scenario, past: Past) -> Scenario:
+    """``scenario`` without the prefetch that units inside checkpointed calls do not have."""
+    strategy = scenario.strategy
+    fsdp = replace(strategy.fsdp, backward_prefetch=strategy.fsdp.backward_prefetch and not past.checkpoints_units)
+    return replace(scenario, strategy=replace(strategy, fsdp=fsdp))
+
+
+@cache
+def past_model(model: str, past: Past) -> PastModel:
+    """One for each model and habits, since tracing takes seconds."""
+    return PastModel(source=cast(TracedModel, find_model(model)), past=past)
 
 
 def figures(candidate: Candidate, metric: str) -> dict[str, Any]:
@@ -230,9 +306,9 @@ def main() -> None:
     for name in ("measurements.jsonl", "outcomes.jsonl"):
         for row in read(arguments.folder / name):
             if arguments.only in row["id"]:
-                compared = compare(row)
-                old[row["id"]] = asdict(compared)
-                print(text(compared), flush=True)
+                for compared in compare(row):
+                    old[compared.id] = asdict(compared)
+                    print(text(compared), flush=True)
                 PUBLISHED.write_text(json.dumps(sorted(old.values(), key=lambda r: r["id"]), indent=1) + "\n")
     page.write()
 

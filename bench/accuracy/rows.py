@@ -44,6 +44,7 @@ class Row:
     fits: bool = False
     may_fit: bool = False
     skipped: str = ""
+    habits: Sequence[str] = ()  # what the run's code did in a step that today's does not, by ``past.Past``'s names
 
     @property
     def is_measured(self) -> bool:

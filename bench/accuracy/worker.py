@@ -74,13 +74,16 @@ def loads_narrow(cell: Cell) -> bool:
 
 
 def enable_checkpointing(model: Any, cell: Cell) -> None:
-    """As the trainers do: transformers' own, without re-entering; TRL's selection of what is kept."""
+    """As the trainers do: transformers' own, re-entering only if told to; TRL's selection of what is kept."""
     if cell.checkpointing == "selective":
         from trl.models import enable_selective_activation_checkpointing
 
         enable_selective_activation_checkpointing(model.get_base_model() if cell.method != "full" else model)
     offload = {"offload": True} if cell.checkpointing == "offload" else {}
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False}, **offload)
+    if cell.checkpointing == "reentrant":
+        model.enable_input_require_grads()
+    kwargs = {"use_reentrant": cell.checkpointing == "reentrant"}
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs, **offload)
 
 
 def quantised(model: Any, cell: Cell, *, dtype: torch.dtype) -> nn.Module:

@@ -17,7 +17,7 @@ from launchkit.export.layout import (
     ddp_arguments,
     fsdp_layout,
     lora_target_modules,
-    must_reenter,
+    reenters,
 )
 from launchkit.hardware import Backend, Cluster
 from launchkit.optimizers import find
@@ -52,6 +52,7 @@ _CHECKPOINTING_KEYS: dict[Checkpointing, dict[str, object]] = {
     Checkpointing.FULL: {},
     Checkpointing.SELECTIVE: {"selective_checkpointing": True},
     Checkpointing.OFFLOAD: {"activation_offloading": "hidden_states"},
+    Checkpointing.REENTRANT: {},
 }
 _PRECISION_KEYS: dict[str, dict[str, object]] = {
     "no": {"bf16": False, "fp16": False},
@@ -149,7 +150,7 @@ def _checkpointing(candidate: Candidate) -> dict[str, object]:
         return {"gradient_checkpointing": False}
     keys: dict[str, object] = {
         "gradient_checkpointing": True,
-        "gradient_checkpointing_kwargs": {"use_reentrant": must_reenter(candidate)},
+        "gradient_checkpointing_kwargs": {"use_reentrant": reenters(candidate)},
     }
     return keys | _CHECKPOINTING_KEYS[checkpointing]
 

@@ -92,6 +92,7 @@ def _stage3_sizes(zero: ZeroSettings) -> dict[str, object]:
         "stage3_max_live_parameters": zero.stage3_max_live_parameters,
         "stage3_max_reuse_distance": zero.stage3_max_reuse_distance,
         "stage3_gather_16bit_weights_on_model_save": zero.gather_16bit_weights_on_model_save,
+        **({} if zero.memory_efficient_linear else {"memory_efficient_linear": False}),
         **_hierarchy(zero),
     }
 

@@ -133,10 +133,12 @@ def adapter_parts(training: Training) -> dict[str, object]:
     return {key: names for key, names in parts.items() if names}
 
 
-def must_reenter(candidate: Candidate) -> bool:
-    """4-bit weights gathered by ZeRO-3 change their metadata, which non-reentrant checkpointing takes for an error."""
+def reenters(candidate: Candidate) -> bool:
+    """Where it is asked for, and where it must: 4-bit weights gathered by ZeRO-3 change their metadata, which
+    non-reentrant checkpointing takes for an error."""
     scenario = candidate.scenario
-    return scenario.training.method is Method.QLORA and scenario.strategy.kind is StrategyKind.ZERO3
+    must = scenario.training.method is Method.QLORA and scenario.strategy.kind is StrategyKind.ZERO3
+    return must or scenario.training.checkpointing is Checkpointing.REENTRANT
 
 
 def checkpointing_arguments(candidate: Candidate) -> dict[str, object]:
@@ -144,7 +146,7 @@ def checkpointing_arguments(candidate: Candidate) -> dict[str, object]:
     checkpointing = candidate.scenario.training.checkpointing
     named = {Checkpointing.SELECTIVE: "selective", Checkpointing.OFFLOAD: "offload"}
     extra = {named[checkpointing]: True} if checkpointing in named else {}
-    return {"use_reentrant": must_reenter(candidate), **extra}
+    return {"use_reentrant": reenters(candidate), **extra}
 
 
 def ddp_arguments(candidate: Candidate) -> dict[str, object]:

@@ -255,7 +255,8 @@ TERMS: tuple[Term, ...] = (
         name="checkpointing",
         text="full keeps only each block's input and computes the block again in the backward: less memory, about a "
         "third more computation. selective keeps the attention's output besides; offload holds the blocks' inputs on "
-        "the host.",
+        "the host; reentrant is full with torch's use_reentrant, transformers' default before version 5: it takes the "
+        "output of the block that is computed again besides.",
         also=("gradient checkpointing", "activation checkpointing"),
         see=("activations",),
     ),

@@ -106,7 +106,7 @@ def _checkpointing_refusal(scenario: Scenario, cluster: Cluster) -> str | None:
     checkpointing, kind = scenario.training.checkpointing, scenario.strategy.kind
     if checkpointing is Checkpointing.OFFLOAD and cluster.gpu.device_kind is DeviceKind.CPU:
         return "--checkpointing offload moves activations off a GPU, and there is none; use --checkpointing full"
-    if checkpointing in (Checkpointing.SELECTIVE, Checkpointing.OFFLOAD) and kind.is_fsdp:
+    if checkpointing not in (Checkpointing.NONE, Checkpointing.FULL) and kind.is_fsdp:
         return f"--checkpointing {checkpointing} does not exist under --strategy {kind}; use --checkpointing full"
     return None
 

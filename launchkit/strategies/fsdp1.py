@@ -76,10 +76,12 @@ ALIGNMENT_BYTES = 16  # of each parameter within the flat one. Source: ``_get_al
 def trace_key(training: Training, strategy: Strategy, device: DeviceKind, *, single_sequence: bool = False) -> TraceKey:
     """FSDP2's, but for adapters. Flattened with frozen weights, they make these views of a tensor that requires a
     gradient, so that they get one. As units of their own they still lie there in fp32 when PEFT asks for their dtype,
-    so that it widens their input, and autocast narrows it again: one copy per adapter."""
+    so that it widens their input, and autocast narrows it again: one copy per adapter. Those on 4-bit weights leave
+    the input to autocast (peft 0.21 ``tuners/lora/bnb.py``)."""
     key = fsdp2.trace_key(training, strategy, device, single_sequence=single_sequence)
     flattens = _flattens_adapters(training)
-    return replace(key, flat_gradients=flattens, cast_adapters=key.cast_adapters and flattens)
+    casts = key.cast_adapters and (flattens or training.method is Method.QLORA)
+    return replace(key, flat_gradients=flattens, cast_adapters=casts)
 
 
 def _flattens_adapters(training: Training) -> bool:

@@ -31,13 +31,14 @@ _HOST_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adagrad", "lion_32bit")
 def trace_key(training: Training, strategy: Strategy, device: DeviceKind, *, single_sequence: bool = False) -> TraceKey:
     """The whole module runs in the engine's dtype, adapters included.
 
-    Stage 3 keeps the input of every linear layer. Where all of them have adapters these keep it anyway, but for the
-    head's, which is small; so a program of its own is traced only for other targets.
+    Stage 3 keeps the input of every linear layer, unless told to leave them torch's. Where all of them have adapters
+    these keep it anyway, but for the head's, which is small; so a program of its own is traced only for other targets.
     """
     key = make_trace_key(training, COMPUTE[training.precision], device, single_sequence=single_sequence)
     casts = training.method is not Method.FULL and key.compute is not Compute.FP32
     some_adapted = training.method is Method.LORA and training.lora_targets != ALL_LINEAR
-    return replace(key, cast_adapters=casts, keeps_linear_inputs=some_adapted and strategy.kind.zero_stage == 3)
+    own_linear = strategy.kind.zero_stage == 3 and strategy.zero.memory_efficient_linear
+    return replace(key, cast_adapters=casts, keeps_linear_inputs=some_adapted and own_linear)
 
 
 def refusal(scenario: Scenario, profile: ModelProfile, cluster: Cluster) -> str | None:

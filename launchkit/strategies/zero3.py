@@ -7,6 +7,8 @@ Source: DeepSpeed 0.19.8 ``deepspeed/runtime/zero/stage3.py``, confirmed on time
   gradients, and the bucket of ``reduce_bucket_size`` elements, all from the start of the job to its end.
 - Parameters of at most ``stage3_param_persistence_threshold`` elements are gathered after each step and stay.
 - The others come and go as ``zero3_fetch`` says.
+- Without ``memory_efficient_linear`` the linear layers are torch's, which keep the gathered weight until their backward
+  where nothing is checkpointed, though DeepSpeed has let it go and gathers it again.
 - A gradient is copied into the bucket and dies; a full bucket is flattened and reduce-scattered.
 - The step goes over the sub-groups: gradients flattened, cast to fp32, update.
 """
@@ -19,6 +21,8 @@ from typing import NamedTuple
 
 from launchkit.optimizers import FP32_BYTES, LocalTensor
 from launchkit.program import (
+    Alloc,
+    Anchor,
     Collective,
     CollectiveKind,
     Copy,
@@ -33,9 +37,10 @@ from launchkit.program import (
     Size,
     Stage,
     StepProgram,
+    TensorRef,
     local,
 )
-from launchkit.scenario import DeviceKind, Offload
+from launchkit.scenario import Checkpointing, DeviceKind, Offload
 from launchkit.strategies.base import (
     OPTIMIZER_STAGE,
     OptimizerStep,
@@ -73,6 +78,8 @@ def rewrite(job: Job) -> StepProgram:
     program = _reducing(job, gathered)
     for phase in (Phase.FORWARD, Phase.LOSS):
         program = map_layers(program, phase, gathered.of, lambda *layer: _gathering(job, gathered, *layer))
+    if not job.settings.memory_efficient_linear:
+        program = _keeping_weights(job, program)
     program = replace(
         program,
         persistent=program.persistent + tuple(_storages(job)),
@@ -176,6 +183,46 @@ def _gathering(
     for event in section.events:
         events.append(event)
     return replace(section, events=events.end(), collectives=section.collectives + _all_gather(job, reading.fetched))
+
+
+def _keeping_weights(job: Job, program: StepProgram) -> StepProgram:
+    """``program`` whose linear layers hold their gathered weights from their forward to their backward."""
+    slot = max(next_slot(section.events) for section in program.sections)
+    kept: dict[tuple[str, int], int] = {}
+
+    def decide(stage: Stage, layer: int, section: Section) -> int:
+        if stage.phase is Phase.BACKWARD:
+            return kept.get((stage.name.replace("backward", "forward", 1), layer), 0)
+        num_bytes = kept[stage.name, layer] = _saved_elements(job, stage, section) * job.itemsize
+        return num_bytes
+
+    def change(stage: Stage, layer: int, section: Section, num_bytes: int) -> Section:
+        if not num_bytes:
+            return section
+        size = Size.constant(num_bytes)
+        forward = stage.name.replace("backward", "forward", 1)
+        event: Event = Alloc(slot, size, Owner.GATHERED_WEIGHTS)
+        if stage.phase is Phase.BACKWARD:
+            event = Free(TensorRef(forward, Anchor.RELATIVE if stage.stack else Anchor.FIRST, 0, slot), size)
+        return replace(section, events=(*section.events, event))
+
+    for phase in (Phase.FORWARD, Phase.LOSS, Phase.BACKWARD):
+        program = map_layers(program, phase, decide, change)
+    return program
+
+
+def _saved_elements(job: Job, stage: Stage, section: Section) -> int:
+    """Elements of the weights that a forward section's linear layers save: matrices that come and go, but for the
+    embeddings'. What checkpointing computes again saves nothing before that.
+
+    Omits: what a block's recomputation saves, until its own backward.
+    """
+    checkpointed = stage.stack and job.scenario.training.checkpointing is not Checkpointing.NONE
+    if checkpointed or not (stage.stack or stage.phase is Phase.LOSS):
+        return 0
+    parameters = job.program.groups[section.group].parameters
+    numels = (parameters[index].numel(job.rank) for index in section.uses if len(parameters[index].shape) == 2)
+    return sum(numel for numel in numels if not is_persistent(job, numel))
 
 
 def _all_gather(job: Job, fetched: int) -> tuple[Collective, ...]:

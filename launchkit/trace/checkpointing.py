@@ -39,14 +39,21 @@ _ARGUMENTS: Mapping[Checkpointing, Mapping[str, Any]] = {
     Checkpointing.FULL: {},
     Checkpointing.SELECTIVE: {"context_fn": partial(create_selective_checkpoint_contexts, _policy)},
     Checkpointing.OFFLOAD: {},
+    Checkpointing.REENTRANT: {"use_reentrant": True},
 }
 
 
 def enable_checkpointing(model: nn.Module, checkpointing: Checkpointing) -> None:
-    """Without re-entering autograd, transformers' default (``use_reentrant=False``, transformers 5.23
-    ``PreTrainedModel.activation_checkpointing_enable``). Nothing for ``Checkpointing.NONE``."""
+    """Without re-entering autograd unless told to, transformers' default (``use_reentrant=False``, transformers 5.23
+    ``PreTrainedModel.activation_checkpointing_enable``). Nothing for ``Checkpointing.NONE``.
+
+    What is re-entered needs an input that requires a gradient, or its backward never runs: with adapters the Trainer
+    makes the embeddings require one (``enable_input_require_grads``).
+    """
     if checkpointing is Checkpointing.NONE:
         return
+    if checkpointing is Checkpointing.REENTRANT:
+        model.enable_input_require_grads()
     enable: Any = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     offload = {"offload": True} if checkpointing is Checkpointing.OFFLOAD else {}
     enable({"use_reentrant": False, **_ARGUMENTS[checkpointing]}, **offload)

@@ -47,14 +47,15 @@ def _grouped_mm(mat_a: Any, mat_b: Any, offs: Any = None, bias: Any = None, out_
 SUBSTITUTES: dict[Any, Callable[..., Any]] = {aten._grouped_mm.default: _grouped_mm}
 
 
-def scratch_bytes(name: str, inputs: list[torch.Tensor]) -> int:
-    """Bytes that the kernel ``name`` holds only while it runs; 0 for all but a few."""
+def scratch_bytes(name: str, inputs: list[torch.Tensor]) -> tuple[int, ...]:
+    """Bytes of each tensor that the kernel ``name`` holds beside its outputs only while it runs; none for all but a
+    few."""
     rule = _SCRATCH.get(name)
-    return rule(inputs) if rule else 0
+    return rule(inputs) if rule else ()
 
 
-def _flash_backward_scratch(inputs: list[torch.Tensor]) -> int:
-    """fp32 accumulator of the queries' gradient and a row sum; under grouped queries the keys' and values' gradients
+def _flash_backward_scratch(inputs: list[torch.Tensor]) -> tuple[int, ...]:
+    """A row sum and an fp32 accumulator of the queries' gradient; under grouped queries the keys' and values' gradients
     per query head before they are summed.
 
     Source: flash-attention's ``mha_bwd`` (``dq_accum``, ``softmax_d``, ``dk_expanded``). Omits: rounding of the length
@@ -62,22 +63,23 @@ def _flash_backward_scratch(inputs: list[torch.Tensor]) -> int:
     """
     _, query, key = inputs[:3]
     batch, heads, length, head = query.shape
-    accumulators = batch * heads * length * (head + 1) * 4
-    expanded = 2 * batch * heads * key.shape[2] * head * query.element_size() if key.shape[1] != heads else 0
-    return accumulators + expanded
+    rows = batch * heads * length * 4
+    expanded = batch * heads * key.shape[2] * head * query.element_size()
+    return (rows, rows * head, *((expanded, expanded) if key.shape[1] != heads else ()))
 
 
-def _efficient_backward_scratch(inputs: list[torch.Tensor]) -> int:
+def _efficient_backward_scratch(inputs: list[torch.Tensor]) -> tuple[int, ...]:
     """A row sum, and for 16-bit tensors an fp32 accumulator of the queries' gradient.
 
     Source: ``aten/src/ATen/native/transformers/cuda/attention_backward.cu``, ``delta`` and the kernel's workspace.
     """
     query = inputs[1]
     batch, heads, length, head = query.shape
-    return batch * heads * length * 4 * (1 + (head if query.element_size() == 2 else 0))
+    rows = batch * heads * length * 4
+    return (rows, *((rows * head,) if query.element_size() == 2 else ()))
 
 
-_SCRATCH: dict[str, Callable[[list[torch.Tensor]], int]] = {
+_SCRATCH: dict[str, Callable[[list[torch.Tensor]], tuple[int, ...]]] = {
     "aten::_scaled_dot_product_flash_attention_backward": _flash_backward_scratch,
     "aten::_scaled_dot_product_efficient_attention_backward": _efficient_backward_scratch,
 }

@@ -186,11 +186,7 @@ class StepRecorder(TorchDispatchMode):
         memory, place, tile = self.log.memory, self.place, _TILE.get()
         name = func._schema.name
         inputs, outputs = list(_tensors((args, kwargs))), list(_tensors(out))
-        scratch = scratch_bytes(name, inputs)
-        if scratch:
-            memory.append(AllocRecord(self._next, scratch, place, name, 0))
         fresh = False
-        scratch_number, self._next = self._next, self._next + bool(scratch)
         for tensor in outputs:
             storage = tensor.untyped_storage()
             number, is_new = self._number_of(storage)
@@ -199,8 +195,7 @@ class StepRecorder(TorchDispatchMode):
                 last_dim = tensor.shape[-1] if tensor.dim() else 0
                 own = tile if tile and tile.rows in tensor.shape else None
                 memory.append(AllocRecord(number, storage.nbytes(), place, name, last_dim, own))
-        if scratch:
-            memory.append(FreeRecord(scratch_number, place))
+        self._pass_through(scratch_bytes(name, inputs), name)
         self._note_uses(inputs)
         if name not in _FREE_OPS and (fresh or func._schema.is_mutable):
             formula = self._flops.get(func._overloadpacket)
@@ -209,6 +204,14 @@ class StepRecorder(TorchDispatchMode):
             if tile:
                 flops = flops * tile.num_rows // tile.rows
             self.log.kernels.append(KernelRecord(place, name, flops, moved))
+
+    def _pass_through(self, sizes: tuple[int, ...], name: str) -> None:
+        """Notes the tensors that a kernel holds beside its outputs while it runs."""
+        numbers = range(self._next, self._next + len(sizes))
+        self._next += len(sizes)
+        memory, place = self.log.memory, self.place
+        memory.extend(AllocRecord(number, size, place, name, 0) for number, size in zip(numbers, sizes, strict=True))
+        memory.extend(FreeRecord(number, place) for number in numbers)
 
     def _note_uses(self, inputs: list[torch.Tensor]) -> None:
         used = self.log.uses.setdefault(self.place, set())

@@ -57,7 +57,7 @@ class Progress:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if layer == 0:
                 tensor = _first_tensor((*args, *kwargs.values()))
-                if tensor is not None and tensor.requires_grad and not tensor.is_leaf:
+                if tensor is not None and tensor.requires_grad and not isinstance(tensor, nn.Parameter):
                     tensor.register_hook(self._arriving(Place(f"backward.{self.gap}", 0)))
             self.recorder.place = Place(f"forward.{path}", layer)
 

@@ -191,6 +191,7 @@ def test_deepspeed_casts_adapters() -> None:
         ({"loss": "cce", "strategy": "single", "precision": "bf16"}, {}, "use --precision bf16-params"),
         ({"precision": "fp8"}, {}, "use --precision bf16, whose peak is no higher"),
         ({"checkpointing": "selective", "strategy": "fsdp2"}, {}, "does not exist under --strategy fsdp2; use --check"),
+        ({"checkpointing": "reentrant", "strategy": "fsdp"}, {}, "reentrant does not exist under --strategy fsdp; use"),
         ({"checkpointing": "offload", "strategy": "hsdp"}, {}, "does not exist under --strategy hsdp; use --check"),
         ({"attention": "flash_attention_2"}, {"compute_capability": (7, 5)}, "use --attention sdpa"),
         ({"attention": "flash_attention_2", "precision": "fp32"}, {}, "does not take fp32"),

@@ -328,6 +328,16 @@ def test_settings_have_their_effect(settings: dict[str, Any], owner: Owner, less
     assert most(changed, owner) != most(default, owner)
 
 
+def test_torchs_linear_layers_keep_what_is_gathered_until_their_backward() -> None:
+    """Three matrices of 60 and the head's of 100, of 2 bytes, at the end of the forward pass; the embedding's not."""
+    tight = {"stage3_max_live_parameters": 0, "stage3_prefetch_bucket_size": 0, "memory_efficient_linear": False}
+    default = most(rewritten("zero3", **tight | {"memory_efficient_linear": True}), Owner.GATHERED_WEIGHTS)
+    kept = most(rewritten("zero3", **tight), Owner.GATHERED_WEIGHTS)
+    assert kept == default + 2 * (3 * 60 + 100)
+    checkpointed = most(rewritten("zero3", checkpointing="full", **tight), Owner.GATHERED_WEIGHTS)
+    assert checkpointed == default + 2 * 100
+
+
 def test_a_lone_gradient_is_scattered_where_it_lies() -> None:
     """No gradient shares a bucket of 20 elements with another, so none is copied but by gloo; a matrix of 60 and
     the norms of 4 around it share one of 70."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from launchkit.planner.host import offloaded_activation_bytes
-from launchkit.program import Copy, Moment, Owner, Point, Size, StepProgram, Term
+from launchkit.program import Alloc, Copy, Moment, Owner, Point, Size, StepProgram, Term
 from launchkit.scenario import Attention, Checkpointing, Compute, DeviceKind
 from launchkit.trace import trace_model
 from tests.trace.models import LLAMA, first_section, key
@@ -30,6 +30,19 @@ def kept_bytes(traced: StepProgram) -> int:
 
 def test_full_keeps_what_a_block_hands_on() -> None:
     assert kept_bytes(program(Checkpointing.FULL)) == HIDDEN_BYTES
+
+
+def test_reentrant_keeps_as_much_and_computes_all_of_a_block_again() -> None:
+    """Without re-entering, computing again stops where the last saved tensor is there, before the block's output."""
+    traced, full = (program(c) for c in (Checkpointing.REENTRANT, Checkpointing.FULL))
+    assert kept_bytes(traced) == HIDDEN_BYTES
+    assert num_hidden_made(traced) >= num_hidden_made(full) + 2  # the last product and the residual's sum
+
+
+def num_hidden_made(traced: StepProgram) -> int:
+    """Tensors of the size of hidden states that the third block's backward makes."""
+    events = first_section(traced, "backward.model.layers", layer=2).events
+    return [event.size.at(POINT) for event in events if isinstance(event, Alloc)].count(HIDDEN_BYTES)
 
 
 def test_selective_keeps_the_attention_besides() -> None:

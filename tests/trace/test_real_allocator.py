@@ -28,6 +28,7 @@ CELLS = (
     Cell(name="full", config=LLAMA),
     Cell(name="bf16 autocast, checkpointed", config=LLAMA, precision="bf16", checkpointing="full"),
     Cell(name="lora", config=LLAMA, method="lora", precision="bf16"),
+    Cell(name="lora, re-entrant", config=LLAMA, method="lora", precision="bf16", checkpointing="reentrant"),
 )
 FLAGS = ("method", "precision", "checkpointing", "optimizer", "trainer", "micro_batch", "seq_len")
 

@@ -91,7 +91,7 @@ def test_places_know_the_parameters_that_they_read_and_tied_ones_are_one() -> No
 
 
 def test_scratch_lives_only_while_its_kernel_runs() -> None:
-    """Flash attention's backward holds an fp32 accumulator of the queries' gradient and a row sum."""
+    """Flash attention's backward holds, behind its outputs, a row sum and an fp32 accumulator for the queries."""
     batch, heads, length, head = 2, 4, 64, 8
     with FakeTensorMode():
         query, key, value = (torch.empty(batch, heads, length, head, dtype=torch.bfloat16) for _ in range(3))
@@ -100,8 +100,7 @@ def test_scratch_lives_only_while_its_kernel_runs() -> None:
         with recording(query, key, value) as recorder:
             out = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, 0.0, True)[0]
             out.backward(torch.empty_like(out))
-    scratch = batch * heads * length * (head + 1) * 4
+    rows, gradient = batch * heads * length * 4, batch * heads * length * head * 2
     told = story(recorder.log)
-    birth, death = told.index(scratch), told.index(-scratch)
-    gradient = batch * heads * length * head * 2
-    assert told[birth + 1 : death] == [gradient] * 3
+    birth = told.index(rows * head)
+    assert told[birth - 4 : birth + 3] == [*[gradient] * 3, rows, rows * head, -rows, -rows * head]
