@@ -59,7 +59,7 @@ _LOOPED_SINGLE = (Point(1, 6, 8), Point(1, 8, 8), Point(1, 9, 8), Point(1, 11, 1
 
 # CUDA's attention kernels pad lengths to multiples of 32.
 _STRIDE = 32
-_STRIDE_WITHOUT_ATTENTION = 4
+_STRIDE_WITHOUT_ATTENTION = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -313,10 +313,16 @@ def profile_model(
         attentions=attentions,
         sliding_window=_sliding_window(text),
         task=task,
-        tied_embeddings=bool(getattr(text, "tie_word_embeddings", False)),
+        tied_embeddings=_has_tied_head(model),
         versions=traced_with(),
         notes=_notes(settings),
     )
+
+
+def _has_tied_head(model: Any) -> bool:
+    """Whether the output embedding is the input embedding."""
+    head = model.get_output_embeddings()
+    return head is not None and head.weight is model.get_input_embeddings().weight
 
 
 def _notes(settings: PreTrainedConfig) -> tuple[str, ...]:
