@@ -180,7 +180,18 @@ def layer_kinds(config: PreTrainedConfig, stack: nn.ModuleList) -> tuple[str, ..
     for name, manner, block in zip(named, _manners(stack), stack, strict=True):
         shape = repr([(n, tuple(p.shape)) for n, p in block.named_parameters()])
         kinds.append(f"{name}{manner}#{shapes.setdefault(shape, len(shapes))}")
+    for layer in _second_to_share(kinds, getattr(text_config, "num_kv_shared_layers", 0) or 0):
+        kinds[layer] = f"second {kinds[layer]}"
     return tuple(kinds)
+
+
+def _second_to_share(kinds: Sequence[str], num_sharing: int) -> list[int]:
+    """The last but one of each kind among the last ``num_sharing`` layers, which take their keys and values from an
+    earlier layer: in the backward pass its gradient of them meets the last one's, and the sum is a tensor of its own,
+    to which all others are added in place."""
+    layers = range(len(kinds) - num_sharing, len(kinds))
+    of_kind = {kind: [i for i in layers if kinds[i] == kind] for kind in kinds}
+    return [found[-2] for found in of_kind.values() if len(found) > 1]
 
 
 def _manners(stack: nn.ModuleList) -> list[str]:
