@@ -24,14 +24,14 @@ GEMMA4: dict[str, Any] = {
     "hidden_size_per_layer_input": 8,
     "hidden_size": 32,
     "intermediate_size": 48,
-    "num_hidden_layers": 15,
+    "num_hidden_layers": 18,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 8,
     "global_head_dim": 16,
     "sliding_window": 32,
-    "num_kv_shared_layers": 9,
-    "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 5,
+    "num_kv_shared_layers": 12,
+    "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 6,
 }
 CASES: Mapping[str, tuple[Mapping[str, Any], Mapping[str, Any]]] = {
     "llama": (LLAMA, {}),
