@@ -139,6 +139,8 @@ def build_on_meta(
         with torch.device("meta"), _no_initialisation():
             model = model_class._from_config(config, attn_implementation=str(attention), dtype=dtype)
     except Exception as error:  # constructors raise many exception types
+        if "does not support an attention implementation" in str(error):
+            raise TraceError(f"{model_class.__name__} has no {attention} attention; use --attention eager") from None
         raise TraceError(
             f"{model_class.__name__} cannot be built with {attention} attention: {_first_line(error)}"
         ) from None

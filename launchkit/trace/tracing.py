@@ -40,7 +40,7 @@ from launchkit.trace.checkpointing import enable_checkpointing
 from launchkit.trace.cuda import faithful_to_cuda
 from launchkit.trace.forward import forward_of
 from launchkit.trace.liger import liger_kernels
-from launchkit.trace.methods import WEIGHT_DTYPE, apply_method
+from launchkit.trace.methods import WEIGHT_DTYPE, adapter_error, apply_method
 from launchkit.trace.quantised import packed_bytes, scale_bytes
 from launchkit.trace.recorder import Log
 from launchkit.trace.step import trace_step
@@ -173,6 +173,8 @@ def _trace_one(model: _Traceable, key: TraceKey, point: Point) -> Log:
     except TraceError:
         raise
     except Exception as error:
+        if (of_adapter := adapter_error(built.model, key, error)) is not None:
+            raise of_adapter from error
         text = " ".join(str(error).split())[:300]
         raise TraceError(
             f"the training step of {type(built.model).__name__} cannot be traced: {type(error).__name__}: {text}"
