@@ -53,3 +53,7 @@ class ModelSource(Protocol):
         """The unsharded step program: forward, loss and backward of one micro-batch, without the optimizer's
         part, which the strategies add. Raises ``TraceError`` where it cannot be had."""
         ...
+
+    def has_program(self, key: TraceKey) -> bool:
+        """Whether ``program(key)`` is at hand, or the model is being traced anyway, so that one more costs little."""
+        ...

@@ -130,6 +130,7 @@ class TracedModel:
         self._cache = cache or TraceCache(fingerprint)
         self._progress = progress
         self._programs: dict[str, StepProgram] = {}
+        self._is_tracing = False
 
     @property
     def config(self) -> Mapping[str, Any]:
@@ -158,6 +159,14 @@ class TracedModel:
         if program is None:
             program = self._programs[key.text] = self._load(key)
         return program
+
+    def has_program(self, key: TraceKey) -> bool:
+        """See ``ModelSource``. Of a model that ships, the user's cache is not asked: to name its folder takes time."""
+        if self._is_tracing or key.text in self._programs:
+            return True
+        if self._shipped is not None:
+            return key.text in self._shipped
+        return self._cache.program_path(key).is_file()
 
     def _architecture(self) -> ModelProfile:
         """What the fingerprint decides."""
@@ -190,6 +199,7 @@ class TracedModel:
         except ImportError as error:
             raise _needs_tracing() from error
         program: StepProgram = trace_model(dict(self.config), key, progress=self._progress)
+        self._is_tracing = True
         self._cache.store_program(key, program, profile=self.profile)
         return program
 
