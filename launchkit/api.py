@@ -12,7 +12,8 @@ from launchkit.catalog.presets import find_preset
 from launchkit.hardware import Cluster
 from launchkit.model import ModelProfile, ModelSource
 from launchkit.plan import Candidate, Plan
-from launchkit.planner.evaluate import Bench, point_of
+from launchkit.planner.evaluate import Bench
+from launchkit.planner.point import point_of
 from launchkit.probe import cluster_for
 from launchkit.program import StepProgram
 from launchkit.request import Request, resolve

@@ -58,3 +58,7 @@ class ModelSource(Protocol):
         """Says which programs will likely be asked for, the likeliest first, so that those that have to be made can be
         made side by side."""
         ...
+
+    def has_program(self, key: TraceKey) -> bool:
+        """Whether ``program(key)`` is at hand, or the model is being traced anyway, so that one more costs little."""
+        ...

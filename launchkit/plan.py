@@ -13,12 +13,13 @@ from launchkit.scenario import Scenario
 
 class RunPhase(StrEnum):
     """The parts of a run whose peaks differ. Every batch is planned as the longest one, so that the longest batch is a
-    steady step."""
+    steady step. An evaluation is of ``per_device_eval_batch_size`` sequences; it is there where its program is."""
 
     LOAD = "load"
     FIRST_STEP = "first_step"
     STEADY_STEP = "steady_step"
     LONGEST_BATCH = "longest_batch"
+    EVALUATION = "evaluation"  # only of runs that are given something to evaluate on
     SAVE = "save"
 
 
@@ -81,14 +82,19 @@ class Estimate:
 
     @property
     def fits(self) -> bool:
-        """Fits means that the top of the range is within the usable memory, in every phase."""
-        tops = (phase.device_peak_high_bytes for phase in self.phases)
+        """Fits means that the top of the range is within the usable memory, in every phase of every run."""
+        tops = (phase.device_peak_high_bytes for phase in self.certain_phases)
         return max(self.device_peak_high_bytes, *tops, 0) <= self.device_usable_bytes
+
+    @property
+    def certain_phases(self) -> tuple[PhasePeak, ...]:
+        """The phases that every run goes through: all but the evaluation."""
+        return tuple(peak for peak in self.phases if peak.phase is not RunPhase.EVALUATION)
 
     @property
     def worst_phase(self) -> RunPhase:
         """The phase whose device peak is highest; of equals the step's."""
-        step_first = sorted(self.phases, key=lambda peak: peak.phase is not RunPhase.STEADY_STEP)
+        step_first = sorted(self.certain_phases, key=lambda peak: peak.phase is not RunPhase.STEADY_STEP)
         worst = max(step_first, key=lambda peak: peak.device_peak_bytes, default=None)
         return RunPhase.STEADY_STEP if worst is None else worst.phase
 

@@ -134,6 +134,7 @@ class TracedModel:
         self._progress = progress
         self._programs: dict[str, StepProgram] = {}
         self._workers: TraceWorkers | None = None
+        self._is_tracing = False
 
     @property
     def config(self) -> Mapping[str, Any]:
@@ -176,7 +177,15 @@ class TracedModel:
 
     def _is_at_hand(self, key: TraceKey) -> bool:
         is_shipped = self._shipped is not None and key.text in self._shipped
-        return is_shipped or key.text in self._programs or self._cache.program_path(key).exists()
+        return is_shipped or key.text in self._programs or self._cache.program_path(key).is_file()
+
+    def has_program(self, key: TraceKey) -> bool:
+        """See ``ModelSource``. Of a model that ships, the user's cache is not asked: to name its folder takes time."""
+        if self._is_tracing or key.text in self._programs:
+            return True
+        if self._shipped is not None:
+            return key.text in self._shipped
+        return self._cache.program_path(key).is_file()
 
     def _architecture(self) -> ModelProfile:
         """What the fingerprint decides."""
@@ -209,6 +218,7 @@ class TracedModel:
         except ImportError as error:
             raise _needs_tracing() from error
         program = self._traced_by_worker(key) or trace_model(dict(self.config), key, progress=self._progress)
+        self._is_tracing = True
         self._cache.store_program(key, program, profile=self.profile)
         return program
 

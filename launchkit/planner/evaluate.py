@@ -6,16 +6,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 from launchkit import strategies
-from launchkit.errors import IllegalScenarioError
+from launchkit.errors import IllegalScenarioError, TraceError
 from launchkit.hardware import Cluster
 from launchkit.model import ModelProfile, ModelSource
 from launchkit.optimizers import FP32_BYTES, LocalTensor, find, traffic_bytes
 from launchkit.plan import Candidate, Estimate, RunPhase, StepTime
 from launchkit.planner.disk import checkpoint_files
+from launchkit.planner.evaluation import evaluated, evaluation_micro_batch, evaluation_peak
 from launchkit.planner.host import Shortage, known_host_bytes, shortage
 from launchkit.planner.phases import Run, StepPeak, phase_peaks
+from launchkit.planner.point import point_of
 from launchkit.planner.sizes import ModelSizes
-from launchkit.program import Owner, Phase, Point, StepProgram
+from launchkit.program import Owner, Phase, StepProgram
 from launchkit.scenario import (
     Batch,
     Checkpointing,
@@ -25,6 +27,7 @@ from launchkit.scenario import (
     State,
     StrategyKind,
     TraceKey,
+    Trainer,
 )
 from launchkit.simulate.clock import Job, simulate_time
 from launchkit.simulate.memory import MemoryReading, read_memory, simulate_memory
@@ -69,6 +72,10 @@ class Bench:
 
     def key(self, scenario: Scenario) -> TraceKey:
         return program_key(scenario, self.source.profile, self.cluster.gpu.device_kind)
+
+    def evaluation_key(self, scenario: Scenario) -> TraceKey:
+        """Of the program of an evaluation with the scenario's batch."""
+        return replace(self.key(scenario), evaluation=True).canonical
 
     def program(self, scenario: Scenario) -> StepProgram:
         """The step of the largest rank. Raises ``TraceError`` where the model's program cannot be had."""
@@ -166,15 +173,6 @@ def program_key(scenario: Scenario, profile: ModelProfile, device: DeviceKind) -
     return replace(key, beyond_window=beyond_window, packed=training.flattens_batch).canonical
 
 
-def point_of(scenario: Scenario) -> Point:
-    """Where the scenario evaluates its program."""
-    batch = scenario.batch
-    rank = 0 if scenario.training.method is Method.FULL else scenario.training.lora_rank
-    if scenario.training.flattens_batch:
-        return Point(1, batch.micro_batch * batch.seq_len, rank)
-    return Point(batch.micro_batch, batch.seq_len, rank)
-
-
 def estimate(source: ModelSource, *, cluster: Cluster, scenario: Scenario) -> Candidate:
     """Memory and speed of exactly this scenario.
 
@@ -203,9 +201,10 @@ def judge(bench: Bench, scenario: Scenario) -> Candidate:
     candidate = candidate_of(bench, scenario, reading)
     steps = _steps(bench, scenario, reading)
     phases = phase_peaks(run_of(bench, scenario, reading.steady_bytes), reading, steps)
+    candidate = replace(candidate, estimate=replace(candidate.estimate, phases=phases))
     return replace(
         candidate,
-        estimate=replace(candidate.estimate, phases=phases, device_peak_low_bytes=_low_bytes(bench, candidate)),
+        estimate=replace(candidate.estimate, device_peak_low_bytes=_low_bytes(bench, candidate)),
         notes=(*candidate.notes, *_compile_notes(scenario), *_warnings(bench, candidate)),
     )
 
@@ -242,6 +241,12 @@ def _warnings(bench: Bench, candidate: Candidate) -> Iterator[str]:
             f"{gib(lack.needed_bytes)} of host memory are needed {lack.doing} and a node has "
             f"{gib(node.host_memory_bytes)}: the kernel would kill the processes (exit code −9)"
         )
+    for peak in candidate.estimate.phases:
+        if peak.phase is RunPhase.EVALUATION and peak.device_peak_high_bytes > candidate.estimate.device_usable_bytes:
+            yield (
+                f"an evaluation of {evaluation_micro_batch(candidate.scenario)} sequences at a time needs "
+                f"{gib(peak.device_peak_bytes)}; set per_device_eval_batch_size lower if the run evaluates"
+            )
     if checkpoint and checkpoint.disk_peak_bytes > node.disk_free_bytes > 0:
         yield (
             f"checkpoints take up to {gigabytes(checkpoint.disk_peak_bytes)} of disk ({checkpoint.num_kept} kept, one "
@@ -250,7 +255,7 @@ def _warnings(bench: Bench, candidate: Candidate) -> Iterator[str]:
 
 
 def _steps(bench: Bench, scenario: Scenario, reading: MemoryReading) -> tuple[StepPeak, ...]:
-    """The first step, a steady one, and one of the longest batch, which every batch is planned as.
+    """The first step, a steady one, one of the longest batch, which every batch is planned as, and an evaluation.
 
     ``reading`` is of one of the two states, run through the allocator; of the other the allocated peak is read, and its
     reserved memory is what the cache held after the first step, or at least that.
@@ -267,10 +272,29 @@ def _steps(bench: Bench, scenario: Scenario, reading: MemoryReading) -> tuple[St
         RunPhase.STEADY_STEP: State.STEADY,
         RunPhase.LONGEST_BATCH: State.STEADY,
     }
-    return tuple(
+    steps = [
         StepPeak(phase=phase, allocated_bytes=peaks[state][0], reserved_bytes=peaks[state][1])
         for phase, state in phases.items()
-    )
+    ]
+    kept = reading.reserved_peak_bytes if cached else 0
+    return (*steps, *_evaluation(bench, scenario, cached_bytes=kept))
+
+
+def _evaluation(bench: Bench, scenario: Scenario, *, cached_bytes: int) -> Iterator[StepPeak]:
+    """An evaluation, where the trainer has one and its program is at hand: a trace of its own is not worth waiting for.
+
+    What a step left cached, ``cached_bytes``, is there still, and is taken again.
+    """
+    micro_batch = evaluation_micro_batch(scenario)
+    key = bench.evaluation_key(evaluated(scenario, micro_batch=micro_batch))
+    if scenario.training.trainer is Trainer.LOOP or not bench.source.has_program(key):
+        return
+    try:
+        peak = evaluation_peak(bench, scenario, micro_batch=micro_batch)
+    except TraceError:
+        return
+    reserved = max(peak.reserved_peak_bytes, cached_bytes)
+    yield StepPeak(phase=RunPhase.EVALUATION, allocated_bytes=peak.allocated_peak_bytes, reserved_bytes=reserved)
 
 
 def run_of(bench: Bench, scenario: Scenario, steady_bytes: int = 0) -> Run:

@@ -3,16 +3,32 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from launchkit import strategies
-from launchkit.planner.evaluate import Bench, point_of
+from launchkit.planner.point import point_of
 from launchkit.program import Phase, Section, Stage, StepProgram
-from launchkit.scenario import Scenario, State
+from launchkit.scenario import Scenario, State, Trainer
 from launchkit.simulate.memory import MemoryReading, simulate_memory
 from launchkit.simulate.overheads import cublas_workspaces
 
+if TYPE_CHECKING:
+    from launchkit.planner.evaluate import Bench
+
 # TrainingArguments' own per_device_eval_batch_size, which nothing that is exported changes. Source: transformers 5.23.
 EVALUATION_MICRO_BATCH = 8
+
+
+def evaluation_micro_batch(scenario: Scenario) -> int:
+    """Sequences per device and forward pass of an evaluation: Axolotl's ``eval_batch_size`` is the micro-batch unless
+    its file says another, the other trainers' is transformers' default."""
+    return scenario.batch.micro_batch if scenario.training.trainer is Trainer.AXOLOTL else EVALUATION_MICRO_BATCH
+
+
+def evaluated(scenario: Scenario, *, micro_batch: int) -> Scenario:
+    """The scenario between two of whose steps ``micro_batch`` sequences are evaluated, with these for a batch."""
+    batch = replace(scenario.batch, micro_batch=micro_batch, gradient_accumulation_steps=1)
+    return replace(scenario, batch=batch, state=State.STEADY)
 
 
 def evaluation_peak(bench: Bench, scenario: Scenario, *, micro_batch: int = EVALUATION_MICRO_BATCH) -> MemoryReading:
@@ -23,10 +39,9 @@ def evaluation_peak(bench: Bench, scenario: Scenario, *, micro_batch: int = EVAL
     step it reuses what that one left cached. Omits: the logits that ``compute_metrics`` asks the trainer to keep, of
     every batch until the evaluation ends. Raises ``TraceError`` where the evaluation cannot be traced.
     """
-    batch = replace(scenario.batch, micro_batch=micro_batch, gradient_accumulation_steps=1)
-    scenario = replace(scenario, batch=batch, state=State.STEADY)
+    scenario = evaluated(scenario, micro_batch=micro_batch)
     cluster = bench.cluster_of(scenario)
-    program = bench.source.program(replace(bench.key(scenario), evaluation=True).canonical)
+    program = bench.source.program(bench.evaluation_key(scenario))
     rewritten = strategies.rewrite(_with_idle_backward(program), scenario=scenario, cluster=cluster)
     forward = tuple(stage for stage in rewritten.stages if stage.phase in (Phase.FORWARD, Phase.LOSS))
     persistent = (*rewritten.persistent, *cublas_workspaces(cluster.gpu))

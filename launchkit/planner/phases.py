@@ -1,4 +1,4 @@
-"""The peaks of a whole run, phase by phase: loading, the first step, a steady one, saving."""
+"""The peaks of a whole run, phase by phase: loading, the first step, a steady one, an evaluation, saving."""
 
 from __future__ import annotations
 
@@ -98,7 +98,8 @@ class StepPeak:
 def phase_peaks(run: Run, reading: MemoryReading, steps: Sequence[StepPeak]) -> tuple[PhasePeak, ...]:
     """Every phase in the order of a run; ``reading`` is of a step, ``steps`` are the peaks of each kind of step."""
     load, save = run.load().device_bytes, run.saving_bytes()
-    cached = max(step.reserved_bytes for step in steps)  # what the steps' cache holds, it keeps while saving
+    # What the cache holds after training, it keeps while saving; not every run evaluates.
+    cached = max(step.reserved_bytes for step in steps if step.phase is not RunPhase.EVALUATION)
     loading = StepPeak(phase=RunPhase.LOAD, allocated_bytes=load, reserved_bytes=load)
     saving = StepPeak(phase=RunPhase.SAVE, allocated_bytes=save, reserved_bytes=max(save, cached))
     hosts = [run.host_training(step.allocated_bytes) for step in steps]

@@ -40,7 +40,12 @@ def _owner_rows(estimate: Estimate, *, canvas: Canvas) -> list[str]:
 
 def _phases(estimate: Estimate) -> list[str]:
     """Device and host in the phases that are not the step that all other figures are of."""
-    names = {RunPhase.LOAD: "loading", RunPhase.FIRST_STEP: "first step", RunPhase.SAVE: "saving"}
+    names = {
+        RunPhase.LOAD: "loading",
+        RunPhase.FIRST_STEP: "first step",
+        RunPhase.EVALUATION: "evaluation",
+        RunPhase.SAVE: "saving",
+    }
     return [
         f"{names[peak.phase]} {gib(peak.allocated_peak_bytes)}, host {gib(peak.host_peak_bytes)}"
         for peak in estimate.phases

@@ -158,9 +158,11 @@ TERMS: tuple[Term, ...] = (
     Term(
         name="phases",
         text="The peaks of a whole run: loading, the first step (no optimizer states yet), a steady step, the longest "
-        "batch, saving. Every batch is planned as long as --seq-len, so that the longest batch is a steady step. Host "
-        "memory is counted twice: resident, and needed, which leaves out the mapped weight files that the kernel can "
-        "drop.",
+        "batch, an evaluation, saving. Every batch is planned as long as --seq-len, so that the longest batch is a "
+        "steady step. An evaluation is of per_device_eval_batch_size sequences (8; of Axolotl the micro-batch); it is "
+        "shown where its program ships or the model was traced, and counts neither for what fits nor for the worst "
+        "phase, since a run evaluates only where it is given something to evaluate on. Host memory is counted twice: "
+        "resident, and needed, which leaves out the mapped weight files that the kernel can drop.",
         also=("worst_phase", "load"),
         see=("worst moment", "host", "checkpoint"),
     ),

@@ -28,7 +28,7 @@ def verdict(estimate: Estimate) -> Verdict:
     """How one estimate stands to the memory it may use."""
     if estimate.fits:
         return Verdict.FITS
-    peaks = (phase.device_peak_bytes for phase in estimate.phases)
+    peaks = (phase.device_peak_bytes for phase in estimate.certain_phases)
     likeliest = max(estimate.device_peak_bytes, *peaks, 0)
     return Verdict.NARROW if likeliest <= estimate.device_usable_bytes else Verdict.DOES_NOT_FIT
 

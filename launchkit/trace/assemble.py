@@ -426,9 +426,9 @@ def stand_ins(stack: Stack) -> tuple[int, ...]:
 
 
 def _inner(stack: Stack) -> dict[int, tuple[object, ...]]:
-    """The surroundings of those kept layers that were traced between their own neighbours, by index among the kept."""
-    kept, cases = stack.kept, surroundings(stack.kinds)
-    return {j: cases[kept[j]] for j in range(1, len(kept) - 1) if kept[j - 1] + 1 == kept[j] == kept[j + 1] - 1}
+    """The surroundings of those kept layers that were traced in their own, by index among the kept."""
+    cases, traced = surroundings(stack.kinds), surroundings([stack.kinds[i] for i in stack.kept])
+    return {j: cases[i] for j, i in enumerate(stack.kept[1:-1], start=1) if traced[j] == cases[i]}
 
 
 def parameter(name: str, shape: Sequence[int], itemsize: int, *, trainable: bool, lora_rank: int) -> Parameter:

@@ -54,6 +54,11 @@ class Built:
         return found
 
 
+# Marks a configuration whose class ties the head whatever its file says (T5): the weights hold a head of its own then,
+# and ``from_pretrained`` unties what they hold apart. Source: transformers 5.23 ``PreTrainedModel.tie_weights``.
+_OWN_HEAD = "_launchkit_own_head"
+
+
 def load_config(config: Mapping[str, Any]) -> PreTrainedConfig:
     """A transformers configuration object from the fields of ``config.json``."""
     model_type = config.get("model_type")
@@ -65,11 +70,14 @@ def load_config(config: Mapping[str, Any]) -> PreTrainedConfig:
             "upgrade transformers, or plan a model of a known architecture"
         ) from None
     try:
-        return type(known).from_dict(copy.deepcopy(dict(config)))
+        settings = type(known).from_dict(copy.deepcopy(dict(config)))
     except Exception as error:  # transformers validates with many exception types
         raise ModelConfigError(
             f"transformers refuses this config.json: {_first_line(error)}; correct the field"
         ) from None
+    if config.get("tie_word_embeddings") is False and getattr(settings, "tie_word_embeddings", False):
+        setattr(settings, _OWN_HEAD, True)
+    return settings
 
 
 def _first_line(error: BaseException) -> str:
@@ -131,10 +139,15 @@ def build_on_meta(
         with torch.device("meta"), _no_initialisation():
             model = model_class._from_config(config, attn_implementation=str(attention), dtype=dtype)
     except Exception as error:  # constructors raise many exception types
+        if "does not support an attention implementation" in str(error):
+            raise TraceError(f"{model_class.__name__} has no {attention} attention; use --attention eager") from None
         raise TraceError(
             f"{model_class.__name__} cannot be built with {attention} attention: {_first_line(error)}"
         ) from None
     model.tie_weights()  # which transformers leaves out where it does not initialise
+    if getattr(config, _OWN_HEAD, False):
+        head: Any = model.get_output_embeddings()
+        head.weight = nn.Parameter(torch.empty_like(head.weight))
     for part in (model.config, model.config.get_text_config()):
         part.use_cache = False
     return model
@@ -169,7 +182,18 @@ def layer_kinds(config: PreTrainedConfig, stack: nn.ModuleList) -> tuple[str, ..
     for name, manner, block in zip(named, _manners(stack), stack, strict=True):
         shape = repr([(n, tuple(p.shape)) for n, p in block.named_parameters()])
         kinds.append(f"{name}{manner}#{shapes.setdefault(shape, len(shapes))}")
+    for layer in _second_to_share(kinds, getattr(text_config, "num_kv_shared_layers", 0) or 0):
+        kinds[layer] = f"second {kinds[layer]}"
     return tuple(kinds)
+
+
+def _second_to_share(kinds: Sequence[str], num_sharing: int) -> list[int]:
+    """The last but one of each kind among the last ``num_sharing`` layers, which take their keys and values from an
+    earlier layer: in the backward pass its gradient of them meets the last one's, and the sum is a tensor of its own,
+    to which all others are added in place."""
+    layers = range(len(kinds) - num_sharing, len(kinds))
+    of_kind = {kind: [i for i in layers if kinds[i] == kind] for kind in kinds}
+    return [found[-2] for found in of_kind.values() if len(found) > 1]
 
 
 def _manners(stack: nn.ModuleList) -> list[str]:
@@ -181,11 +205,18 @@ def _manners(stack: nn.ModuleList) -> list[str]:
     settings = [_settings(block) for block in stack]
     names = {name for found in settings for name in found}
     values = {name: [found.get(name) for found in settings] for name in names}
-    telling = [name for name in sorted(names) if 1 < len(set(values[name])) < max(3, len(stack))]
+    telling = [name for name in sorted(names) if len(set(values[name])) > 1 and not _only_numbers(values[name])]
     marks: dict[str, int] = {}
     texts = [repr([found.get(name) for name in telling]) for found in settings]
     numbers = [marks.setdefault(text, len(marks)) for text in texts]
     return [f"~{number}" if len(marks) > 1 else "" for number in numbers]
+
+
+def _only_numbers(values: Sequence[Any]) -> bool:
+    """Whether a setting only numbers the layers that have it: each has another value, or its own place in the stack."""
+    held = [(layer, value) for layer, value in enumerate(values) if value is not None]
+    differ = len({value for _, value in held}) == len(held) > 2
+    return differ or all(type(value) is int and value == layer for layer, value in held)
 
 
 def _settings(block: nn.Module) -> dict[str, Any]:
@@ -217,8 +248,13 @@ def choose_layers(kinds: Sequence[str]) -> tuple[int, ...]:
     if count <= _LAYERS_WHEN_UNIFORM or len(set(kinds)) == 1:
         return tuple(range(min(count, _LAYERS_WHEN_UNIFORM)))
     cases = surroundings(kinds)
-    kept = {i + d for i, case in enumerate(cases) if cases.index(case) == i for d in (-1, 0, 1)}
-    return tuple(sorted(kept & set(range(count))))
+    told = [i for i, case in enumerate(cases) if cases.index(case) == i]
+    kept = sorted({i + d for i in told for d in (-1, 0, 1)} & set(range(count)))
+    for i in sorted(set(kept) - {*told, 1, count - 2}):  # a neighbour that the next one can stand in for
+        fewer = [other for other in kept if other != i]
+        if surroundings([kinds[j] for j in fewer])[1:-1] == tuple(cases[j] for j in fewer)[1:-1]:
+            kept = fewer
+    return tuple(kept)
 
 
 def cut(model: nn.Module, config: PreTrainedConfig, *, first_apart: bool = False) -> tuple[Stack, ...]:

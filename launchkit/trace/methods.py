@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 from unittest import mock
@@ -71,7 +72,46 @@ def apply_method(model: nn.Module, key: TraceKey, *, lora_rank: int) -> nn.Modul
             return get_peft_model(model, config, autocast_adapter_dtype=not key.cast_adapters)
     except (TypeError, ValueError) as error:
         reason = " ".join(str(error).removeprefix("[PEFT:PeftType.LORA] ").split())
-        raise TraceError(f"PEFT refuses --lora-targets {key.lora_targets}: {reason}") from None
+        advice = _other_targets(model, key.lora_targets, unfit=re.findall(r"'(\w+)'", reason))
+        raise TraceError(
+            f"PEFT refuses --lora-targets {key.lora_targets}: {_sentence(reason)}; pass {advice}"
+        ) from None
+
+
+def adapter_error(model: nn.Module, key: TraceKey, error: BaseException) -> TraceError | None:
+    """What to tell where a step failed in an adapter itself; None where it failed elsewhere.
+
+    PEFT takes every subclass of a linear layer for one, also those that return more than one tensor (the routers of
+    some mixtures of experts), and its adapters break on them.
+    """
+    if key.method is Method.FULL:
+        return None
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    layer = frame.f_locals.get("self")
+    if not isinstance(layer, BaseTunerLayer):
+        return None
+    name = next((path for path, module in model.named_modules() if module is layer), "").rpartition(".")[2]
+    wrapped = type(layer.get_base_layer()).__name__
+    advice = _other_targets(model, key.lora_targets, unfit=[name])
+    return TraceError(
+        f"PEFT's adapters do not run on {name} ({wrapped}), one of --lora-targets {key.lora_targets}; pass {advice}"
+    )
+
+
+def _sentence(text: str) -> str:
+    return text.partition(". ")[0].rstrip(".")
+
+
+def _other_targets(model: nn.Module, text: str, *, unfit: Sequence[str]) -> str:
+    """The targets to type in place of ``text``: the attention's where it has any that fit, else all that fit."""
+    attention = _attention_names(model)
+    if text != "attention" and attention and not attention & set(unfit):
+        return "--lora-targets attention"
+    head: Any = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    fit = {name.rpartition(".")[2] for name, layer in _linears(model) if layer is not head} - set(unfit)
+    return f"--lora-targets {','.join(sorted(fit))}" if fit else "--method full"
 
 
 def lora_targets(model: nn.Module, text: str) -> tuple[str | list[str], list[str]]:
@@ -93,16 +133,10 @@ def _has_fused_experts(model: nn.Module, target: str) -> bool:
 
 
 def _target_modules(model: nn.Module, named: list[str]) -> list[str]:
-    names = {name.rpartition(".")[2] for name, module in model.named_modules() if _is_linear(module)}
+    names = {name.rpartition(".")[2] for name, _ in _linears(model)}
     chosen = named
     if named == ["attention"]:
-        chosen = sorted(
-            {
-                name.rpartition(".")[2]
-                for name, module in model.named_modules()
-                if _is_linear(module) and re.search(r"attn|attention", name, re.IGNORECASE) and _ATTENTION.search(name)
-            }
-        )
+        chosen = sorted(_attention_names(model))
     missing = [name for name in chosen if name not in names]
     if missing or not chosen:
         raise TraceError(
@@ -110,6 +144,21 @@ def _target_modules(model: nn.Module, named: list[str]) -> list[str]:
             f"choose among all-linear, attention, {', '.join(sorted(names))}"
         )
     return chosen
+
+
+def _attention_names(model: nn.Module) -> set[str]:
+    return {
+        name.rpartition(".")[2]
+        for name, _ in _linears(model)
+        if re.search(r"attn|attention", name, re.IGNORECASE) and _ATTENTION.search(name)
+    }
+
+
+def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The linear layers by their paths in the model, whether or not adapters are on them."""
+    for name, module in model.named_modules():
+        if _is_linear(module) and ".lora_" not in name:
+            yield name.removesuffix(".base_layer"), module
 
 
 def _modules_to_save(model: nn.Module, names: str) -> list[str] | None:

@@ -40,7 +40,7 @@ from launchkit.trace.checkpointing import enable_checkpointing
 from launchkit.trace.cuda import faithful_to_cuda
 from launchkit.trace.forward import forward_of
 from launchkit.trace.liger import liger_kernels
-from launchkit.trace.methods import WEIGHT_DTYPE, apply_method
+from launchkit.trace.methods import WEIGHT_DTYPE, adapter_error, apply_method
 from launchkit.trace.quantised import packed_bytes, scale_bytes
 from launchkit.trace.recorder import Log
 from launchkit.trace.step import trace_step
@@ -59,7 +59,7 @@ _LOOPED_SINGLE = (Point(1, 6, 8), Point(1, 8, 8), Point(1, 9, 8), Point(1, 11, 1
 
 # CUDA's attention kernels pad lengths to multiples of 32.
 _STRIDE = 32
-_STRIDE_WITHOUT_ATTENTION = 4
+_STRIDE_WITHOUT_ATTENTION = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,6 +173,8 @@ def _trace_one(model: _Traceable, key: TraceKey, point: Point) -> Log:
     except TraceError:
         raise
     except Exception as error:
+        if (of_adapter := adapter_error(built.model, key, error)) is not None:
+            raise of_adapter from error
         text = " ".join(str(error).split())[:300]
         raise TraceError(
             f"the training step of {type(built.model).__name__} cannot be traced: {type(error).__name__}: {text}"
@@ -313,10 +315,16 @@ def profile_model(
         attentions=attentions,
         sliding_window=_sliding_window(text),
         task=task,
-        tied_embeddings=bool(getattr(text, "tie_word_embeddings", False)),
+        tied_embeddings=_has_tied_head(model),
         versions=traced_with(),
         notes=_notes(settings),
     )
+
+
+def _has_tied_head(model: Any) -> bool:
+    """Whether the output embedding is the input embedding."""
+    head = model.get_output_embeddings()
+    return head is not None and head.weight is model.get_input_embeddings().weight
 
 
 def _notes(settings: PreTrainedConfig) -> tuple[str, ...]:

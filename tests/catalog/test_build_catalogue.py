@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from launchkit.catalog.index import ModelRow, models_directory, read_rows
-from launchkit.scenario import Attention
-from tests.builders import profile
+from launchkit.catalog.cache import write_atomically
+from launchkit.catalog.codec import ProgramFile, encode
+from launchkit.catalog.index import ModelRow, models_directory, programs_path, read_rows
+from launchkit.scenario import Attention, Trainer
+from tests.builders import profile, smallest_program
 
 SCRIPT = Path(__file__).resolve().parent.parent.parent / "scripts" / "build-catalogue"
 ROW = ModelRow(id="a/b", config={"model_type": "llama"}, source="a test", num_parameters_published=1000, trace=True)
@@ -38,6 +40,28 @@ def test_every_key_is_traced_once(script: types.ModuleType) -> None:
     assert "cuda/full/autocast-bf16/none/sdpa/plain/hf/bn" in texts
     assert "cuda/qlora/bf16-autocast/full/sdpa/plain/hf/all-linear/b1/cast" in texts
     assert "cpu/full/fp32/none/sdpa/plain/loop/bn" in texts
+    assert "cuda/lora/bf16-autocast/none/sdpa/plain/hf/all-linear/bn/evaluation" in texts
+    assert "cuda/qlora/bf16-autocast/full/sdpa/chunked/trl/all-linear/b1" in texts
+
+
+def test_only_causal_models_are_traced_under_trl(script: types.ModuleType) -> None:
+    encoder = replace(PROFILE, task="sequence-classification")
+    assert Trainer.TRL in {key.trainer for key in script.trace_keys(ROW, PROFILE)}
+    assert Trainer.TRL not in {key.trainer for key in script.trace_keys(ROW, encoder)}
+
+
+def test_what_a_file_holds_is_kept_where_asked(script: types.ModuleType, tmp_path: Path) -> None:
+    work = script.Work(directory=tmp_path / "work", versions={})
+    (architecture,) = script.architectures([ROW])
+    first, second, *_ = script.trace_keys(ROW, PROFILE)
+    cache = work.cache(architecture.fingerprint)
+    cache.store_profile(PROFILE)
+    path = programs_path(tmp_path, architecture.fingerprint)
+    for keep, expected in ((False, {second.text}), (True, {first.text, second.text})):
+        write_atomically(path, encode(PROFILE, {first.text: smallest_program()}))
+        cache.store_program(second, smallest_program(), profile=PROFILE)
+        script.write_programs(architecture, work=work, directory=tmp_path, keep=keep)
+        assert set(ProgramFile.read(path).keys) == expected
 
 
 def test_large_models_are_not_traced_for_cpus(script: types.ModuleType) -> None:

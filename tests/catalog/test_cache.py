@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import stat
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -140,3 +141,21 @@ def test_where_the_cache_lies(monkeypatch: pytest.MonkeyPatch, environment: dict
 
 def test_the_toolchain_names_the_tracer() -> None:
     assert {"launchkit", "tracer"} <= toolchain_versions().keys()
+
+
+@pytest.mark.parametrize("package", ["torch", "transformers", "peft"])
+def test_another_version_of_what_traces_is_another_toolchain(
+    package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed = {"torch": "2.13.0", "transformers": "5.23.0", "peft": "0.21.2"}
+
+    def version(name: str) -> str:
+        if name not in installed:
+            raise metadata.PackageNotFoundError(name)
+        return installed[name]
+
+    monkeypatch.setattr(metadata, "version", version)
+    TraceCache("f", directory=tmp_path).store_program(KEY, PROGRAM, profile=PROFILE)
+    assert TraceCache("f", directory=tmp_path).load_program(KEY) == PROGRAM
+    installed[package] = "9.9"
+    assert TraceCache("f", directory=tmp_path).load_program(KEY) is None

@@ -174,6 +174,20 @@ def test_a_key_that_does_not_ship_is_traced_once(shipping: Index, tracer: Tracer
     assert tracer.asked == [OTHER_KEY.text]
 
 
+def test_a_program_is_at_hand_where_it_ships_or_is_cached_or_the_model_is_traced_anyway(
+    shipping: Index, directory: Path, tracer: Tracer
+) -> None:
+    source = find_model("first/name")
+    assert (source.has_program(KEY), source.has_program(OTHER_KEY)) == (True, False)
+    source.program(OTHER_KEY)
+    assert source.has_program(replace(OTHER_KEY, evaluation=True))
+    (directory / "config.json").write_text(json.dumps(CONFIG | {"vocab_size": 77}))
+    assert not find_model(str(directory)).has_program(KEY)
+    find_model(str(directory)).program(KEY)
+    unshipped = find_model(str(directory))
+    assert (unshipped.has_program(KEY), unshipped.has_program(OTHER_KEY)) == (True, False)
+
+
 def test_an_unknown_shape_is_traced_once(directory: Path, tracer: Tracer) -> None:
     for _ in range(2):
         source = find_model(str(directory))

@@ -70,6 +70,9 @@ class WrittenSource:
             raise TraceError(f"a step of {key.method} cannot be traced")
         return written(key, num_layers=self.num_layers)
 
+    def has_program(self, key: TraceKey) -> bool:
+        return not key.evaluation
+
 
 def written(key: TraceKey, *, num_layers: int) -> StepProgram:
     """The program that a trace under ``key`` would give."""

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
 
 from launchkit.hardware import Backend
 from launchkit.model import ModelProfile
+from launchkit.plan import RunPhase
+from launchkit.planner import evaluation
 from launchkit.planner.evaluate import Bench, judge
-from launchkit.planner.evaluation import evaluation_peak
+from launchkit.planner.evaluation import EVALUATION_MICRO_BATCH, evaluation_peak
 from launchkit.program import Owner, StepProgram
 from launchkit.request import Request, resolve
 from launchkit.scenario import Scenario, TraceKey
@@ -35,6 +37,9 @@ class Traced:
         if key not in self.programs:
             self.programs[key] = trace_model(LLAMA, key)
         return self.programs[key]
+
+    def has_program(self, key: TraceKey) -> bool:
+        return True
 
 
 SOURCE = Traced()
@@ -71,3 +76,35 @@ def test_it_grows_with_its_own_batch_and_not_with_the_steps() -> None:
 
 def test_checkpointing_makes_no_difference() -> None:
     assert evaluated(checkpointing="full") == evaluated(checkpointing="none")
+
+
+@pytest.mark.parametrize(
+    ("trainer", "num_sequences"), [("hf", EVALUATION_MICRO_BATCH), ("trl", EVALUATION_MICRO_BATCH), ("axolotl", 2)]
+)
+def test_it_is_a_phase_of_the_run_before_the_last(trainer: str, num_sequences: int) -> None:
+    bench, scenario = bench_and_scenario(trainer=trainer, micro_batch=2)
+    estimate = judge(bench, scenario).estimate
+    *_, phase, _ = estimate.phases
+    assert phase.phase is RunPhase.EVALUATION
+    assert (
+        phase.allocated_peak_bytes == evaluation_peak(bench, scenario, micro_batch=num_sequences).allocated_peak_bytes
+    )
+    assert phase not in estimate.certain_phases
+
+
+def test_the_plain_loop_has_none() -> None:
+    phases = judge(*bench_and_scenario(trainer="loop")).estimate.phases
+    assert RunPhase.EVALUATION not in [phase.phase for phase in phases]
+
+
+def test_a_run_that_evaluates_nothing_fits_whatever_an_evaluation_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluation, "EVALUATION_MICRO_BATCH", 64)
+    bench, scenario = bench_and_scenario(micro_batch=1, trainer="hf")
+    usable = judge(bench, scenario).estimate.device_peak_high_bytes
+    node = replace(bench.cluster.node, host_memory_bytes=usable)
+    candidate = judge(replace(bench, cluster=replace(bench.cluster, node=node)), scenario)
+    assert candidate.estimate.fits
+    assert candidate.estimate.worst_phase is not RunPhase.EVALUATION
+    (note,) = [note for note in candidate.notes if "evaluation" in note]
+    assert note.startswith("an evaluation of 64 sequences at a time needs")
+    assert "set per_device_eval_batch_size lower" in note

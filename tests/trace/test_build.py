@@ -13,7 +13,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from launchkit.errors import LaunchkitError, ModelConfigError, TraceError
 from launchkit.scenario import Attention
 from launchkit.trace import profile_model, trace_model
-from launchkit.trace.build import build_on_meta, cut, find_stacks, layer_kinds, load_config, to_fake, training_class
+from launchkit.trace.build import (
+    build_on_meta,
+    choose_layers,
+    cut,
+    find_stacks,
+    layer_kinds,
+    load_config,
+    to_fake,
+    training_class,
+)
 from tests.trace.models import GPT2, LLAMA, MIXTRAL, T5, TIED, gemma3, key, varied
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -63,6 +72,38 @@ def test_kinds_come_from_the_layer_types_and_from_the_shapes() -> None:
     uneven = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 4), nn.Linear(2, 2)])
     kinds = layer_kinds(load_config(varied(LLAMA, num_hidden_layers=3)), uneven)
     assert kinds[0] == kinds[2] != kinds[1]
+
+
+def test_a_setting_that_only_numbers_layers_makes_no_kinds() -> None:
+    stack = nn.ModuleList(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)) for _ in range(6))
+    for layer in (0, 1, 3, 4):
+        stack[layer].layer_idx = layer  # as only the linear attention of a hybrid has it
+    stack[5].window = 8
+    kinds = layer_kinds(load_config(varied(LLAMA, num_hidden_layers=3)), stack)
+    assert [kinds[i] == kinds[0] for i in range(6)] == [True, True, True, True, True, False]
+
+
+@pytest.mark.parametrize(
+    ("kinds", "kept"),
+    [
+        ("a" * 9, (0, 1, 2, 3)),
+        ("aaab" * 8, (0, 1, 2, 3, 4, 6, 7, 8, 30, 31)),  # 5 and 29 have neighbours that others stand in for
+        ("ab" * 4, (0, 1, 2, 3, 4, 5, 6, 7)),
+        ("abc", (0, 1, 2)),
+    ],
+)
+def test_every_case_is_traced_between_the_neighbours_it_has(kinds: str, kept: tuple[int, ...]) -> None:
+    assert choose_layers(kinds) == kept
+
+
+def test_a_head_that_the_file_has_apart_is_one_whatever_the_class_ties() -> None:
+    apart = varied(T5, tie_word_embeddings=False)
+    model, tied = whole(apart), whole(T5)
+    assert model.lm_head.weight is not model.shared.weight is model.encoder.embed_tokens.weight
+    assert tied.lm_head.weight is tied.shared.weight
+    profiles = [profile_model(config, name="it") for config in (apart, T5)]
+    assert [profile.tied_embeddings for profile in profiles] == [False, True]
+    assert profiles[0].num_parameters - profiles[1].num_parameters == model.lm_head.weight.numel()
 
 
 def test_tied_weights_stay_tied() -> None:

@@ -16,6 +16,23 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 LORA_BF16 = LORA | {"compute": Compute.BF16}
 WINDOWED = {"beyond_window": True}
+GEMMA4: dict[str, Any] = {
+    "model_type": "gemma4_text",
+    "architectures": ["Gemma4ForCausalLM"],
+    "vocab_size": 96,
+    "vocab_size_per_layer_input": 96,
+    "hidden_size_per_layer_input": 8,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 18,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "global_head_dim": 16,
+    "sliding_window": 32,
+    "num_kv_shared_layers": 12,
+    "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 6,
+}
 CASES: Mapping[str, tuple[Mapping[str, Any], Mapping[str, Any]]] = {
     "llama": (LLAMA, {}),
     "llama, checkpointed on CUDA": (LLAMA, CUDA_CHECKPOINTED),
@@ -33,6 +50,7 @@ MIXED: Mapping[str, tuple[Mapping[str, Any], Mapping[str, Any]]] = {
         gemma3(*"sfsfsfsf"),
         WINDOWED | CUDA_CHECKPOINTED | {"attention": Attention.EAGER},
     ),
+    "gemma4, keys and values shared": (GEMMA4, {"single_sequence": True}),
 }
 POINTS = (Point(2, 96, 8), Point(5, 256, 4))
 

@@ -141,3 +141,46 @@ def test_fused_experts_take_adapters_of_their_own() -> None:
     trained = [p for group in traced.groups.values() for p in group.parameters if p.trainable]
     assert len(trained) == 4
     assert all(".experts." in p.name for p in trained)
+
+
+PHIMOE = {
+    "model_type": "phimoe",
+    "architectures": ["PhimoeForCausalLM"],
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_local_experts": 4,
+}
+MAMBA = {"model_type": "mamba", "architectures": ["MambaForCausalLM"], "vocab_size": 96, "hidden_size": 16} | {
+    "state_size": 4,
+    "num_hidden_layers": 2,
+    "time_step_rank": 4,
+}
+
+
+@pytest.mark.parametrize(
+    ("config", "attention", "refusal"),
+    [
+        (
+            PHIMOE,
+            Attention.SDPA,
+            r"PEFT's adapters do not run on router \(PhimoeTopKRouter\), one of --lora-targets all-linear; "
+            r"pass --lora-targets attention$",
+        ),
+        (
+            MAMBA,
+            Attention.EAGER,
+            r"PEFT refuses --lora-targets all-linear: Module '\w+' is incompatible with Mamba-based models .*; "
+            r"pass --lora-targets dt_proj,in_proj,x_proj$",
+        ),
+    ],
+    ids=["a router", "a state-space model"],
+)
+def test_layers_that_peft_cannot_adapt_are_named_with_those_that_it_can(
+    config: dict[str, Any], attention: Attention, refusal: str
+) -> None:
+    with pytest.raises(TraceError, match=refusal):
+        trace_model(config, key(method=Method.LORA, lora_targets="all-linear", attention=attention))

@@ -48,6 +48,9 @@ class Traced:
     def program(self, key: TraceKey) -> StepProgram:
         return trace_model(self.config, key)
 
+    def has_program(self, key: TraceKey) -> bool:
+        return False
+
 
 def measured(cell: Cell, directory: Path) -> dict[str, Any]:
     file, out = directory / "cell.json", directory / "measured.json"
