@@ -193,11 +193,13 @@ class Moment(StrEnum):
 
 
 class Group(StrEnum):
-    """Which ranks take part: all of them, one shard group, or the replicas of one shard."""
+    """Which ranks take part: all of them, one shard group, the replicas of one shard, or those that share the step of
+    one copy of the model (tensor, context or sequence parallelism)."""
 
     WORLD = "world"
     SHARD = "shard"
     REPLICATE = "replicate"
+    COPY = "copy"
 
 
 class Collective(NamedTuple):

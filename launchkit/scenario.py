@@ -344,6 +344,14 @@ class TraceKey:
     modules_to_save: str = ""
     images: bool = False
     keeps_linear_inputs: bool = False  # of frozen layers too, as ZeRO-3's own linear function does
+    tp: int = 1  # ranks that share each matrix
+    cp: int = 1  # ranks that share each sequence, keys and values going round
+    sp: int = 1  # ranks that share each sequence, and heads in its attention
+
+    @property
+    def is_split(self) -> bool:
+        """Whether several ranks share the step that is traced."""
+        return self.tp * self.cp * self.sp > 1
 
     @property
     def canonical(self) -> TraceKey:
@@ -419,4 +427,5 @@ class TraceKey:
             parts.append("images")
         if self.keeps_linear_inputs:
             parts.append("inputs")
+        parts += [f"{name}{size}" for name, size in (("tp", self.tp), ("cp", self.cp), ("sp", self.sp)) if size > 1]
         return "/".join(str(part) for part in parts)
