@@ -132,7 +132,7 @@ def refusal(scenario: Scenario, profile: ModelProfile, cluster: Cluster) -> str 
 
 def _group_refusal(scenario: Scenario, cluster: Cluster) -> str | None:
     size = shard_group_size(scenario.strategy, cluster)
-    if cluster.num_gpus % size:
+    if num_sharing_ranks(scenario.strategy, cluster) % size:
         return f"a shard group of {size} GPUs does not divide {cluster.num_gpus}; choose a divisor"
     return None
 
@@ -141,11 +141,21 @@ def is_hybrid(strategy: Strategy) -> bool:
     return strategy.kind is StrategyKind.HSDP or strategy.fsdp.sharding.is_hybrid
 
 
+def num_sharing_ranks(strategy: Strategy, cluster: Cluster) -> int:
+    """Ranks that hold the same matrices, so that FSDP may shard them: all but for tensor parallelism.
+
+    Ranks that share a sequence are among them: accelerate shards over ``dp_shard`` and ``cp`` as one.
+    """
+    return max(1, cluster.num_gpus // strategy.split.tp)
+
+
 def shard_group_size(strategy: Strategy, cluster: Cluster) -> int:
     """Ranks that share one copy of the model: all, or under hybrid sharding one node's unless told otherwise."""
+    num_ranks = num_sharing_ranks(strategy, cluster)
     if not is_hybrid(strategy):
-        return cluster.num_gpus
-    return min(strategy.fsdp.shard_group_size or cluster.node.num_gpus, cluster.num_gpus)
+        return num_ranks
+    in_node = max(1, cluster.node.num_gpus // strategy.split.tp)
+    return min(strategy.fsdp.shard_group_size or in_node, num_ranks)
 
 
 def rewrite(program: StepProgram, *, scenario: Scenario, cluster: Cluster) -> StepProgram:
@@ -163,10 +173,12 @@ class Layout:
 
     num_shards: int
     num_replicas: int
+    crosses_groups: bool  # the ranks that shard are not all there are: others hold other parts of the matrices
     rank: int
     trainable_itemsize: int
     frozen_itemsize: int
     gathered_itemsize: int
+    reduced_itemsize: int
     reshards: bool
     has_root_unit: bool  # the plain loop wraps all that is outside blocks as one; accelerate carves it up
     calls_head: bool  # a fused head is read, not called: its unit's backward begins with the loss
@@ -184,24 +196,30 @@ class Layout:
         casts = _casts(training)
         return cls(
             num_shards=num_shards,
-            num_replicas=cluster.num_gpus // num_shards,
+            num_replicas=num_sharing_ranks(strategy, cluster) // num_shards,
+            crosses_groups=strategy.split.tp > 1,
             rank=lora_rank(scenario),
             trainable_itemsize=FP32_BYTES if casts else 0,
             # accelerate upcasts what is trained; frozen weights stay as loaded, in 16 bits
             frozen_itemsize=(FP32_BYTES if in_loop else HALF_BYTES) if mixed else 0,
             gathered_itemsize=HALF_BYTES if casts else 0,
+            # transformers' own FSDP, which tensor parallelism goes with, reduces in fp32
+            reduced_itemsize=FP32_BYTES if casts and strategy.split.tp > 1 and not in_loop else 0,
             reshards=strategy.fsdp.sharding.reshard_after_forward,
             has_root_unit=in_loop,
             calls_head=training.loss is Loss.PLAIN and training.trainer is not Trainer.TRL,
             accumulates=accumulates(scenario),
-            defers_reduction=accumulates(scenario) and not in_loop,
+            # that FSDP defers only the all-reduce where there are replicas
+            defers_reduction=accumulates(scenario)
+            and not in_loop
+            and not (strategy.split.tp > 1 and is_hybrid(strategy)),
             offloads=strategy.offload.params or strategy.fsdp.offload_params,
             copies_on_wire=cluster.gpu.device_kind is DeviceKind.CPU,
         )
 
     @property
     def group(self) -> Group:
-        return Group.SHARD if self.num_replicas > 1 else Group.WORLD
+        return Group.SHARD if self.num_replicas > 1 or self.crosses_groups else Group.WORLD
 
 
 class ShardedProgram(FramedProgram):
@@ -235,6 +253,7 @@ class _Sharded(NamedTuple):
     trainable: bool
     stored_itemsize: int
     gathered_itemsize: int
+    reduced_itemsize: int
     whole_bytes: int  # gathered, with padding
     gradient_bytes: int  # unsharded, without padding
     in_block: bool
@@ -253,6 +272,10 @@ class _Sharded(NamedTuple):
     @property
     def sent_bytes(self) -> int:
         return self.numel * self.gathered_itemsize
+
+    @property
+    def reduced_bytes(self) -> int:
+        return self.numel * self.reduced_itemsize
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -298,8 +321,8 @@ class _Unit:
 
     @cached_property
     def reduced_bytes(self) -> int:
-        """The reduced shard in the dtype it is reduced in, the gathered one (as accelerate sets it)."""
-        return sum(p.sent_bytes for p in self.trainable)
+        """The reduced shard in the dtype it is reduced in: the gathered one, as accelerate sets it, or fp32."""
+        return sum(p.reduced_bytes for p in self.trainable)
 
     @cached_property
     def gradient_bytes(self) -> int:
@@ -311,12 +334,13 @@ def _sharded(parameter: Parameter, layout: Layout, *, in_block: bool) -> _Sharde
     """The first rank's shard of ``parameter``: ``ceil(rows / shards)`` rows. 4-bit weights shard as packed bytes."""
     if parameter.packed_bytes:
         packed = divide_up(parameter.packed_bytes, layout.num_shards)
-        return _Sharded((packed,), parameter.trainable, 1, 1, packed * layout.num_shards, 0, in_block)
+        return _Sharded((packed,), parameter.trainable, 1, 1, 1, packed * layout.num_shards, 0, in_block)
     dims = parameter.sizes(layout.rank) or (1,)
     shape = (divide_up(dims[0], layout.num_shards), *dims[1:])
     stored = layout.trainable_itemsize if parameter.trainable else layout.frozen_itemsize
     gathered = layout.gathered_itemsize or parameter.itemsize
-    shard = _Sharded(shape, parameter.trainable, stored or parameter.itemsize, gathered, 0, 0, in_block)
+    reduced = layout.reduced_itemsize or gathered
+    shard = _Sharded(shape, parameter.trainable, stored or parameter.itemsize, gathered, reduced, 0, 0, in_block)
     return shard._replace(
         whole_bytes=shard.sent_bytes * layout.num_shards,
         gradient_bytes=parameter.numel(layout.rank) * gathered if parameter.trainable else 0,
