@@ -396,6 +396,21 @@ ZERO_MORE = (
     _zero("large-bf16", LARGE, stage=3, seq_len=128, zero=_LARGE_FETCHES),
 )
 
+_TP: dict[str, Any] = {"tp": 2, "num_processes": 2}
+
+TENSOR_PARALLEL = (
+    Cell(name="tp-fp32", config=LLAMA, **_TP),
+    Cell(name="tp-fp32-b1", config=LLAMA, micro_batch=1, seq_len=160, **_TP),
+    Cell(name="tp-fp32-checkpointing", config=LLAMA, checkpointing="full", **_TP),
+    Cell(name="tp-bf16", config=LLAMA, precision="bf16", **_TP),
+    Cell(name="tp-bf16-checkpointing", config=LLAMA, precision="bf16", checkpointing="full", **_TP),
+    Cell(name="tp-bf16-pure", config=LLAMA, precision="bf16-pure", **_TP),
+    Cell(name="tp-tied-fp32", config=TIED, **_TP),
+    Cell(name="tp-tied-bf16", config=TIED, precision="bf16", **_TP),
+    Cell(name="tp-qwen3-fp32", config=QWEN3, **_TP),
+    Cell(name="tp-wide-adamw", config=WIDE, seq_len=16, optimizer="adamw_torch", **_TP),
+)
+
 CELLS = (
     *SINGLE,
     *METHODS,
@@ -406,6 +421,7 @@ CELLS = (
     *ZERO,
     *ZERO_SETTINGS,
     *ZERO_MORE,
+    *TENSOR_PARALLEL,
     *architecture_cells(),
 )
 

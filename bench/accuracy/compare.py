@@ -46,6 +46,8 @@ def predict(cell: Cell, state: str) -> dict[str, Any]:
         flags["state"] = state
     if cell.method != "full":
         flags |= {name: getattr(cell, name) for name in ADAPTER_FLAGS if getattr(cell, name)}
+    if cell.tp * cell.sp > 1:
+        flags |= {"tp": cell.tp, "sp": cell.sp}
     if cell.strategy in FSDP:
         flags["fsdp_sharding"] = cell.sharding
     if cell.strategy.startswith("zero"):

@@ -132,8 +132,13 @@ def trainable(model: nn.Module) -> list[nn.Parameter]:
 
 
 def build_optimizer(cell: Cell, model: nn.Module) -> torch.optim.Optimizer:
+    """Parameters of one device mesh in one group, as the Trainer has them: no kernel takes them mixed."""
     name, arguments = OPTIMIZERS[cell.optimizer]
-    optimizer: torch.optim.Optimizer = getattr(torch.optim, name)(trainable(model), lr=1e-4, **arguments)
+    groups: dict[Any, list[nn.Parameter]] = {}
+    for parameter in trainable(model):
+        groups.setdefault(getattr(parameter, "device_mesh", None), []).append(parameter)
+    parameters = [{"params": group} for group in groups.values()]
+    optimizer: torch.optim.Optimizer = getattr(torch.optim, name)(parameters, lr=1e-4, **arguments)
     return optimizer
 
 
@@ -150,13 +155,42 @@ def wrapped_classes(cell: Cell, model: nn.Module) -> set[str]:
     return set(base._no_split_modules or ()) & {type(module).__name__ for module in base.modules()}
 
 
+def split(cell: Cell, model: Any) -> Any:
+    """``model`` under transformers' tensor-parallel plan, each rank with its own part of each matrix. Returns the mesh
+    of the ranks that hold the same part."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor
+    from transformers.distributed.configuration_utils import DistributedConfig
+    from transformers.distributed.tensor_parallel import apply_tensor_parallelism
+
+    shape = (cell.num_processes // cell.tp, cell.tp)
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=("fsdp", "tp"))
+    untie(model)
+    plan, _, _ = model._resolve_parallel_plans(DistributedConfig(tp_size=cell.tp))
+    apply_tensor_parallelism(model, mesh["tp"], plan)
+    for parameter in model.parameters():
+        if isinstance(parameter, DTensor):  # else it stays a view of the whole
+            parameter._local_tensor = parameter._local_tensor.detach().clone()
+    model.tie_weights()
+    return mesh["fsdp"]
+
+
+def untie(model: Any) -> None:
+    """Gives the head a weight of its own, as ``from_pretrained`` finds it when it splits."""
+    head = model.get_output_embeddings()
+    if head.weight is model.get_input_embeddings().weight:
+        head.weight = nn.Parameter(head.weight.detach().clone())
+
+
 def shard(cell: Cell, model: nn.Module) -> nn.Module:
     """``fully_shard`` on every block, then on the root."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     group_size = cell.shard_group_size or cell.num_processes
-    if cell.sharding.startswith("hybrid"):
+    if cell.tp > 1:
+        mesh = split(cell, model)
+    elif cell.sharding.startswith("hybrid"):
         shape = (cell.num_processes // group_size, group_size)
         mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard"))
     else:
@@ -267,6 +301,8 @@ def run_loop(cell: Cell) -> list[int]:
         model = shard_flat(cell, model)
     elif cell.strategy == "ddp":
         model = replicate(cell, model)
+    elif cell.tp > 1:
+        split(cell, model)
     optimizer = build_optimizer(cell, model)
     data = task_batches(cell, config)
     resident = []

@@ -218,6 +218,12 @@ class Layout:
         )
 
     @property
+    def adds_in_place(self) -> bool:
+        """Whether each gradient is added to those of earlier micro-batches as it arrives; in another dtype than the
+        reduction's all of a unit's wait for its end."""
+        return self.defers_reduction and not self.reduced_itemsize
+
+    @property
     def group(self) -> Group:
         return Group.SHARD if self.num_replicas > 1 or self.crosses_groups else Group.WORLD
 
@@ -255,7 +261,8 @@ class _Sharded(NamedTuple):
     gathered_itemsize: int
     reduced_itemsize: int
     whole_bytes: int  # gathered, with padding
-    gradient_bytes: int  # unsharded, without padding
+    gradient_bytes: int  # unsharded, without padding, where micro-batches add it up
+    narrowed_bytes: int  # of the copy that is made of this rank's part where the gradient is wider than the parameter
     in_block: bool
 
     @property
@@ -334,16 +341,18 @@ def _sharded(parameter: Parameter, layout: Layout, *, in_block: bool) -> _Sharde
     """The first rank's shard of ``parameter``: ``ceil(rows / shards)`` rows. 4-bit weights shard as packed bytes."""
     if parameter.packed_bytes:
         packed = divide_up(parameter.packed_bytes, layout.num_shards)
-        return _Sharded((packed,), parameter.trainable, 1, 1, 1, packed * layout.num_shards, 0, in_block)
+        return _Sharded((packed,), parameter.trainable, 1, 1, 1, packed * layout.num_shards, 0, 0, in_block)
     dims = parameter.sizes(layout.rank) or (1,)
     shape = (divide_up(dims[0], layout.num_shards), *dims[1:])
     stored = layout.trainable_itemsize if parameter.trainable else layout.frozen_itemsize
     gathered = layout.gathered_itemsize or parameter.itemsize
     reduced = layout.reduced_itemsize or gathered
-    shard = _Sharded(shape, parameter.trainable, stored or parameter.itemsize, gathered, reduced, 0, 0, in_block)
+    numel = parameter.numel(layout.rank)
+    shard = _Sharded(shape, parameter.trainable, stored or parameter.itemsize, gathered, reduced, 0, 0, 0, in_block)
     return shard._replace(
         whole_bytes=shard.sent_bytes * layout.num_shards,
-        gradient_bytes=parameter.numel(layout.rank) * gathered if parameter.trainable else 0,
+        gradient_bytes=(parameter.gradient_numel or numel) * reduced if parameter.trainable else 0,
+        narrowed_bytes=numel * (reduced if layout.defers_reduction else gathered) if parameter.gradient_numel else 0,
     )
 
 
@@ -410,7 +419,8 @@ class _Slot(IntEnum):
     REDUCE_INPUT = 5
     REDUCED = 6
     GRADIENT = 7
-    COPIES = 8  # the first of one per parameter
+    NARROWED = 8
+    COPIES = 9  # the first of one per parameter
 
 
 class _Gradient(NamedTuple):
@@ -425,7 +435,7 @@ class _Rewriter(ShardedProgram):
 
     def __init__(self, program: StepProgram, layout: Layout, units: _Units) -> None:
         super().__init__(
-            map_sections(program, Phase.BACKWARD, gradients_die_when_ready) if layout.defers_reduction else program,
+            map_sections(program, Phase.BACKWARD, gradients_die_when_ready) if layout.adds_in_place else program,
             layout,
         )
         self.units = units
@@ -540,18 +550,36 @@ class _Rewriter(ShardedProgram):
         """What follows a unit's backward: reshard, the previous reduce input, this unit's reduction."""
         unit, place = visit.unit, visit.backward_end
         frame = self.frame(place)
+        gradients = self._collect(visit, frame) if unit.trainable else []
         self._reshard(index, unit, place, frame.behind)
         if self.reduce_input:
             frame.behind.append(self.free(self.reduce_input, place))
             self.reduce_input = None
         if unit.trainable:
-            self._reduce(visit, frame)
+            self._reduce(visit, frame, gradients)
 
-    def _reduce(self, visit: Visit[_Unit], frame: Frame) -> None:
+    def _collect(self, visit: Visit[_Unit], frame: Frame) -> list[_Gradient]:
+        """The unit's unsharded gradients as its reduction takes them: this micro-batch's added to the earlier ones',
+        and a copy of this rank's part in place of any that is wider than its parameter."""
+        unit, place, events = visit.unit, visit.backward_end, frame.behind
+        gradients = list(self._unsharded_gradients(visit))
+        if self.layout.defers_reduction and not self.layout.adds_in_place:
+            born = self.gradients(unit.group, place)
+            events.extend(live.free for live in self._of_unit(unit, born, place))
+        parameters = dict(zip(unit.indices, unit.parameters, strict=True))
+        narrowed = sum(p.narrowed_bytes for p in unit.parameters)
+        if not narrowed:
+            return gradients
+        copy = self.alloc(place, _Slot.NARROWED, narrowed, events)
+        wide = [live for live in gradients if parameters[live.parameter].narrowed_bytes]
+        events.extend(live.free for live in wide)
+        kept = [live for live in gradients if live not in wide]
+        return [*kept, _Gradient(wide[-1].parameter, self.free(copy, place))]
+
+    def _reduce(self, visit: Visit[_Unit], frame: Frame, gradients: Sequence[_Gradient]) -> None:
         unit, place, events = visit.unit, visit.backward_end, frame.behind
         num_shards = self.layout.num_shards
         self.reduce_input = self.alloc(place, _Slot.REDUCE_INPUT, unit.reduced_bytes * num_shards, events)
-        gradients = list(self._unsharded_gradients(visit))
         # torch's loop over gradients (``foreach_reduce``) keeps its variable, so the last one, until it returns.
         arrived = [live.parameter for live in gradients] if num_shards > 1 else []
         last = max(arrived, key=unit.indices.index, default=-1)
@@ -580,9 +608,12 @@ class _Rewriter(ShardedProgram):
         if self.layout.defers_reduction:
             pile = self.pile(visit.unit.group, visit.forward_begin)
             born = [(pile, alloc) for alloc in self.accumulated[pile]]
+        return self._of_unit(visit.unit, born, visit.backward_end)
+
+    def _of_unit(self, unit: _Unit, born: Iterable[tuple[Place, Alloc]], end: Place) -> Iterator[_Gradient]:
         for place, alloc in born:
-            if alloc.parameter in visit.unit.indices:
-                ref = self.ref(Live(place, alloc.slot, 0), visit.backward_end)
+            if alloc.parameter in unit.indices:
+                ref = self.ref(Live(place, alloc.slot, 0), end)
                 yield _Gradient(alloc.parameter, Free(ref, alloc.size))
 
     def _pile_up(self, visits: Sequence[Visit[_Unit]]) -> None:

@@ -7,7 +7,7 @@ Layers that were cut away get the section of a traced layer between the same nei
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from launchkit.errors import TraceError
@@ -103,21 +103,27 @@ def assemble(model: TracedModel, logs: Sequence[Log], points: Sequence[Point]) -
     return StepProgram(
         stages=stages,
         sections=tuple(builder.sections),
-        groups=_with_gradients(model, logs[0].gradients.values()) if logs[0].gradients else model.groups,
+        groups=_with_gradients(model, logs[0]) if logs[0].gradients else model.groups,
         group_counts=counts,
         persistent=inputs + buffers,
         minimum_micro_batch=min(point.micro_batch for point in points),
     )
 
 
-def _with_gradients(model: TracedModel, names: Iterable[str]) -> dict[str, ParameterGroup]:
-    """The model's groups, with those of their parameters marked that have no gradient in any traced layer."""
-    found = {model.owners[name] for name in names}
+def _with_gradients(model: TracedModel, log: Log) -> dict[str, ParameterGroup]:
+    """The model's groups, with those of their parameters marked that have no gradient in any traced layer, or one of
+    more elements than their own."""
+    found = {model.owners[name] for name in log.gradients.values()}
+    wide = {model.owners[name]: numel for name, numel in log.wide_gradients.items()}
     return {
         name: replace(
             group,
             parameters=tuple(
-                p if (name, index) in found or not p.trainable else replace(p, has_gradient=False)
+                replace(
+                    p,
+                    has_gradient=(name, index) in found or not p.trainable,
+                    gradient_numel=wide.get((name, index), 0),
+                )
                 for index, p in enumerate(group.parameters)
             ),
         )

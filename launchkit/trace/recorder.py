@@ -92,6 +92,7 @@ class Log:
     collectives: list[CollectiveRecord] = field(default_factory=list)
     uses: dict[Place, set[int]] = field(default_factory=dict)
     gradients: dict[int, str] = field(default_factory=dict)  # storage -> parameter name
+    wide_gradients: dict[str, int] = field(default_factory=dict)  # parameter name -> elements, more than its own
     inputs: list[int] = field(default_factory=list)  # bytes of each input tensor
 
 

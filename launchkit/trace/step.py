@@ -143,7 +143,10 @@ def _one_step(
 def _note_gradients(recorder: StepRecorder, parameters: Mapping[str, nn.Parameter]) -> None:
     for name, parameter in parameters.items():
         if parameter.grad is not None:
-            recorder.log.gradients[recorder.number(local(parameter.grad))] = name
+            gradient, weight = local(parameter.grad), local(parameter)
+            recorder.log.gradients[recorder.number(gradient)] = name
+            if gradient.numel() > weight.numel():
+                recorder.log.wide_gradients[name] = gradient.numel()
 
 
 @contextmanager
