@@ -398,6 +398,8 @@ ZERO_MORE = (
 
 _TP: dict[str, Any] = {"tp": 2, "num_processes": 2}
 
+_TP_FSDP: dict[str, Any] = {"strategy": "fsdp2", "tp": 2, "num_processes": 4}
+
 TENSOR_PARALLEL = (
     Cell(name="tp-fp32", config=LLAMA, **_TP),
     Cell(name="tp-fp32-b1", config=LLAMA, micro_batch=1, seq_len=160, **_TP),
@@ -409,6 +411,18 @@ TENSOR_PARALLEL = (
     Cell(name="tp-tied-bf16", config=TIED, precision="bf16", **_TP),
     Cell(name="tp-qwen3-fp32", config=QWEN3, **_TP),
     Cell(name="tp-wide-adamw", config=WIDE, seq_len=16, optimizer="adamw_torch", **_TP),
+    Cell(name="tp-uneven-fp32", config=UNEVEN, **_TP),
+    Cell(name="tp-hf-fp32", config=LLAMA, trainer="hf", **_TP),
+    Cell(name="tp-hf-bf16", config=LLAMA, trainer="hf", precision="bf16", **_TP),
+    Cell(name="tp-accumulation-fp32", config=LLAMA, gradient_accumulation_steps=2, **_TP),
+    Cell(name="tp-fsdp2-fp32", config=LLAMA, **_TP_FSDP),
+    Cell(name="tp-fsdp2-bf16", config=LLAMA, precision="bf16", **_TP_FSDP),
+    Cell(name="tp-fsdp2-bf16-checkpointing", config=LLAMA, precision="bf16", checkpointing="full", **_TP_FSDP),
+    Cell(name="tp-fsdp2-tied-fp32", config=TIED, **_TP_FSDP),
+    Cell(name="tp-fsdp2-wide-fp32", config=WIDE, seq_len=16, **_TP_FSDP),
+    Cell(name="tp-fsdp2-hf-fp32", config=LLAMA, trainer="hf", **_TP_FSDP),
+    Cell(name="tp-fsdp2-hf-bf16", config=LLAMA, trainer="hf", precision="bf16", **_TP_FSDP),
+    Cell(name="tp-fsdp2-hf-tied-bf16", config=TIED, trainer="hf", precision="bf16", **_TP_FSDP),
 )
 
 CELLS = (

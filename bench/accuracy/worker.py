@@ -471,6 +471,30 @@ def shard_through_accelerate(cell: Cell, model: nn.Module) -> None:
     }
 
 
+def split_through_transformers(cell: Cell, model: Any) -> nn.Module:
+    """The model saved, and loaded again by each rank in its part (``DistributedConfig``), which the Trainer finds; on
+    processes that count as devices."""
+    import tempfile
+
+    from transformers import AutoModelForCausalLM
+    from transformers.distributed.configuration_utils import DistributedConfig
+
+    from launchkit.finetune import cpu_fsdp
+
+    cpu_fsdp.install()
+    os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if cell.is_mixed else "no"
+    parts = DistributedConfig(
+        tp_size=cell.tp, fsdp_size=cell.num_processes // cell.tp, fsdp_mixed_precision=cell.is_mixed
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        model = AutoModelForCausalLM.from_pretrained(folder, distributed_config=parts, dtype=model.dtype)
+    model.config.use_cache = bool(cell.use_cache)
+    if cell.checkpointing != "none" and parts.fsdp_size == 1:
+        enable_checkpointing(model, cell)
+    return model.train()
+
+
 def make_trainer(cell: Cell, model: nn.Module, rows: list[dict[str, list[int]]], **values: Any) -> Any:
     """``transformers.Trainer``, or TRL's ``SFTTrainer`` on rows that are tokens already."""
     from transformers import Trainer, TrainingArguments
@@ -512,7 +536,9 @@ def run_trainer(cell: Cell) -> list[int]:
         outlive_gloo()
     model = build_model(cell)
     is_sharded = cell.strategy in FSDP_VARIABLES
-    if is_sharded:
+    if cell.tp > 1:
+        is_sharded, model = True, split_through_transformers(cell, model)
+    elif is_sharded:
         shard_through_accelerate(cell, model)
     vocab_size = model.config.vocab_size
     data = batches(cell, vocab_size)
