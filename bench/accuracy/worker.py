@@ -489,6 +489,12 @@ def split_through_transformers(cell: Cell, model: Any) -> nn.Module:
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         model = AutoModelForCausalLM.from_pretrained(folder, distributed_config=parts, dtype=model.dtype)
+    for parameter in model.parameters():  # what was not cut may still lie in the mapped file
+        part = getattr(parameter, "_local_tensor", None)
+        if part is None:
+            parameter.data = parameter.data.clone()
+        else:
+            parameter._local_tensor = part.detach().clone()
     model.config.use_cache = bool(cell.use_cache)
     if cell.checkpointing != "none" and parts.fsdp_size == 1:
         enable_checkpointing(model, cell)
