@@ -372,10 +372,13 @@ class _Units:
     embedding: _Unit | None = None
     root: _Unit | None = None  # lives from the first stage to the last
     tail: _Unit | None = None
+    second_copy_bytes: int = 0  # of a tied weight that another unit gathers once more, for the head
 
 
 def _units(program: StepProgram, layout: Layout) -> _Units:
-    """Source: accelerate 1.15 ``fsdp2_prepare_model``, which carves up the root unless embedding and head are tied."""
+    """Source: accelerate 1.15 ``fsdp2_prepare_model``, which carves up the root unless embedding and head are tied.
+    transformers' own FSDP, which goes with tensor parallelism, carves it up alike; a tied head is tied after it has
+    become the root's, so that the root gathers it as well (seen in the timeline)."""
     blocks = {
         name: _unit(program, layout, group=name, indices=range(len(group.parameters)), reshards=layout.reshards)
         for name, group in program.groups.items()
@@ -389,7 +392,10 @@ def _units(program: StepProgram, layout: Layout) -> _Units:
     if layout.has_root_unit or first & last or not single:
         # accelerate wraps the final norm, then the tied embedding
         order = everything if layout.has_root_unit else sorted(everything, key=lambda index: index in first)
-        return _Units(blocks=blocks, root=_unit(program, layout, group=ROOT_GROUP, indices=order, reshards=False))
+        root = _unit(program, layout, group=ROOT_GROUP, indices=order, reshards=False)
+        tied = [p for index, p in zip(root.indices, root.parameters, strict=True) if index in first & last]
+        twice = layout.crosses_groups and not layout.has_root_unit
+        return _Units(blocks=blocks, root=root, second_copy_bytes=sum(p.whole_bytes for p in tied) if twice else 0)
     early = [i for i in everything if i in first]
     late = [i for i in everything if i not in first]
     return _Units(
@@ -420,7 +426,8 @@ class _Slot(IntEnum):
     REDUCED = 6
     GRADIENT = 7
     NARROWED = 8
-    COPIES = 9  # the first of one per parameter
+    SECOND_COPY = 9
+    COPIES = 10  # the first of one per parameter
 
 
 class _Gradient(NamedTuple):
@@ -473,6 +480,9 @@ class _Rewriter(ShardedProgram):
         if self.units.root:  # it begins first and ends last
             order = [order[-1], *order[:-1]]
         previous: Live | None = None
+        if num_bytes := self.units.second_copy_bytes:
+            begin, events = self.forward_begin, self.frame(self.forward_begin).before
+            self.retained.append(self.alloc(begin, _Slot.SECOND_COPY, num_bytes, events, Owner.GATHERED_WEIGHTS))
         for index in order:
             unit, begin, end = visits[index].unit, visits[index].forward_begin, visits[index].forward_end
             frame = self.frame(begin)
