@@ -425,6 +425,16 @@ TENSOR_PARALLEL = (
     Cell(name="tp-fsdp2-hf-tied-bf16", config=TIED, trainer="hf", precision="bf16", **_TP_FSDP),
 )
 
+_SP: dict[str, Any] = {"sp": 2, "num_processes": 2, "zero": _MILLION}
+
+SEQUENCE_PARALLEL = (
+    Cell(name="sp-zero1-fp32", config=LLAMA, seq_len=128, strategy="zero1", **_SP),
+    Cell(name="sp-zero2-bf16", config=LLAMA, seq_len=128, strategy="zero2", precision="bf16", **_SP),
+    Cell(name="sp-zero3-bf16", config=LLAMA, seq_len=128, strategy="zero3", precision="bf16", **_SP),
+    Cell(name="sp-zero3-checkpointing", config=LLAMA, seq_len=128, strategy="zero3", checkpointing="full", **_SP),
+    Cell(name="sp-zero3-qwen3", config=QWEN3, seq_len=128, strategy="zero3", **_SP),
+)
+
 CELLS = (
     *SINGLE,
     *METHODS,
@@ -436,6 +446,7 @@ CELLS = (
     *ZERO_SETTINGS,
     *ZERO_MORE,
     *TENSOR_PARALLEL,
+    *SEQUENCE_PARALLEL,
     *architecture_cells(),
 )
 

@@ -410,6 +410,36 @@ def python_bytes() -> int:
     return sum(storages.values())
 
 
+def share_sequences(cell: Cell, model: nn.Module) -> Any:
+    """DeepSpeed's Ulysses in the model's attention, with its groups of ranks; None where nothing is shared."""
+    if cell.sp == 1:
+        return None
+    from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
+
+    return UlyssesSPAttentionHF.register_with_transformers(
+        model_name_or_path=model,
+        core_attn_implementation=cell.attention,
+        sequence_parallel_size=cell.sp,
+        micro_batch_size=cell.micro_batch,
+        seq_length_is_variable=True,
+    )
+
+
+def shares(cell: Cell, vocab_size: int) -> Iterator[dict[str, torch.Tensor]]:
+    """This rank's part of each micro-batch, as ``UlyssesSPDataLoaderAdapter`` and the Trainer hand it over."""
+    length = cell.seq_len // cell.sp
+    first = dist.get_rank() % cell.sp * length
+    while True:
+        ids = torch.randint(0, vocab_size, (cell.micro_batch, length))
+        positions = torch.arange(first, first + length).expand(cell.micro_batch, -1).contiguous()
+        labels = ids.clone()
+        mask = torch.ones_like(ids)
+        yield {
+            "input_ids": ids, "attention_mask": mask, "position_ids": positions, "shift_labels": labels,
+            "labels": labels,
+        }  # fmt: skip
+
+
 def run_deepspeed(cell: Cell) -> list[int]:
     """Raw ``deepspeed.initialize`` with a torch optimizer; nothing is compiled. What is resident at the start of each
     step and at the end, as of ``run_loop``."""
@@ -420,10 +450,13 @@ def run_deepspeed(cell: Cell) -> list[int]:
     model = build_model(cell)
     vocab_size = model.config.vocab_size
     engine, *_ = deepspeed.initialize(
-        model=model, optimizer=build_optimizer(cell, model), config=deepspeed_config(cell)
+        model=model,
+        optimizer=build_optimizer(cell, model),
+        config=deepspeed_config(cell),
+        mpu=share_sequences(cell, model),
     )
     del model
-    data = batches(cell, vocab_size)
+    data = shares(cell, vocab_size) if cell.sp > 1 else batches(cell, vocab_size)
     resident = []
     for step in range(cell.num_steps):
         gc.collect()

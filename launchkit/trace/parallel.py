@@ -37,6 +37,7 @@ _MESSAGES: Mapping[str, tuple[CollectiveKind, bool]] = {
     "_c10d_functional::reduce_scatter_tensor": (CollectiveKind.REDUCE_SCATTER, True),
     "_c10d_functional::all_to_all_single": (CollectiveKind.ALL_TO_ALL, True),
     "c10d::allreduce_": (CollectiveKind.ALL_REDUCE, True),
+    "deepspeed::dim_zero_all_to_all": (CollectiveKind.ALL_TO_ALL, True),
 }
 # gloo flattens what it is given into a buffer of its own for the time of these calls.
 _COPIED_ON_WIRE = frozenset({CollectiveKind.ALL_GATHER, CollectiveKind.REDUCE_SCATTER})

@@ -129,7 +129,7 @@ _DEVICE_OF = torch.ops.prim.device.default
 # Operators whose outputs share their inputs' storage or touch no data; they cost nothing on a device. What is sent is
 # timed as a message.
 _FREE_OPS = frozenset({"aten::detach", "aten::alias", "aten::lift_fresh", "aten::view", "aten::_unsafe_view"})
-_MESSAGE_NAMESPACES = ("_c10d_functional::", "c10d::")
+_MESSAGE_NAMESPACES = ("_c10d_functional::", "c10d::", "deepspeed::")
 
 
 class StepRecorder(TorchDispatchMode):

@@ -118,7 +118,8 @@ def trace_step(built: Built, mode: FakeTensorMode, *, point: Point, key: TraceKe
                 recorder.recording = False
         finally:
             progress.remove()
-        recorder.log.inputs = [t.untyped_storage().nbytes() for t in batch.values()]
+        storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in batch.values()}
+        recorder.log.inputs = list(storages.values())
     return recorder.log
 
 

@@ -10,7 +10,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import Any
 
@@ -45,6 +45,7 @@ from launchkit.trace.methods import WEIGHT_DTYPE, apply_method
 from launchkit.trace.parallel import local, rank_of, split_weights
 from launchkit.trace.quantised import packed_bytes, scale_bytes
 from launchkit.trace.recorder import Log
+from launchkit.trace.sequences import check_ring, shared_sequences
 from launchkit.trace.step import trace_step
 from launchkit.trace.zero_linear import kept_linear_inputs
 from launchkit.units import divide_up
@@ -105,6 +106,11 @@ def telling_lengths(config: PreTrainedConfig, *, beyond_window: bool) -> Lengths
     )
 
 
+def _pieces(key: TraceKey) -> int:
+    """Into how many pieces each sequence is cut: a ring gives every rank an early and a late one."""
+    return 2 * key.cp if key.cp > 1 else key.sp
+
+
 def _chunk_size(config: PreTrainedConfig) -> int:
     """Tokens that the model's recurrent layers take at once and pad the sequence to; 0 where they go token by token.
 
@@ -135,12 +141,14 @@ def trace_model(config: Mapping[str, Any], key: TraceKey, *, progress: ProgressH
     with ExitStack() as stack:
         stack.enter_context(_quiet())
         settings = load_config(config)
-        points = trace_points(key, telling_lengths(settings, beyond_window=key.beyond_window))
+        lengths = telling_lengths(settings, beyond_window=key.beyond_window)
+        points = trace_points(key, replace(lengths, stride=lengths.stride * _pieces(key)))
         if key.device is DeviceKind.CUDA:
             stack.enter_context(faithful_to_cuda())
         stack.enter_context(kept_linear_inputs(key))
         stack.enter_context(liger_kernels(key, training_class(settings)[0], settings.model_type))
-        mesh = stack.enter_context(rank_of(key.tp)) if key.tp > 1 else None
+        mesh = stack.enter_context(rank_of(key.tp * key.cp * key.sp)) if key.is_split else None
+        stack.enter_context(shared_sequences(key, settings, mesh))
         logs: list[Log] = []
         models: dict[int, _Traceable] = {}
         settles = True
@@ -155,6 +163,7 @@ def trace_model(config: Mapping[str, Any], key: TraceKey, *, progress: ProgressH
                 settles = first is not None and not same_story(first, log)
             else:
                 log = _trace_one(model, key, point)
+            check_ring(log, key)
             logs.append(log)
         program = assemble(models[points[0].lora_rank].described, logs, points)
     return program
@@ -190,7 +199,7 @@ def _build(
     config = whole.config
     whole.train()
     stacks = cut(whole, config, first_apart=key.lora_targets not in _BEFORE_ATTENTION)
-    if mesh is not None:
+    if mesh is not None and key.tp > 1:
         split_weights(whole, mesh)
     model = apply_method(whole, key, lora_rank=lora_rank)
     enable_checkpointing(model, key.checkpointing)
