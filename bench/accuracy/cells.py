@@ -429,6 +429,7 @@ _SP: dict[str, Any] = {"sp": 2, "num_processes": 2, "zero": _MILLION}
 
 SEQUENCE_PARALLEL = (
     Cell(name="sp-zero1-fp32", config=LLAMA, seq_len=128, strategy="zero1", **_SP),
+    Cell(name="sp-zero1-bf16", config=LLAMA, seq_len=128, strategy="zero1", precision="bf16", **_SP),
     Cell(name="sp-zero2-bf16", config=LLAMA, seq_len=128, strategy="zero2", precision="bf16", **_SP),
     Cell(name="sp-zero3-bf16", config=LLAMA, seq_len=128, strategy="zero3", precision="bf16", **_SP),
     Cell(name="sp-zero3-checkpointing", config=LLAMA, seq_len=128, strategy="zero3", checkpointing="full", **_SP),
