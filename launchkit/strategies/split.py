@@ -25,13 +25,15 @@ from launchkit.scenario import (
     Loss,
     Method,
     Offload,
+    Precision,
     Scenario,
     Split,
+    Strategy,
     StrategyKind,
     TraceKey,
     Trainer,
 )
-from launchkit.strategies.fsdp2 import num_sharing_ranks
+from launchkit.strategies.fsdp2 import num_sharing_ranks, shard_group_size
 
 _Check = Callable[[Scenario, ModelProfile, Cluster], str | None]
 
@@ -46,6 +48,19 @@ _ENGINES = {
 def split_key(key: TraceKey, split: Split) -> TraceKey:
     """The key of the program that one of the ranks runs."""
     return replace(key, tp=split.tp, cp=split.cp, sp=split.sp)
+
+
+def mesh_of(strategy: Strategy, cluster: Cluster) -> dict[str, int]:
+    """Ranks in each dimension of the job, as accelerate's ``ParallelismConfig`` names them; the product is all ranks.
+
+    Ranks that share a sequence shard the weights with the others, so that ``dp_shard`` is less than a shard group.
+    """
+    split, num_ranks = strategy.split, strategy.num_ranks(cluster.num_gpus)
+    data = num_ranks // split.num_ranks
+    shard = 1 if strategy.kind in (StrategyKind.SINGLE, StrategyKind.DDP) else data
+    if strategy.kind.is_fsdp:
+        shard = shard_group_size(strategy, cluster) // split.cp
+    return {"dp_replicate": data // shard, "dp_shard": shard, "tp": split.tp, "cp": split.cp, "sp": split.sp}
 
 
 def engines_of(split: Split) -> tuple[StrategyKind, ...]:
@@ -164,6 +179,8 @@ def _attention(scenario: Scenario, profile: ModelProfile, cluster: Cluster) -> s
     training, split = scenario.training, scenario.strategy.split
     if split.tp > 1:
         return None
+    if split.cp > 1 and training.precision is Precision.FP32:
+        return f"{_option(split)} is modelled for torch's flash kernel, which takes no fp32; use --precision bf16"
     if split.cp > 1 and training.attention is not Attention.SDPA:
         return f"{_option(split)} works with sdpa attention alone, not {training.attention}; use --attention sdpa"
     if split.sp > 1 and training.attention is Attention.EAGER:
