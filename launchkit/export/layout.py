@@ -246,7 +246,7 @@ def _shard_size(candidate: Candidate, cluster: Cluster) -> int:
 
 
 def _is_cpu_split(candidate: Candidate, cluster: Cluster) -> bool:
-    return candidate.scenario.strategy.split.num_ranks > 1 and cluster.gpu.backend is Backend.CPU
+    return candidate.scenario.strategy.split.tp > 1 and cluster.gpu.backend is Backend.CPU
 
 
 def _is_cpu_fsdp(candidate: Candidate, cluster: Cluster) -> bool:
