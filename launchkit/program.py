@@ -193,11 +193,13 @@ class Moment(StrEnum):
 
 
 class Group(StrEnum):
-    """Which ranks take part: all of them, one shard group, or the replicas of one shard."""
+    """Which ranks take part: all of them, one shard group, the replicas of one shard, or those that share the step of
+    one copy of the model (tensor, context or sequence parallelism)."""
 
     WORLD = "world"
     SHARD = "shard"
     REPLICATE = "replicate"
+    COPY = "copy"
 
 
 class Collective(NamedTuple):
@@ -225,7 +227,8 @@ class Parameter:
     unsharded device in the dtype in force (4-bit weights are packed, with their scales in ``extra_bytes``).
     ``lora_rank_axis`` is the dimension that is a multiple of the LoRA rank; the shape gives it at rank 1.
     A trainable parameter that no loss depends on (a vision tower in a step without images) has no gradient, and an
-    optimizer that takes parameters one by one makes no state for it.
+    optimizer that takes parameters one by one makes no state for it. ``gradient_numel`` is given where a rank of a
+    tensor-parallel group has the gradient of more than its own part (an embedding's, until the optimizer steps).
     """
 
     name: str
@@ -236,6 +239,7 @@ class Parameter:
     packed_bytes: int = 0
     extra_bytes: int = 0
     has_gradient: bool = True
+    gradient_numel: int = 0
 
     def sizes(self, lora_rank: int = 0) -> tuple[int, ...]:
         """The shape, with the LoRA rank put in."""
@@ -251,6 +255,10 @@ class Parameter:
     def num_bytes(self, lora_rank: int = 0) -> int:
         """Bytes of the unsharded storage, without ``extra_bytes``."""
         return self.packed_bytes or self.numel(lora_rank) * self.itemsize
+
+    def gradient_bytes(self, lora_rank: int = 0) -> int:
+        """Bytes of the gradient as the backward pass leaves it, in the parameter's dtype."""
+        return (self.gradient_numel or self.numel(lora_rank)) * self.itemsize
 
 
 @dataclass(frozen=True, kw_only=True)

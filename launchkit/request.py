@@ -26,6 +26,7 @@ from launchkit.scenario import (
     Precision,
     Scenario,
     Sharding,
+    Split,
     State,
     Strategy,
     StrategyKind,
@@ -50,6 +51,9 @@ class Request:
 
     gpus: str | None = None
     strategy: StrategyKind | None = None
+    tp: int | None = None
+    cp: int | None = None
+    sp: int | None = None
     fsdp_sharding: Sharding | None = None
     offload: Offload | None = None
     zero_settings: str | None = None
@@ -163,6 +167,9 @@ class Flag:
 FLAGS: tuple[Flag, ...] = (
     Flag(name="gpus", kind=str, default="auto", help="4x4090, 2x8xH100, A100-80GB:4, 24GiB, cpu, 2xcpu; auto detects"),
     Flag(name="strategy", kind=StrategyKind, default="single", help="how the job is spread over the GPUs"),
+    Flag(name="tp", kind=int, default=1, help="ranks that share each matrix (tensor parallel)"),
+    Flag(name="cp", kind=int, default=1, help="ranks that share each sequence, in a ring (context parallel, FSDP2)"),
+    Flag(name="sp", kind=int, default=1, help="ranks that share each sequence and its heads (Ulysses, DeepSpeed)"),
     Flag(name="fsdp_sharding", kind=Sharding, help="what FSDP shards [full_shard; hsdp: hybrid_shard]"),
     Flag(name="offload", kind=Offload, default="none", help="what is kept off the GPU"),
     Flag(
@@ -212,9 +219,6 @@ _BY_NAME = {flag.name: flag for flag in FLAGS}
 
 # Ways to split one copy of a model that no strategy here plans, and what serves the same end.
 OTHER_PARALLELISM: Mapping[str, tuple[str, str]] = {
-    "tp": ("tensor parallelism", "use --strategy fsdp2 or zero3, which share weights out too"),
-    "cp": ("context parallelism", "use --checkpointing full, or a shorter --seq-len"),
-    "sp": ("sequence parallelism", "use --checkpointing full, or a shorter --seq-len"),
     "ep": ("expert parallelism", "use --strategy fsdp2 or zero3, which share experts out as all weights"),
     "pp": ("pipeline parallelism", "use --strategy fsdp2 or zero3, which share layers out as all weights"),
 }
@@ -268,7 +272,7 @@ def resolve(request: Request, *, model: ModelProfile, cluster: Cluster) -> Resol
     """The one scenario that ``estimate`` reads from a request: what was given, and the defaults elsewhere."""
     attention, notes = _attention(request, model)
     seq_len, length_notes = _seq_len(request, model)
-    strategy = _strategy(request, model)
+    strategy = _strategy(request, model, cluster)
     trainer, loss = _trainer_and_loss(request)
     training = Training(
         method=_value(request, "method", Method),
@@ -292,9 +296,7 @@ def resolve(request: Request, *, model: ModelProfile, cluster: Cluster) -> Resol
     scenario = Scenario(
         training=training,
         strategy=strategy,
-        batch=_batch(
-            request, seq_len=seq_len, num_gpus=1 if strategy.kind is StrategyKind.SINGLE else cluster.num_gpus
-        ),
+        batch=_batch(request, seq_len=seq_len, strategy=strategy, num_gpus=cluster.num_gpus),
         state=_value(request, "state", State),
     )
     return Resolution(scenario=scenario, notes=(*notes, *length_notes))
@@ -308,10 +310,11 @@ def decisions(request: Request, *, model: ModelProfile) -> tuple[str, ...]:
 def scenario_flags(scenario: Scenario, *, cluster: Cluster) -> dict[str, str | int | bool | None]:
     """Every flag of a scenario, resolved: what to type to ``estimate`` to get this scenario again."""
     training, strategy, batch = scenario.training, scenario.strategy, scenario.batch
-    num_ranks = 1 if strategy.kind is StrategyKind.SINGLE else cluster.num_gpus
+    num_ranks = strategy.num_data_ranks(cluster.num_gpus)
     values: dict[str, Any] = {
         "gpus": format_gpus(cluster),
         "strategy": strategy.kind,
+        **{name: getattr(strategy.split, name) for name in _SPLITS},
         "fsdp_sharding": strategy.fsdp.sharding if strategy.kind.is_fsdp else None,
         "offload": strategy.offload,
         "zero_settings": (zero_settings_text(strategy.zero) or None) if strategy.kind.zero_stage else None,
@@ -371,8 +374,27 @@ def _seq_len(request: Request, model: ModelProfile) -> tuple[int, tuple[str, ...
     return default, ()
 
 
-def _strategy(request: Request, model: ModelProfile) -> Strategy:
-    kind = _value(request, "strategy", StrategyKind)
+_SPLITS = ("tp", "cp", "sp")
+
+
+def split_of(request: Request) -> Split:
+    """How many ranks are to share one copy's step."""
+    return Split(**{name: _value(request, name, int) for name in _SPLITS})
+
+
+def _kind(request: Request, split: Split, cluster: Cluster) -> StrategyKind:
+    """What was asked for; where that is open, the engine that a split belongs to."""
+    if request.strategy is not None or split.num_ranks == 1:
+        return _value(request, "strategy", StrategyKind)
+    if split.sp > 1:
+        return StrategyKind.ZERO3
+    is_alone = split.cp == 1 and split.tp == cluster.num_gpus
+    return StrategyKind.SINGLE if is_alone else StrategyKind.FSDP2
+
+
+def _strategy(request: Request, model: ModelProfile, cluster: Cluster) -> Strategy:
+    split = split_of(request)
+    kind = _kind(request, split, cluster)
     offload = _value(request, "offload", Offload)
     default = Sharding.HYBRID_SHARD if kind is StrategyKind.HSDP else Sharding.FULL_SHARD
     if request.fsdp_sharding is not None and not kind.is_fsdp:
@@ -382,7 +404,11 @@ def _strategy(request: Request, model: ModelProfile) -> Strategy:
     sharding = request.fsdp_sharding or default
     fsdp = FsdpSettings(sharding=sharding, offload_params=kind.is_fsdp and offload.params)
     return Strategy(
-        kind=kind, offload=offload, fsdp=fsdp, zero=_zero_settings(request, kind, hidden_size=model.hidden_size)
+        kind=kind,
+        split=split,
+        offload=offload,
+        fsdp=fsdp,
+        zero=_zero_settings(request, kind, hidden_size=model.hidden_size),
     )
 
 
@@ -394,18 +420,26 @@ def _zero_settings(request: Request, kind: StrategyKind, *, hidden_size: int) ->
     return read_zero_settings(request.zero_settings, hidden_size=hidden_size)
 
 
-def _batch(request: Request, *, seq_len: int, num_gpus: int) -> Batch:
+def _batch(request: Request, *, seq_len: int, strategy: Strategy, num_gpus: int) -> Batch:
     micro_batch = _value(request, "micro_batch", int)
-    sequences = micro_batch * num_gpus
+    num_ranks = max(1, strategy.num_data_ranks(num_gpus))
+    sequences = micro_batch * num_ranks
     global_batch = request.global_batch or sequences
     steps, remainder = divmod(global_batch, sequences)
     if remainder or not steps:
         nearest = max(sequences, round(global_batch / sequences) * sequences)
         raise IllegalScenarioError(
-            f"--global-batch {global_batch} is no multiple of --micro-batch {micro_batch} × {num_gpus} GPUs; "
+            f"--global-batch {global_batch} is no multiple of --micro-batch {micro_batch} × "
+            f"{groups_text(strategy, num_ranks)}; "
             f"use --global-batch {nearest}"
         )
     return Batch(micro_batch=micro_batch, gradient_accumulation_steps=steps, seq_len=seq_len)
+
+
+def groups_text(strategy: Strategy, num_data_ranks: int) -> str:
+    """``4 GPUs``, or ``2 groups of 2 GPUs`` where several share a batch."""
+    shared = strategy.split.num_ranks
+    return f"{num_data_ranks} groups of {shared} GPUs" if shared > 1 else f"{num_data_ranks} GPUs"
 
 
 def _names(text: str | None) -> str:

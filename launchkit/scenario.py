@@ -191,18 +191,47 @@ class ZeroSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Split:
+    """How many ranks share the step of one copy of the model, and with it one batch: accelerate's ``tp_size``,
+    ``cp_size`` and ``sp_size``."""
+
+    tp: int = 1  # tensor parallel: each matrix is shared out
+    cp: int = 1  # context parallel: each sequence is, and keys and values go round
+    sp: int = 1  # sequence parallel (Ulysses): each sequence is, and within the attention the heads are
+
+    @property
+    def num_ranks(self) -> int:
+        return self.tp * self.cp * self.sp
+
+    @property
+    def text(self) -> str:
+        """``TP 2``; nothing where each rank has a step of its own."""
+        sizes = (("TP", self.tp), ("CP", self.cp), ("SP", self.sp))
+        return " × ".join(f"{name} {size}" for name, size in sizes if size > 1)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Strategy:
     """How a job is spread over the GPUs. Only the settings of the engine in force matter."""
 
     kind: StrategyKind = StrategyKind.SINGLE
+    split: Split = field(default_factory=Split)
     offload: Offload = Offload.NONE
     ddp: DdpSettings = field(default_factory=DdpSettings)
     fsdp: FsdpSettings = field(default_factory=FsdpSettings)
     zero: ZeroSettings = field(default_factory=ZeroSettings)
 
+    def num_ranks(self, num_gpus: int) -> int:
+        """Processes on ``num_gpus`` GPUs: one per GPU, or those of a single copy of the model."""
+        return self.split.num_ranks if self.kind is StrategyKind.SINGLE else num_gpus
+
+    def num_data_ranks(self, num_gpus: int) -> int:
+        """Ranks that see batches of their own, where ranks that share a step count as one."""
+        return self.num_ranks(num_gpus) // self.split.num_ranks
+
     @property
     def name(self) -> str:
-        """Short text: ``FSDP2``, ``ZeRO-3 + CPU offload``."""
+        """Short text: ``FSDP2``, ``FSDP2 × TP 2``, ``ZeRO-3 + CPU offload``."""
         text = {
             StrategyKind.SINGLE: "single GPU",
             StrategyKind.DDP: "DDP",
@@ -222,6 +251,8 @@ class Strategy:
             Offload.ALL: " + CPU offload",
             Offload.NVME: " + NVMe offload",
         }
+        if self.split.text:
+            text = self.split.text if self.kind is StrategyKind.SINGLE else f"{text} × {self.split.text}"
         return text + offloads[self.offload]
 
 
@@ -346,6 +377,14 @@ class TraceKey:
     modules_to_save: str = ""
     images: bool = False
     keeps_linear_inputs: bool = False  # of frozen layers too, as ZeRO-3's own linear function does
+    tp: int = 1  # ranks that share each matrix
+    cp: int = 1  # ranks that share each sequence, keys and values going round
+    sp: int = 1  # ranks that share each sequence, and heads in its attention
+
+    @property
+    def is_split(self) -> bool:
+        """Whether several ranks share the step that is traced."""
+        return self.tp * self.cp * self.sp > 1
 
     @property
     def canonical(self) -> TraceKey:
@@ -421,4 +460,5 @@ class TraceKey:
             parts.append("images")
         if self.keeps_linear_inputs:
             parts.append("inputs")
+        parts += [f"{name}{size}" for name, size in (("tp", self.tp), ("cp", self.cp), ("sp", self.sp)) if size > 1]
         return "/".join(str(part) for part in parts)

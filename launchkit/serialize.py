@@ -21,6 +21,7 @@ from launchkit.model import ModelProfile
 from launchkit.plan import Candidate, Estimate, Plan, Rejected, StepTime
 from launchkit.request import scenario_flags
 from launchkit.scenario import Batch, Scenario, Strategy, Training
+from launchkit.strategies.split import mesh_of
 
 SCHEMA_VERSION = 1
 MAXIMUM_DOCUMENT_CHARACTERS = 64 * 1024**2
@@ -130,6 +131,8 @@ def _candidate(candidate: Candidate, *, cluster: Cluster) -> dict[str, Any]:
             **scenario_flags(candidate.scenario, cluster=cluster),
             "gradient_accumulation_steps": candidate.scenario.batch.gradient_accumulation_steps,
             "max_grad_norm": candidate.scenario.training.max_grad_norm,
+            "mesh": mesh_of(candidate.scenario.strategy, cluster),
+            "split": encode(candidate.scenario.strategy.split),
             "ddp": encode(candidate.scenario.strategy.ddp),
             "fsdp": encode(candidate.scenario.strategy.fsdp),
             "zero": encode(candidate.scenario.strategy.zero),

@@ -396,6 +396,46 @@ ZERO_MORE = (
     _zero("large-bf16", LARGE, stage=3, seq_len=128, zero=_LARGE_FETCHES),
 )
 
+_TP: dict[str, Any] = {"tp": 2, "num_processes": 2}
+
+_TP_FSDP: dict[str, Any] = {"strategy": "fsdp2", "tp": 2, "num_processes": 4}
+
+TENSOR_PARALLEL = (
+    Cell(name="tp-fp32", config=LLAMA, **_TP),
+    Cell(name="tp-fp32-b1", config=LLAMA, micro_batch=1, seq_len=160, **_TP),
+    Cell(name="tp-fp32-checkpointing", config=LLAMA, checkpointing="full", **_TP),
+    Cell(name="tp-bf16", config=LLAMA, precision="bf16", **_TP),
+    Cell(name="tp-bf16-checkpointing", config=LLAMA, precision="bf16", checkpointing="full", **_TP),
+    Cell(name="tp-bf16-pure", config=LLAMA, precision="bf16-pure", **_TP),
+    Cell(name="tp-tied-fp32", config=TIED, **_TP),
+    Cell(name="tp-tied-bf16", config=TIED, precision="bf16", **_TP),
+    Cell(name="tp-qwen3-fp32", config=QWEN3, **_TP),
+    Cell(name="tp-wide-adamw", config=WIDE, seq_len=16, optimizer="adamw_torch", **_TP),
+    Cell(name="tp-uneven-fp32", config=UNEVEN, **_TP),
+    Cell(name="tp-hf-fp32", config=LLAMA, trainer="hf", **_TP),
+    Cell(name="tp-hf-bf16", config=LLAMA, trainer="hf", precision="bf16", **_TP),
+    Cell(name="tp-accumulation-fp32", config=LLAMA, gradient_accumulation_steps=2, **_TP),
+    Cell(name="tp-fsdp2-fp32", config=LLAMA, **_TP_FSDP),
+    Cell(name="tp-fsdp2-bf16", config=LLAMA, precision="bf16", **_TP_FSDP),
+    Cell(name="tp-fsdp2-bf16-checkpointing", config=LLAMA, precision="bf16", checkpointing="full", **_TP_FSDP),
+    Cell(name="tp-fsdp2-tied-fp32", config=TIED, **_TP_FSDP),
+    Cell(name="tp-fsdp2-wide-fp32", config=WIDE, seq_len=16, **_TP_FSDP),
+    Cell(name="tp-fsdp2-hf-fp32", config=LLAMA, trainer="hf", **_TP_FSDP),
+    Cell(name="tp-fsdp2-hf-bf16", config=LLAMA, trainer="hf", precision="bf16", **_TP_FSDP),
+    Cell(name="tp-fsdp2-hf-tied-bf16", config=TIED, trainer="hf", precision="bf16", **_TP_FSDP),
+)
+
+_SP: dict[str, Any] = {"sp": 2, "num_processes": 2, "zero": _MILLION}
+
+SEQUENCE_PARALLEL = (
+    Cell(name="sp-zero1-fp32", config=LLAMA, seq_len=128, strategy="zero1", **_SP),
+    Cell(name="sp-zero1-bf16", config=LLAMA, seq_len=128, strategy="zero1", precision="bf16", **_SP),
+    Cell(name="sp-zero2-bf16", config=LLAMA, seq_len=128, strategy="zero2", precision="bf16", **_SP),
+    Cell(name="sp-zero3-bf16", config=LLAMA, seq_len=128, strategy="zero3", precision="bf16", **_SP),
+    Cell(name="sp-zero3-checkpointing", config=LLAMA, seq_len=128, strategy="zero3", checkpointing="full", **_SP),
+    Cell(name="sp-zero3-qwen3", config=QWEN3, seq_len=128, strategy="zero3", **_SP),
+)
+
 CELLS = (
     *SINGLE,
     *METHODS,
@@ -406,6 +446,8 @@ CELLS = (
     *ZERO,
     *ZERO_SETTINGS,
     *ZERO_MORE,
+    *TENSOR_PARALLEL,
+    *SEQUENCE_PARALLEL,
     *architecture_cells(),
 )
 

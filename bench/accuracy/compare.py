@@ -46,13 +46,16 @@ def predict(cell: Cell, state: str) -> dict[str, Any]:
         flags["state"] = state
     if cell.method != "full":
         flags |= {name: getattr(cell, name) for name in ADAPTER_FLAGS if getattr(cell, name)}
+    if cell.tp * cell.sp > 1:
+        flags |= {"tp": cell.tp, "sp": cell.sp}
     if cell.strategy in FSDP:
         flags["fsdp_sharding"] = cell.sharding
     if cell.strategy.startswith("zero"):
         flags["offload"] = cell.offload
         flags["zero_settings"] = ",".join(f"{key}={value}" for key, value in cell.zero.items()) or None
     if cell.gradient_accumulation_steps > 1:
-        flags["global_batch"] = cell.micro_batch * cell.gradient_accumulation_steps * cell.num_processes
+        num_groups = cell.num_processes // (cell.tp * cell.sp)
+        flags["global_batch"] = cell.micro_batch * cell.gradient_accumulation_steps * num_groups
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "config.json"
         path.write_text(json.dumps(cell.config))

@@ -138,8 +138,13 @@ def trainable(model: nn.Module) -> list[nn.Parameter]:
 
 
 def build_optimizer(cell: Cell, model: nn.Module) -> torch.optim.Optimizer:
+    """Parameters of one device mesh in one group, as the Trainer has them: no kernel takes them mixed."""
     name, arguments = OPTIMIZERS[cell.optimizer]
-    optimizer: torch.optim.Optimizer = getattr(torch.optim, name)(trainable(model), lr=1e-4, **arguments)
+    groups: dict[Any, list[nn.Parameter]] = {}
+    for parameter in trainable(model):
+        groups.setdefault(getattr(parameter, "device_mesh", None), []).append(parameter)
+    parameters = [{"params": group} for group in groups.values()]
+    optimizer: torch.optim.Optimizer = getattr(torch.optim, name)(parameters, lr=1e-4, **arguments)
     return optimizer
 
 
@@ -156,13 +161,42 @@ def wrapped_classes(cell: Cell, model: nn.Module) -> set[str]:
     return set(base._no_split_modules or ()) & {type(module).__name__ for module in base.modules()}
 
 
+def split(cell: Cell, model: Any) -> Any:
+    """``model`` under transformers' tensor-parallel plan, each rank with its own part of each matrix. Returns the mesh
+    of the ranks that hold the same part."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor
+    from transformers.distributed.configuration_utils import DistributedConfig
+    from transformers.distributed.tensor_parallel import apply_tensor_parallelism
+
+    shape = (cell.num_processes // cell.tp, cell.tp)
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=("fsdp", "tp"))
+    untie(model)
+    plan, _, _ = model._resolve_parallel_plans(DistributedConfig(tp_size=cell.tp))
+    apply_tensor_parallelism(model, mesh["tp"], plan)
+    for parameter in model.parameters():
+        if isinstance(parameter, DTensor):  # else it stays a view of the whole
+            parameter._local_tensor = parameter._local_tensor.detach().clone()
+    model.tie_weights()
+    return mesh["fsdp"]
+
+
+def untie(model: Any) -> None:
+    """Gives the head a weight of its own, as ``from_pretrained`` finds it when it splits."""
+    head = model.get_output_embeddings()
+    if head.weight is model.get_input_embeddings().weight:
+        head.weight = nn.Parameter(head.weight.detach().clone())
+
+
 def shard(cell: Cell, model: nn.Module) -> nn.Module:
     """``fully_shard`` on every block, then on the root."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     group_size = cell.shard_group_size or cell.num_processes
-    if cell.sharding.startswith("hybrid"):
+    if cell.tp > 1:
+        mesh = split(cell, model)
+    elif cell.sharding.startswith("hybrid"):
         shape = (cell.num_processes // group_size, group_size)
         mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard"))
     else:
@@ -273,6 +307,8 @@ def run_loop(cell: Cell) -> list[int]:
         model = shard_flat(cell, model)
     elif cell.strategy == "ddp":
         model = replicate(cell, model)
+    elif cell.tp > 1:
+        split(cell, model)
     optimizer = build_optimizer(cell, model)
     data = task_batches(cell, config)
     resident = []
@@ -380,6 +416,36 @@ def python_bytes() -> int:
     return sum(storages.values())
 
 
+def share_sequences(cell: Cell, model: nn.Module) -> Any:
+    """DeepSpeed's Ulysses in the model's attention, with its groups of ranks; None where nothing is shared."""
+    if cell.sp == 1:
+        return None
+    from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
+
+    return UlyssesSPAttentionHF.register_with_transformers(
+        model_name_or_path=model,
+        core_attn_implementation=cell.attention,
+        sequence_parallel_size=cell.sp,
+        micro_batch_size=cell.micro_batch,
+        seq_length_is_variable=True,
+    )
+
+
+def shares(cell: Cell, vocab_size: int) -> Iterator[dict[str, torch.Tensor]]:
+    """This rank's part of each micro-batch, as ``UlyssesSPDataLoaderAdapter`` and the Trainer hand it over."""
+    length = cell.seq_len // cell.sp
+    first = dist.get_rank() % cell.sp * length
+    while True:
+        ids = torch.randint(0, vocab_size, (cell.micro_batch, length))
+        positions = torch.arange(first, first + length).expand(cell.micro_batch, -1).contiguous()
+        labels = ids.clone()
+        mask = torch.ones_like(ids)
+        yield {
+            "input_ids": ids, "attention_mask": mask, "position_ids": positions, "shift_labels": labels,
+            "labels": labels,
+        }  # fmt: skip
+
+
 def run_deepspeed(cell: Cell) -> list[int]:
     """Raw ``deepspeed.initialize`` with a torch optimizer; nothing is compiled. What is resident at the start of each
     step and at the end, as of ``run_loop``."""
@@ -390,10 +456,13 @@ def run_deepspeed(cell: Cell) -> list[int]:
     model = build_model(cell)
     vocab_size = model.config.vocab_size
     engine, *_ = deepspeed.initialize(
-        model=model, optimizer=build_optimizer(cell, model), config=deepspeed_config(cell)
+        model=model,
+        optimizer=build_optimizer(cell, model),
+        config=deepspeed_config(cell),
+        mpu=share_sequences(cell, model),
     )
     del model
-    data = batches(cell, vocab_size)
+    data = shares(cell, vocab_size) if cell.sp > 1 else batches(cell, vocab_size)
     resident = []
     for step in range(cell.num_steps):
         gc.collect()
@@ -441,6 +510,36 @@ def shard_through_accelerate(cell: Cell, model: nn.Module) -> None:
     }
 
 
+def split_through_transformers(cell: Cell, model: Any) -> nn.Module:
+    """The model saved, and loaded again by each rank in its part (``DistributedConfig``), which the Trainer finds; on
+    processes that count as devices."""
+    import tempfile
+
+    from transformers import AutoModelForCausalLM
+    from transformers.distributed.configuration_utils import DistributedConfig
+
+    from launchkit.finetune import cpu_fsdp
+
+    cpu_fsdp.install()
+    os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if cell.is_mixed else "no"
+    parts = DistributedConfig(
+        tp_size=cell.tp, fsdp_size=cell.num_processes // cell.tp, fsdp_mixed_precision=cell.is_mixed
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        model = AutoModelForCausalLM.from_pretrained(folder, distributed_config=parts, dtype=model.dtype)
+    for parameter in model.parameters():  # what was not cut may still lie in the mapped file
+        part = getattr(parameter, "_local_tensor", None)
+        if part is None:
+            parameter.data = parameter.data.clone()
+        else:
+            parameter._local_tensor = part.detach().clone()
+    model.config.use_cache = bool(cell.use_cache)
+    if cell.checkpointing != "none" and parts.fsdp_size == 1:
+        enable_checkpointing(model, cell)
+    return model.train()
+
+
 def make_trainer(cell: Cell, model: nn.Module, rows: list[dict[str, list[int]]], **values: Any) -> Any:
     """``transformers.Trainer``, or TRL's ``SFTTrainer`` on rows that are tokens already."""
     from transformers import Trainer, TrainingArguments
@@ -482,7 +581,9 @@ def run_trainer(cell: Cell) -> list[int]:
         outlive_gloo()
     model = build_model(cell)
     is_sharded = cell.strategy in FSDP_VARIABLES
-    if is_sharded:
+    if cell.tp > 1:
+        is_sharded, model = True, split_through_transformers(cell, model)
+    elif is_sharded:
         shard_through_accelerate(cell, model)
     vocab_size = model.config.vocab_size
     data = batches(cell, vocab_size)

@@ -12,7 +12,7 @@ Reading a variant parses the lines it names and no others, so a file of eighty v
     section   {"group", "uses", "events", "kernels", …}                          events as lists, told apart by length:
                   [slot, size, owner, parameter] alloc · [origin, slot, size] free · [origin, slot] free of the size
                   that the section itself allocated under that slot · [owner] free all
-    group     [name, [[name, shape, itemsize, trainable, lora_rank_axis, packed_bytes, extra_bytes, has_gradient?], …]]
+    group     [name, [[name, shape, itemsize, trainable, lora_rank_axis, packed_bytes, extra_bytes, has_gradient?, gradient_numel?], …]]
     variant   {"stages", "sections", "groups", "group_counts", "persistent", …}  sections and groups as line numbers
 """
 
@@ -311,8 +311,14 @@ def _parameter_row(parameter: Parameter) -> list[Any]:
         parameter.lora_rank_axis,
         parameter.packed_bytes,
         parameter.extra_bytes,
-        *(() if parameter.has_gradient else (0,)),
+        *_gradient_columns(parameter),
     ]
+
+
+def _gradient_columns(parameter: Parameter) -> tuple[int, ...]:
+    if parameter.gradient_numel:
+        return int(parameter.has_gradient), parameter.gradient_numel
+    return () if parameter.has_gradient else (0,)
 
 
 def _parameter(row: list[Any]) -> Parameter:
@@ -326,4 +332,5 @@ def _parameter(row: list[Any]) -> Parameter:
         packed_bytes=packed_bytes,
         extra_bytes=extra_bytes,
         has_gradient=bool(rest[0]) if rest else True,
+        gradient_numel=rest[1] if len(rest) > 1 else 0,
     )

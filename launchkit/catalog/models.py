@@ -7,7 +7,7 @@ traced on demand and remembered in the user's cache. Planning a catalogued model
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
@@ -31,6 +31,8 @@ Progress = Callable[[int, int, str], None]  # steps done, steps in all, what is 
 
 DTYPE_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "float": 4, "half": 2}
 UNSTATED_DTYPE_BYTES = 4  # files older than torch_dtype are fp32: GPT-2, BERT, T5
+HEAD_NAMES = ("num_attention_heads", "n_head", "num_heads", "n_heads")
+KEY_VALUE_HEAD_NAMES = ("num_key_value_heads", "n_head_kv", "num_kv_heads")
 POSITION_NAMES = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length")
 TOLERATED_MISMATCH = 0.001  # buffers that checkpoints store: rotary tables, routing biases
 
@@ -154,6 +156,9 @@ class TracedModel:
             fingerprint=self._fingerprint,
             max_position_embeddings=_positions(self.config) or base.max_position_embeddings,
             checkpoint_itemsize=_dtype_bytes(self.config) if stored is None else stored.itemsize,
+            num_attention_heads=_count(self.config, HEAD_NAMES),
+            num_key_value_heads=_count(self.config, KEY_VALUE_HEAD_NAMES) or _count(self.config, HEAD_NAMES),
+            layer_types=_layer_types(self.config),
             notes=(*base.notes, *_weight_notes(self._found.files, base)),
         )
 
@@ -241,8 +246,19 @@ def _parts(config: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
 
 def _positions(config: Mapping[str, Any]) -> int:
     """The longest sequence that the configuration admits, 0 where it does not say."""
+    return _count(config, POSITION_NAMES)
+
+
+def _layer_types(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """The kinds of attention that the configuration lists, each once."""
+    listed = next((part["layer_types"] for part in _parts(config) if part.get("layer_types")), ())
+    return tuple(sorted({str(kind) for kind in listed}))
+
+
+def _count(config: Mapping[str, Any], names: Sequence[str]) -> int:
+    """The first of ``names`` that the configuration has a positive number for, 0 where it has none."""
     for part in _parts(config):
-        for name in POSITION_NAMES:
+        for name in names:
             value = part.get(name)
             if isinstance(value, int) and value > 0:
                 return value

@@ -8,12 +8,13 @@ from launchkit.export.layout import (
     autocast_format,
     check_expressible,
     fsdp_layout,
+    is_split_by_transformers,
+    mesh_section,
     num_nodes,
     num_processes,
 )
 from launchkit.hardware import Backend, Cluster
 from launchkit.plan import Candidate
-from launchkit.scenario import StrategyKind
 
 MULTI_NODE_PORT = 29500  # torch's own default; every node must name the same one
 _MULTI_DEVICE = {Backend.HPU: "MULTI_HPU"}  # MULTI_GPU elsewhere, CPU too: MULTI_CPU starts one process only
@@ -39,8 +40,10 @@ def accelerate_config(
         "use_cpu": cluster.gpu.backend is Backend.CPU,
         "main_training_function": "main",
     }
-    if scenario.strategy.kind.is_fsdp:
-        config |= _fsdp_sections(fsdp_layout(candidate, cluster), candidate)
+    if scenario.strategy.kind.is_fsdp and not is_split_by_transformers(candidate):
+        config["fsdp_config"] = _fsdp_section(fsdp_layout(candidate, cluster), candidate)
+    if mesh := mesh_section(candidate, cluster):
+        config["parallelism_config"] = {f"parallelism_config_{key}": value for key, value in mesh.items()}
     if scenario.strategy.kind.zero_stage:
         config["deepspeed_config"] = _deepspeed_section(candidate, cluster, deepspeed_file=deepspeed_file)
     if autocast_format(scenario) == "fp8":
@@ -52,7 +55,7 @@ def accelerate_config(
 
 def _distributed_type(candidate: Candidate, cluster: Cluster) -> str:
     kind = candidate.scenario.strategy.kind
-    if kind.is_fsdp:
+    if kind.is_fsdp and not is_split_by_transformers(candidate):
         return "FSDP"
     if kind.zero_stage:
         return "DEEPSPEED"
@@ -75,8 +78,8 @@ def _processes(candidate: Candidate, cluster: Cluster, *, main_process_ip: str |
     return counts | address | {"main_process_port": MULTI_NODE_PORT, "rdzv_backend": "static", "same_network": True}
 
 
-def _fsdp_sections(layout: FsdpLayout, candidate: Candidate) -> dict[str, object]:
-    section: dict[str, object] = {
+def _fsdp_section(layout: FsdpLayout, candidate: Candidate) -> dict[str, object]:
+    return {
         "fsdp_version": layout.version,
         **(_fsdp1_keys(layout, candidate) if layout.version == 1 else _fsdp2_keys(layout)),
         "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
@@ -86,13 +89,6 @@ def _fsdp_sections(layout: FsdpLayout, candidate: Candidate) -> dict[str, object
         "fsdp_offload_params": layout.offload_params,
         "fsdp_activation_checkpointing": layout.activation_checkpointing,
     }
-    if candidate.scenario.strategy.kind is not StrategyKind.HSDP:
-        return {"fsdp_config": section}
-    mesh = {
-        "parallelism_config_dp_replicate_size": layout.num_replicas,
-        "parallelism_config_dp_shard_size": layout.shard_size,
-    }
-    return {"fsdp_config": section, "parallelism_config": mesh}
 
 
 def _fsdp1_keys(layout: FsdpLayout, candidate: Candidate) -> dict[str, object]:

@@ -161,6 +161,8 @@ def _strategy(candidate: Candidate, cluster: Cluster, *, deepspeed_file: str) ->
         return {"deepspeed": deepspeed_file}
     if strategy.kind.is_fsdp:
         return _fsdp(candidate, cluster)
+    if strategy.split.tp > 1:
+        return {"tensor_parallel_size": strategy.split.tp}
     return ddp_arguments(candidate)
 
 
@@ -180,11 +182,14 @@ def _fsdp(candidate: Candidate, cluster: Cluster) -> dict[str, object]:
         section |= {"use_orig_params": candidate.scenario.strategy.fsdp.use_orig_params, "sync_module_states": True}
     else:
         section["reshard_after_forward"] = layout.sharding.reshard_after_forward
+    strategy = candidate.scenario.strategy
     mesh = {"dp_replicate_size": layout.num_replicas, "dp_shard_size": layout.shard_size}
+    if strategy.split.tp > 1:
+        mesh |= {"tensor_parallel_size": strategy.split.tp}
     return {
         "fsdp_version": layout.version,
         "fsdp_config": section,
-        **(mesh if candidate.scenario.strategy.kind is StrategyKind.HSDP else {}),
+        **(mesh if strategy.kind is StrategyKind.HSDP or strategy.split.tp > 1 else {}),
     }
 
 
@@ -202,6 +207,12 @@ def _refusals(candidate: Candidate, cluster: Cluster) -> tuple[tuple[bool, str, 
     is_unsharded = strategy.kind in UNSHARDED
     return (
         (candidate.model.task != "causal-lm", f"is not for {candidate.model.task} here", "use --trainer hf"),
+        (
+            strategy.split.cp > 1,
+            "shares sequences in a ring of flash attention, another than torch's that was planned",
+            "use accelerate's file",
+        ),
+        (strategy.split.sp > 1, "has no key for DeepSpeed's Ulysses", "use accelerate's file"),
         (
             cluster.gpu.backend is Backend.CPU and not is_unsharded,
             f"cannot run {strategy.name} on CPU processes",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from launchkit.export.layout import autocast_format, check_expressible, clip_norm, num_processes
+from launchkit.export.layout import autocast_format, check_expressible, clip_norm, num_data_ranks, num_processes
 from launchkit.hardware import Cluster
 from launchkit.plan import Candidate
 from launchkit.scenario import Offload, ZeroSettings
@@ -37,6 +37,8 @@ def deepspeed_config(
     }
     if scenario.strategy.offload.optimizer:
         config["zero_force_ds_cpu_optimizer"] = cpu_adam_builds and scenario.training.optimizer in _CPU_ADAM_OPTIMIZERS
+    if scenario.strategy.split.sp > 1:
+        config["seq_parallel_communication_data_type"] = "fp32"  # DeepSpeed's default, which the plan counted
     config["zero_optimization"] = _zero_section(candidate, cluster)
     return config
 
@@ -44,7 +46,7 @@ def deepspeed_config(
 def _batch(candidate: Candidate, cluster: Cluster, *, auto: bool) -> dict[str, object]:
     batch = candidate.scenario.batch
     sizes = {
-        "train_batch_size": batch.global_batch(num_processes(candidate, cluster)),
+        "train_batch_size": batch.global_batch(num_data_ranks(candidate, cluster)),
         "train_micro_batch_size_per_gpu": batch.micro_batch,
         "gradient_accumulation_steps": batch.gradient_accumulation_steps,
     }

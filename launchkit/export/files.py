@@ -14,7 +14,13 @@ from launchkit.errors import UsageError
 from launchkit.export.accelerate import accelerate_config
 from launchkit.export.axolotl import DEFAULT_DATA, axolotl_config, axolotl_notes
 from launchkit.export.deepspeed import deepspeed_config
-from launchkit.export.layout import DEEPSPEED_FILE, num_nodes, num_processes
+from launchkit.export.layout import (
+    DEEPSPEED_FILE,
+    distributed_config,
+    num_data_ranks,
+    num_nodes,
+    num_processes,
+)
 from launchkit.export.trl import trl_config
 from launchkit.hardware import Backend, Cluster
 from launchkit.plan import Candidate, Plan
@@ -109,6 +115,7 @@ def _accelerate_file(candidate: Candidate, cluster: Cluster) -> ConfigFile:
         f"The script itself sets micro-batch {batch.micro_batch} and "
         f"{batch.gradient_accumulation_steps} accumulation steps.",
         *advice,
+        *_split_advice(candidate, cluster),
     )
     return _yaml_file(
         ACCELERATE_FILE, accelerate_config(candidate, cluster), header=_header(candidate, cluster, *comments)
@@ -128,6 +135,19 @@ def _cpu_advice(candidate: Candidate, cluster: Cluster) -> tuple[str, ...]:
     return ("ACCELERATE_USE_CPU=true ",)
 
 
+def _split_advice(candidate: Candidate, cluster: Cluster) -> tuple[str, ...]:
+    """What the script has to do itself where ranks share a step: accelerate is only told of it."""
+    parts = distributed_config(candidate, cluster)
+    if parts:
+        arguments = ", ".join(f"{name}={value}" for name, value in parts.items())
+        return (f"It loads the model with from_pretrained(..., distributed_config=DistributedConfig({arguments})).",)
+    if candidate.scenario.strategy.split.num_ranks > 1:
+        return (
+            "It trains with transformers' Trainer, which shares out each sequence, and pads to the planned length.",
+        )
+    return ()
+
+
 def _deepspeed_file(candidate: Candidate, cluster: Cluster, *, cpu_adam_builds: bool) -> ConfigFile:
     """Without a header, since JSON has no comments and the tools read strict JSON."""
     auto = candidate.scenario.training.trainer is not Trainer.LOOP
@@ -139,11 +159,13 @@ def _header(candidate: Candidate, cluster: Cluster, *comments: str) -> tuple[str
     scenario, estimate = candidate.scenario, candidate.estimate
     training, batch = scenario.training, scenario.batch
     method = training.method.value + ("" if training.method is Method.FULL else f" r={training.lora_rank}")
-    processes = num_processes(candidate, cluster)
+    processes = num_data_ranks(candidate, cluster)
+    shared = scenario.strategy.split.num_ranks
+    what = f"groups of {shared} processes" if shared > 1 else "processes"
     return (
         f"Written by launchkit for {candidate.model.name} on {cluster.text}:",
         f"{method} · {scenario.strategy.name} · {training.precision.value} · micro-batch {batch.micro_batch} × "
-        f"{batch.gradient_accumulation_steps} accumulation × {processes} processes = "
+        f"{batch.gradient_accumulation_steps} accumulation × {processes} {what} = "
         f"{batch.global_batch(processes)} sequences of {batch.seq_len} tokens,",
         f"predicted to take {gib(estimate.device_peak_bytes)} of {gib(estimate.device_usable_bytes)} per GPU.",
         *comments,

@@ -24,6 +24,8 @@ from launchkit.scenario import (
     is_fused_expert,
     names_in,
 )
+from launchkit.strategies.fsdp2 import num_sharing_ranks, shard_group_size
+from launchkit.strategies.split import mesh_of
 from launchkit.units import MIB
 
 DEEPSPEED_FILE = "deepspeed.json"
@@ -60,13 +62,18 @@ class FsdpLayout:
 
 
 def num_processes(candidate: Candidate, cluster: Cluster) -> int:
-    """Processes over all nodes: one for ``single``, else one per GPU."""
-    return 1 if candidate.scenario.strategy.kind is StrategyKind.SINGLE else cluster.num_gpus
+    """Processes over all nodes: those of one copy of the model for ``single``, else one per GPU."""
+    return candidate.scenario.strategy.num_ranks(cluster.num_gpus)
+
+
+def num_data_ranks(candidate: Candidate, cluster: Cluster) -> int:
+    """Processes that see batches of their own, where those that share one count once."""
+    return candidate.scenario.strategy.num_data_ranks(cluster.num_gpus)
 
 
 def num_nodes(candidate: Candidate, cluster: Cluster) -> int:
-    """Nodes that take part: one for ``single``, else all."""
-    return 1 if candidate.scenario.strategy.kind is StrategyKind.SINGLE else cluster.num_nodes
+    """Nodes that take part: as many as the processes fill."""
+    return max(1, num_processes(candidate, cluster) // cluster.node.num_gpus)
 
 
 def clip_norm(candidate: Candidate) -> float:
@@ -167,7 +174,7 @@ def fsdp_layout(candidate: Candidate, cluster: Cluster) -> FsdpLayout:
     """FSDP's settings with the defaults resolved. Call ``check_expressible`` first."""
     scenario = candidate.scenario
     fsdp, kind = scenario.strategy.fsdp, scenario.strategy.kind
-    shard_size = _shard_size(candidate, cluster) if kind is StrategyKind.HSDP else cluster.num_gpus
+    mesh = mesh_of(scenario.strategy, cluster)
     return FsdpLayout(
         version=1 if kind is StrategyKind.FSDP else 2,
         sharding=fsdp.sharding,
@@ -177,9 +184,56 @@ def fsdp_layout(candidate: Candidate, cluster: Cluster) -> FsdpLayout:
         activation_checkpointing=scenario.training.checkpointing is Checkpointing.FULL,
         state_dict_type="FULL_STATE_DICT" if fsdp.full_state_dict else "SHARDED_STATE_DICT",
         wrap_classes=",".join(candidate.model.block_classes),
-        num_replicas=cluster.num_gpus // shard_size,
-        shard_size=shard_size,
+        num_replicas=mesh["dp_replicate"],
+        shard_size=mesh["dp_shard"],
     )
+
+
+def is_split_by_transformers(candidate: Candidate) -> bool:
+    """Whether the script splits the model as it loads it (``DistributedConfig``), FSDP's shards included, and nothing
+    is left for accelerate to shard."""
+    return candidate.scenario.strategy.split.tp > 1
+
+
+def distributed_config(candidate: Candidate, cluster: Cluster) -> dict[str, object]:
+    """The arguments of transformers' ``DistributedConfig`` for a model that is split as it is loaded; none elsewhere.
+
+    Source: transformers 5.23 ``distributed/configuration_utils.py``. Its FSDP computes in 16 bits if told so, and
+    reduces in fp32.
+    """
+    if not is_split_by_transformers(candidate):
+        return {}
+    strategy = candidate.scenario.strategy
+    mesh = mesh_of(strategy, cluster)
+    parts: dict[str, object] = {"tp_size": mesh["tp"]}
+    if strategy.kind.is_fsdp:
+        parts["fsdp_size"] = mesh["dp_shard"]
+        parts |= {"dp_replicate_size": mesh["dp_replicate"]} if mesh["dp_replicate"] > 1 else {}
+        parts |= {"fsdp_mixed_precision": True} if candidate.scenario.training.precision.is_mixed else {}
+    return parts
+
+
+def mesh_section(candidate: Candidate, cluster: Cluster) -> dict[str, object]:
+    """What accelerate's ``ParallelismConfig`` has to be told, by its names; nothing where one dimension is all.
+
+    A model that transformers has split counts its replicas as shards, as the Trainer tells accelerate. The ring's and
+    Ulysses' settings are those that were traced. Source: accelerate 1.15 ``utils/launch.py``.
+    """
+    strategy = candidate.scenario.strategy
+    split, mesh = strategy.split, mesh_of(strategy, cluster)
+    if split.num_ranks == 1 and strategy.kind is not StrategyKind.HSDP:
+        return {}
+    if split.tp > 1:
+        shards = mesh["dp_replicate"] * mesh["dp_shard"]
+        return {"tp_size": split.tp, **({"dp_shard_size": shards} if shards > 1 else {})}
+    sizes: dict[str, object] = {"dp_replicate_size": mesh["dp_replicate"], "dp_shard_size": mesh["dp_shard"]}
+    if split.cp > 1:
+        sizes |= {"cp_size": split.cp, "cp_backend": "torch", "cp_comm_strategy": "allgather"}
+    if split.sp > 1:
+        attention = candidate.scenario.training.attention.value
+        sizes |= {"sp_size": split.sp, "sp_backend": "deepspeed", "sp_seq_length_is_variable": True}
+        sizes |= {"sp_attn_implementation": attention}
+    return sizes
 
 
 def check_expressible(candidate: Candidate, cluster: Cluster) -> None:
@@ -191,6 +245,10 @@ def check_expressible(candidate: Candidate, cluster: Cluster) -> None:
 
 def _shard_size(candidate: Candidate, cluster: Cluster) -> int:
     return candidate.scenario.strategy.fsdp.shard_group_size or cluster.node.num_gpus
+
+
+def _is_cpu_split(candidate: Candidate, cluster: Cluster) -> bool:
+    return candidate.scenario.strategy.split.tp > 1 and cluster.gpu.backend is Backend.CPU
 
 
 def _is_cpu_fsdp(candidate: Candidate, cluster: Cluster) -> bool:
@@ -224,9 +282,9 @@ def _has_hybrid_fsdp2(candidate: Candidate, cluster: Cluster) -> bool:
 
 
 def _has_bad_shard_groups(candidate: Candidate, cluster: Cluster) -> bool:
-    size = _shard_size(candidate, cluster)
-    is_hsdp = candidate.scenario.strategy.kind is StrategyKind.HSDP
-    return is_hsdp and (cluster.num_gpus % size != 0 or not 1 < size < cluster.num_gpus)
+    strategy = candidate.scenario.strategy
+    size, num_ranks = shard_group_size(strategy, cluster), num_sharing_ranks(strategy, cluster)
+    return strategy.kind is StrategyKind.HSDP and (num_ranks % size != 0 or not 1 < size < num_ranks)
 
 
 def _has_unwritable_fsdp1_setting(candidate: Candidate, cluster: Cluster) -> bool:
@@ -293,6 +351,11 @@ _REFUSALS: tuple[_Refusal, ...] = (
         _has_offloaded_bf16_states,
         "{name} keeps fp32 optimizer states on the host",
         "use --precision bf16, or --offload none",
+    ),
+    (
+        _is_cpu_split,
+        "{name} on CPU processes is refused by accelerate, which knows of no such ranks there",
+        "start it with launchkit launch",
     ),
     (
         _is_cpu_fsdp,

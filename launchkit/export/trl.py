@@ -98,6 +98,8 @@ def _check_trl_can(candidate: Candidate) -> None:
     training, task = candidate.scenario.training, candidate.model.task
     if training.loss is Loss.CCE:
         raise IllegalScenarioError("TRL has no cut cross-entropy; use --loss liger, or leave TRL out")
+    if split := candidate.scenario.strategy.split.text:
+        raise IllegalScenarioError(f"trl sft computes another loss than was planned with {split}; leave TRL out")
     if not find(training.optimizer).trainer_arguments:
         raise IllegalScenarioError(f"TRL has no {training.optimizer}; use --optimizer adamw_torch, or leave TRL out")
     if task != "causal-lm":

@@ -29,13 +29,16 @@ class RightPadded:
     """Pads on the right, to the longest row of the batch or to ``length`` if that is not 0.
 
     There is no attention mask: in a causal model no token sees what is to its right, and padding is not scored. A mask
-    would only take attention off its fast path. TRL counts tokens by ``position_ids``, hence ``with_positions``.
+    would only take attention off its fast path. TRL counts tokens by ``position_ids``, hence ``with_positions``. Where
+    ranks share sequences, the positions of a share count on from those of another or jump, which transformers takes for
+    packed sequences unless there is a mask: ``with_mask`` gives it one that hides nothing.
     ``num_tokens``, ``num_batches`` and ``longest_tokens`` tell the meter what was seen.
     """
 
     pad_token_id: int
     length: int = 0
     with_positions: bool = False
+    with_mask: bool = False
     num_tokens: int = field(default=0, init=False)
     num_batches: int = field(default=0, init=False)
     longest_tokens: int = field(default=0, init=False)
@@ -55,5 +58,7 @@ class RightPadded:
         self.longest_tokens = max(self.longest_tokens, width)
         batch = {"input_ids": input_ids, "labels": labels}
         if self.with_positions:
-            batch["position_ids"] = torch.arange(width).expand(len(sequences), width)
+            batch["position_ids"] = torch.arange(width).repeat(len(sequences), 1)
+        if self.with_mask:
+            batch["attention_mask"] = torch.ones_like(input_ids)
         return batch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -27,9 +28,19 @@ def load_model(job: FineTuneJob) -> PreTrainedModel:
         dtype=getattr(torch, job.weights_dtype),
         attn_implementation=str(job.training.attention),
         **_quantisation(job),
+        **_parts(job),
     )
     model.config.use_cache = False
     return _widened(model) if _widens_unquantised(job) else model
+
+
+def _parts(job: FineTuneJob) -> dict[str, Any]:
+    """Each rank loads its part of each matrix, and FSDP's shard of that, where the job is tensor parallel."""
+    if job.parts is None:
+        return {}
+    from transformers.distributed.configuration_utils import DistributedConfig  # of transformers 5.23 on
+
+    return {"distributed_config": DistributedConfig(**asdict(job.parts))}
 
 
 def adapter_config(job: FineTuneJob) -> Any:

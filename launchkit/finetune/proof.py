@@ -53,11 +53,13 @@ def biggest_module(modules: list[torch.nn.Module] | None = None) -> torch.nn.Mod
 
 def foreign_storages(module: torch.nn.Module, is_known: Callable[[int], bool]) -> dict[int, int]:
     """Bytes, by address, of parameters' storages that torch's allocator did not make: pieces of mapped files, arrays of
-    other libraries."""
-    storages = {}
+    other libraries. Of a storage that parameters are parts of, those parts."""
+    storages: dict[int, int] = {}
     for parameter in module.parameters():
-        storage = local_tensor(parameter).untyped_storage()
-        storages[storage.data_ptr()] = storage.nbytes()
+        held = local_tensor(parameter)
+        storage = held.untyped_storage()
+        parts = storages.get(storage.data_ptr(), 0) + held.numel() * held.element_size()
+        storages[storage.data_ptr()] = min(parts, storage.nbytes())
     return {address: size for address, size in storages.items() if address and not is_known(address)}
 
 

@@ -36,7 +36,7 @@ def train(job: FineTuneJob) -> None:
     """Trains as the job says, measures, and saves the model (or its adapter) with its tokenizer."""
     check_devices()
     job = unpacked(job)
-    if job.on_cpu and job.strategy.is_fsdp:
+    if job.on_cpu and _counts_as_devices(job):
         cpu_fsdp.install()
     elif job.on_cpu:
         cpu_fsdp.skip_shared_memory_extension()
@@ -50,10 +50,12 @@ def train(job: FineTuneJob) -> None:
     rows = fit_rows(
         tokenise(read_examples(job.data.path), tokenizer), seq_len=job.batch.seq_len, packing=job.training.packing
     )
+    shares_sequences = job.split.cp * job.split.sp > 1  # each is cut into equal pieces
     collator = RightPadded(
         pad_token_id=tokenizer.pad_token_id,
-        length=job.batch.seq_len if job.data.pad_to_seq_len else 0,
-        with_positions=uses_trl(job),
+        length=job.batch.seq_len if job.data.pad_to_seq_len or shares_sequences else 0,
+        with_positions=uses_trl(job) or shares_sequences,
+        with_mask=shares_sequences,
     )
     trainer = _trainer(job, arguments, tokenizer, rows, collator)
     trainer.remove_callback(PrinterCallback)
@@ -72,6 +74,11 @@ def _save(trainer: Trainer, tokenizer: Any, job: FineTuneJob) -> None:
     say(f"saved in {time.monotonic() - begin:.1f} s: {job.output_dir}")
 
 
+def _counts_as_devices(job: FineTuneJob) -> bool:
+    """Whether accelerate has to take CPU processes for devices: it shards nothing, and knows of no split, otherwise."""
+    return job.strategy.is_fsdp or job.parts is not None
+
+
 def uses_trl(job: FineTuneJob) -> bool:
     """TRL's trainer for plans made for it, and for its chunked loss, which the plain trainer does not have."""
     return job.training.trainer is TrainerKind.TRL or job.training.loss is Loss.CHUNKED
@@ -88,8 +95,9 @@ def training_arguments(job: FineTuneJob) -> TrainingArguments:
 
 
 def _argument_values(job: FineTuneJob) -> dict[str, Any]:
-    is_sharded_on_cpu = job.on_cpu and job.strategy.is_fsdp
-    checkpoints_itself = job.training.checkpointing is not Checkpointing.NONE and not job.strategy.is_fsdp
+    is_sharded_on_cpu = job.on_cpu and _counts_as_devices(job)
+    is_accelerates = job.strategy.is_fsdp and job.parts is None  # FSDP's own checkpointing, then
+    checkpoints_itself = job.training.checkpointing is not Checkpointing.NONE and not is_accelerates
     is_trial = job.data.max_steps > 0
     return {
         "output_dir": job.output_dir,

@@ -76,7 +76,7 @@ class Command:
 def choose_engine(strategy: Strategy, *, preferred: Engine | None = None, visible_devices: str = "") -> Engine:
     """The launcher for a strategy. ``visible_devices`` is ``CUDA_VISIBLE_DEVICES``: DeepSpeed's launcher reads only
     indices there, so that UUIDs and MIG slices go to torchrun."""
-    legal = _legal_engines(strategy.kind)
+    legal = _legal_engines(strategy)
     if preferred is not None:
         if preferred not in legal:
             raise IllegalScenarioError(
@@ -88,8 +88,9 @@ def choose_engine(strategy: Strategy, *, preferred: Engine | None = None, visibl
     return legal[0]
 
 
-def _legal_engines(kind: StrategyKind) -> tuple[Engine, ...]:
-    if kind is StrategyKind.SINGLE:
+def _legal_engines(strategy: Strategy) -> tuple[Engine, ...]:
+    kind = strategy.kind
+    if kind is StrategyKind.SINGLE and strategy.split.num_ranks == 1:
         return (Engine.PYTHON, Engine.TORCHRUN)
     return (Engine.DEEPSPEED, Engine.TORCHRUN) if kind.zero_stage else (Engine.TORCHRUN,)
 

@@ -11,10 +11,16 @@ import os
 import re
 from collections.abc import Mapping
 
-from launchkit.export.layout import FsdpLayout, autocast_format, fsdp_layout, num_processes
+from launchkit.export.layout import (
+    FsdpLayout,
+    autocast_format,
+    fsdp_layout,
+    is_split_by_transformers,
+    mesh_section,
+    num_processes,
+)
 from launchkit.hardware import Backend, Cluster
 from launchkit.plan import Candidate
-from launchkit.scenario import StrategyKind
 
 RUN_DIR_VARIABLE = "LAUNCHKIT_RUN_DIR"
 CPU_ENGINES_VARIABLE = "LAUNCHKIT_CPU_SHARDING"
@@ -33,10 +39,13 @@ def strategy_environment(candidate: Candidate, cluster: Cluster, *, deepspeed_fi
     """The variables through which ``Accelerator()`` and the Hugging Face Trainer learn the strategy."""
     kind = candidate.scenario.strategy.kind
     environment = {"ACCELERATE_MIXED_PRECISION": autocast_format(candidate.scenario)}
-    if kind.is_fsdp:
+    if kind.is_fsdp and not is_split_by_transformers(candidate):
         environment |= fsdp_environment(
             fsdp_layout(candidate, cluster), candidate, on_cpu=cluster.gpu.backend is Backend.CPU
         )
+    if mesh := mesh_section(candidate, cluster):
+        environment["ACCELERATE_USE_PARALLELISM_CONFIG"] = "true"
+        environment |= {f"PARALLELISM_CONFIG_{key.upper()}": str(value) for key, value in mesh.items()}
     if kind.zero_stage:
         environment |= {
             "ACCELERATE_USE_DEEPSPEED": "true",
@@ -73,12 +82,6 @@ def fsdp_environment(layout: FsdpLayout, candidate: Candidate, *, on_cpu: bool) 
             "FSDP_USE_ORIG_PARAMS": _lower(fsdp.use_orig_params),
             "FSDP_SYNC_MODULE_STATES": _lower(not on_cpu),
         }
-    if candidate.scenario.strategy.kind is StrategyKind.HSDP:
-        environment |= {
-            "ACCELERATE_USE_PARALLELISM_CONFIG": "true",
-            "PARALLELISM_CONFIG_DP_REPLICATE_SIZE": str(layout.num_replicas),
-            "PARALLELISM_CONFIG_DP_SHARD_SIZE": str(layout.shard_size),
-        }
     return environment
 
 
@@ -96,8 +99,8 @@ def device_environment(candidate: Candidate, cluster: Cluster) -> dict[str, str]
     if cluster.gpu.backend is not Backend.CPU:
         return environment | {DEVICE_VARIABLE: str(cluster.gpu.backend)}
     environment |= {DEVICE_VARIABLE: "cpu", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
-    kind = candidate.scenario.strategy.kind
-    if kind.is_fsdp or kind.zero_stage:
+    strategy = candidate.scenario.strategy
+    if strategy.kind.is_fsdp or strategy.kind.zero_stage or strategy.split.num_ranks > 1:
         return environment | {CPU_ENGINES_VARIABLE: "1", "ACCELERATE_TORCH_DEVICE": "cpu"}
     return environment | {"ACCELERATE_USE_CPU": "true"}
 

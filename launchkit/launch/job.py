@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from launchkit.errors import IllegalScenarioError, PlanFileError
 from launchkit.export.layout import (
     autocast_format,
     clip_norm,
+    distributed_config,
     lora_modules_to_save,
     lora_target_modules,
     lora_target_parameters,
@@ -17,7 +19,17 @@ from launchkit.hardware import Backend, Cluster
 from launchkit.optimizers import find
 from launchkit.plan import Candidate
 from launchkit.recipe import RECIPES
-from launchkit.scenario import Batch, Checkpointing, Loss, Method, Precision, StrategyKind, Trainer, Training
+from launchkit.scenario import (
+    Batch,
+    Checkpointing,
+    Loss,
+    Method,
+    Precision,
+    Split,
+    StrategyKind,
+    Trainer,
+    Training,
+)
 from launchkit.serialize import decode, encode
 from launchkit.strategies.weights import loaded_dtype
 
@@ -52,6 +64,22 @@ class Lora:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Parts:
+    """transformers' ``DistributedConfig``: how the model is split as it is loaded."""
+
+    tp_size: int
+    fsdp_size: int = 1
+    dp_replicate_size: int = 1
+    fsdp_mixed_precision: bool = False
+
+    @classmethod
+    def of(cls, candidate: Candidate, cluster: Cluster) -> Parts | None:
+        """Those of a candidate; None where nothing is split."""
+        values: dict[str, Any] = distributed_config(candidate, cluster)
+        return cls(**values) if values else None
+
+
+@dataclass(frozen=True, kw_only=True)
 class FineTuneJob:
     """One fine-tune as its workers read it. ``weights_dtype`` is what the model is loaded in, ``autocast`` accelerate's
     ``mixed_precision``; both follow from precision and strategy (``weights_dtype_of``)."""
@@ -67,6 +95,8 @@ class FineTuneJob:
     max_grad_norm: float
     learning_rate: float
     lora: Lora | None = None
+    split: Split = field(default_factory=Split)
+    parts: Parts | None = None
     gguf_file: str = ""
     deepspeed_file: str = ""
     on_cpu: bool = False
@@ -108,6 +138,8 @@ def fine_tune_job(
         max_grad_norm=clip_norm(candidate),
         learning_rate=RECIPES[training.method].learning_rate,
         lora=None if training.method is Method.FULL else _lora(candidate),
+        split=candidate.scenario.strategy.split,
+        parts=Parts.of(candidate, cluster),
         deepspeed_file=deepspeed_file,
         on_cpu=cluster.gpu.backend is Backend.CPU,
     )

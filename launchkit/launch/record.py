@@ -178,8 +178,9 @@ def strategy_is_live(kind: StrategyKind, ranks: Sequence[RankRecord], *, world_s
 
 
 def _is_proven(kind: StrategyKind, proof: Proof, *, world_size: int) -> bool:
-    if kind is StrategyKind.SINGLE:
-        return proof.world_size == 1
+    if kind is StrategyKind.SINGLE:  # of several ranks each holds a part
+        is_split = proof.num_local_parameters < proof.num_parameters
+        return proof.world_size == world_size and is_split is (world_size > 1)
     is_wrapped = any(WRAPPERS[kind] in wrapper for wrapper in proof.wrappers)
     return is_wrapped and proof.world_size == world_size and proof.zero_stage == kind.zero_stage
 

@@ -40,7 +40,7 @@ from launchkit.simulate.overheads import (
 )
 from launchkit.simulate.reading import CompiledProgram, compile_program
 from launchkit.strategies.base import compact
-from launchkit.strategies.fsdp2 import is_hybrid
+from launchkit.strategies.fsdp2 import is_hybrid, shard_group_size
 from launchkit.strategies.weights import loaded_itemsize
 from launchkit.units import divide_up, gib, gigabytes
 
@@ -65,10 +65,13 @@ class Bench:
     _shortages: dict[Scenario, Shortage | None] = field(default_factory=dict)
 
     def cluster_of(self, scenario: Scenario) -> Cluster:
-        """The part of the cluster that a scenario uses: one GPU for a single process, else all."""
-        if scenario.strategy.kind is not StrategyKind.SINGLE or self.cluster.num_gpus == 1:
+        """The part of the cluster that a scenario uses: all, or the GPUs of a single copy of the model, one or those
+        that share it."""
+        num_ranks = scenario.strategy.num_ranks(self.cluster.num_gpus)
+        in_node = min(num_ranks, self.cluster.node.num_gpus)
+        if num_ranks >= self.cluster.num_gpus or num_ranks % in_node:
             return self.cluster
-        return replace(self.cluster, num_nodes=1, node=replace(self.cluster.node, num_gpus=1))
+        return replace(self.cluster, num_nodes=num_ranks // in_node, node=replace(self.cluster.node, num_gpus=in_node))
 
     def key(self, scenario: Scenario) -> TraceKey:
         return program_key(scenario, self.source.profile, self.cluster.gpu.device_kind)
@@ -120,7 +123,8 @@ class Bench:
         """The model's weights and states as the scenario loads, holds and saves them."""
         same = _of_any_batch(scenario)
         if same not in self._sizes:
-            self._sizes[same] = ModelSizes.of(self.program(scenario), self.source.profile, scenario=scenario)
+            program = self.program(_with_whole_matrices(scenario))
+            self._sizes[same] = ModelSizes.of(program, self.source.profile, scenario=scenario)
         return self._sizes[same]
 
     def host_shortage(self, scenario: Scenario) -> Shortage | None:
@@ -161,7 +165,13 @@ def least_weight_bytes(profile: ModelProfile, scenario: Scenario, *, num_ranks: 
     if scenario.training.method is Method.QLORA:
         num_bytes //= 4  # 4 bits of 16
     is_sharded = strategy.kind.is_fsdp or strategy.kind is StrategyKind.ZERO3
-    return num_bytes // num_ranks if is_sharded else num_bytes
+    return num_bytes // num_ranks if is_sharded or strategy.split.num_ranks > 1 else num_bytes
+
+
+def _with_whole_matrices(scenario: Scenario) -> Scenario:
+    """The scenario without tensor parallelism, whose programs hold the parameters as they are loaded and saved."""
+    strategy = scenario.strategy
+    return replace(scenario, strategy=replace(strategy, split=replace(strategy.split, tp=1)))
 
 
 def program_key(scenario: Scenario, profile: ModelProfile, device: DeviceKind) -> TraceKey:
@@ -315,12 +325,15 @@ def run_of(bench: Bench, scenario: Scenario, steady_bytes: int = 0) -> Run:
 
 
 def communicators(cluster: Cluster, scenario: Scenario) -> ByteRange:
-    """The buffers of the process groups that a scenario makes: one, or two where shards and replicas are apart."""
+    """The buffers of the process groups that a scenario makes."""
     return communicator_buffers(cluster, num_communicators=_num_communicators(scenario))
 
 
 def _num_communicators(scenario: Scenario) -> int:
-    return 2 if is_hybrid(scenario.strategy) else 1
+    """One for all ranks or for those that shard, one for replicas, one for those that share a step."""
+    strategy = scenario.strategy
+    is_shared = strategy.split.num_ranks > 1 and strategy.kind is not StrategyKind.SINGLE
+    return 1 + is_hybrid(strategy) + is_shared
 
 
 def sketch(bench: Bench, scenario: Scenario) -> Candidate:
@@ -375,12 +388,14 @@ def step_time(bench: Bench, scenario: Scenario) -> StepTime:
     profile, cluster = bench.source.profile, bench.cluster_of(scenario)
     program = bench.program(scenario)
     point = point_of(scenario)
-    num_trainable = program.num_parameters(point.lora_rank, trainable=True)
+    strategy = scenario.strategy
+    num_trainable = bench.sizes(scenario).num_trained
     job = Job(
         cluster=cluster,
         compute=bench.key(scenario).compute,
         gradient_accumulation_steps=scenario.batch.gradient_accumulation_steps,
-        shard_group_size=cluster.node.num_gpus if scenario.strategy.kind is StrategyKind.HSDP else 0,
+        shard_group_size=shard_group_size(strategy, cluster) if is_hybrid(strategy) or strategy.split.tp > 1 else 0,
+        split=strategy.split,
         reduces_every_micro_batch=scenario.strategy.kind is not StrategyKind.DDP,
         host_optimizer_bytes=_host_optimizer_bytes(num_trainable, scenario, cluster),
         is_compiled=scenario.training.compile,

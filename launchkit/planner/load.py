@@ -40,9 +40,10 @@ class LoadJob:
     def converts(self) -> bool:
         """Whether the weights are loaded in another dtype than they are stored in, which takes a copy in host memory.
 
-        In the stored dtype they are views of the mapped file. 4-bit weights are made on the device.
+        In the stored dtype they are views of the mapped file. 4-bit weights are made on the device, and of a model that
+        transformers splits as it loads it, parts.
         """
-        same = loaded_itemsize(self.scenario) == self.checkpoint_itemsize
+        same = loaded_itemsize(self.scenario) == self.checkpoint_itemsize or self.scenario.strategy.split.tp > 1
         return not same and self.scenario.training.method is not Method.QLORA
 
 
@@ -80,8 +81,8 @@ def _written(job: LoadJob, device_bytes: int) -> int:
 
 
 def _whole(job: LoadJob) -> int:
-    """Weights go over one by one."""
-    return job.sizes.state_dict_bytes
+    """Weights go over one by one, of split matrices this rank's part."""
+    return divide_up(job.sizes.state_dict_bytes, job.scenario.strategy.split.tp)
 
 
 def _replicated(job: LoadJob) -> int:
@@ -110,7 +111,7 @@ def _flattened(job: LoadJob) -> int:
 def _shards(job: LoadJob) -> int:
     strategy = job.scenario.strategy
     offloads = strategy.offload.params or strategy.fsdp.offload_params
-    return 0 if offloads else divide_up(job.sizes.state_dict_bytes, job.num_shards)
+    return 0 if offloads else divide_up(job.sizes.state_dict_bytes, job.num_shards * strategy.split.tp)
 
 
 def _flat_and_whole(job: LoadJob) -> int:

@@ -12,7 +12,7 @@ from launchkit.hardware import Cluster
 from launchkit.model import ModelProfile
 from launchkit.plan import StepTime
 from launchkit.planner.evaluate import Bench, communicators, step_time, usable_bytes
-from launchkit.request import Request, resolve
+from launchkit.request import Request, groups_text, resolve, split_of
 from launchkit.scenario import (
     Batch,
     Checkpointing,
@@ -27,6 +27,7 @@ from launchkit.scenario import (
     TraceKey,
 )
 from launchkit.simulate.overheads import MEMORY_MODEL_ERROR, cuda_context
+from launchkit.strategies.split import engines_of
 from launchkit.units import round_up
 from launchkit.zero_settings import read_zero_settings
 
@@ -134,7 +135,7 @@ class Search:
     def strategies(self) -> Iterator[Strategy]:
         """How the job may be spread, within what was asked for."""
         request = self.request
-        spread = _SPREAD_ONE if self._cluster.num_gpus == 1 else _SPREAD_MANY
+        spread, split = self._spread(), split_of(request)
         if request.strategy is not None:
             offloads = [offload for kind, offload in (*_SPREAD_ONE, *_SPREAD_MANY) if kind is request.strategy]
             spread = tuple((request.strategy, offload) for offload in dict.fromkeys((Offload.NONE, *offloads)))
@@ -144,7 +145,7 @@ class Search:
         for kind, offload in spread:
             if kind is StrategyKind.HSDP and self._cluster.num_nodes == 1 and request.strategy is None:
                 continue
-            strategy = _strategy(kind, offload)
+            strategy = replace(_strategy(kind, offload), split=split)
             if request.fsdp_sharding is not None and kind.is_fsdp:
                 strategy = replace(strategy, fsdp=replace(strategy.fsdp, sharding=request.fsdp_sharding))
             if request.zero_settings is not None and kind.zero_stage:
@@ -177,6 +178,14 @@ class Search:
 
     def _is_pointless(self, method: Method, strategy: Strategy) -> bool:
         return strategy.kind in _WITHOUT_PURPOSE[method] and self.request.strategy is None
+
+    def _spread(self) -> tuple[tuple[StrategyKind, Offload], ...]:
+        """The engines and offloads to try where none was asked for."""
+        split, num_gpus = split_of(self.request), self._cluster.num_gpus
+        if split.num_ranks == 1:
+            return _SPREAD_ONE if num_gpus == 1 else _SPREAD_MANY
+        alone = _SPREAD_ONE[:1] if split.num_ranks == num_gpus else ()
+        return tuple((kind, offload) for kind, offload in (*alone, *_SPREAD_MANY) if kind in engines_of(split))
 
     def base(self, method: Method, strategy: Strategy) -> Scenario:
         """The scenario of a method and a strategy before a batch is chosen: micro-batch 1 and full checkpointing,
@@ -261,7 +270,7 @@ class Search:
         if self.request.micro_batch is not None:
             yield self.request.micro_batch
             return
-        ranks = self.bench.cluster_of(scenario).num_gpus
+        ranks = scenario.strategy.num_data_ranks(self._cluster.num_gpus)
         per_rank = max(1, self.global_batch() // ranks)
         micro_batch = 1
         while micro_batch <= min(per_rank, LARGEST_MICRO_BATCH):
@@ -274,21 +283,22 @@ class Search:
         asked = self.request.global_batch
         if asked is not None:
             return asked
-        ranks = self._cluster.num_gpus
+        ranks = max(1, self._cluster.num_gpus // split_of(self.request).num_ranks)
         return max(ranks, DEFAULT_GLOBAL_BATCH // ranks * ranks)
 
     def _batch(self, micro_batch: int, seq_len: int, strategy: Strategy) -> Batch:
-        ranks = 1 if strategy.kind is StrategyKind.SINGLE else self._cluster.num_gpus
+        ranks = max(1, strategy.num_data_ranks(self._cluster.num_gpus))
         steps = max(1, self.global_batch() // (ranks * micro_batch))
         return Batch(micro_batch=micro_batch, gradient_accumulation_steps=steps, seq_len=seq_len)
 
     def _batch_refusal(self, scenario: Scenario) -> str | None:
         """Why a global batch that was asked for cannot be kept, with the next one that can."""
-        asked, ranks = self.request.global_batch, self.bench.cluster_of(scenario).num_gpus
+        asked, strategy = self.request.global_batch, scenario.strategy
+        ranks = max(1, strategy.num_data_ranks(self._cluster.num_gpus))
         if asked is None or scenario.batch.global_batch(ranks) == asked:
             return None
         parts = [f"--micro-batch {self.request.micro_batch}"] if self.request.micro_batch else []
-        parts += [f"{ranks} GPUs"] if ranks > 1 else []
+        parts += [groups_text(strategy, ranks)] if ranks > 1 else []
         fitting = round_up(asked, ranks * scenario.batch.micro_batch)
         return f"--global-batch {asked} is no multiple of {' × '.join(parts)}; use --global-batch {fitting}"
 

@@ -96,18 +96,21 @@ def method_text(training: Training) -> str:
 def strategy_text(scenario: Scenario, *, cluster: Cluster) -> str:
     """The strategy's name; one process on the CPU has no GPU to be single."""
     is_cpu = cluster.gpu.backend is Backend.CPU
-    return "single process" if is_cpu and scenario.strategy.kind is StrategyKind.SINGLE else scenario.strategy.name
+    is_alone = scenario.strategy.num_ranks(cluster.num_gpus) == 1 and scenario.strategy.kind is StrategyKind.SINGLE
+    return "single process" if is_cpu and is_alone else scenario.strategy.name
 
 
 def batch_text(scenario: Scenario, *, cluster: Cluster) -> str:
     """``micro-batch 1 × 16 accumulation × 2 GPUs = 32 sequences of 4096``."""
     batch = scenario.batch
-    num_ranks = 1 if scenario.strategy.kind is StrategyKind.SINGLE else cluster.num_gpus
+    num_ranks = scenario.strategy.num_data_ranks(cluster.num_gpus)
+    what = "processes" if cluster.gpu.backend is Backend.CPU else "GPUs"
+    shared = scenario.strategy.split.num_ranks
     factors = [f"micro-batch {batch.micro_batch}"]
     if batch.gradient_accumulation_steps > 1:
         factors.append(f"{batch.gradient_accumulation_steps} accumulation")
     if num_ranks > 1:
-        factors.append(f"{num_ranks} {'processes' if cluster.gpu.backend is Backend.CPU else 'GPUs'}")
+        factors.append(f"{num_ranks} groups of {shared} {what}" if shared > 1 else f"{num_ranks} {what}")
     if len(factors) == 1:
         return f"{factors[0]} of {batch.seq_len} tokens"
     return f"{' × '.join(factors)} = {batch.global_batch(num_ranks)} sequences of {batch.seq_len} tokens"

@@ -8,7 +8,7 @@ of it starts; what follows it (``AFTER``) holds up nothing until the optimizer; 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from launchkit.hardware import Backend, Cluster, Gpu
@@ -26,7 +26,7 @@ from launchkit.program import (
     Stage,
     StepProgram,
 )
-from launchkit.scenario import Compute
+from launchkit.scenario import Compute, Split
 from launchkit.units import GB
 
 
@@ -117,7 +117,7 @@ _REDUCTIONS = frozenset({CollectiveKind.ALL_REDUCE, CollectiveKind.REDUCE_SCATTE
 class Job:
     """What the time of a step depends on besides its program and point.
 
-    ``shard_group_size`` is the number of ranks of ``Group.SHARD`` (0: all). Without ``reduces_every_micro_batch``
+    ``shard_group_size`` is the number of ranks of ``Group.SHARD`` (0: all), ``split`` how many share a step. Without ``reduces_every_micro_batch``
     gradients are reduced with the last micro-batch only (``no_sync``). ``host_optimizer_bytes`` is the memory traffic
     of one rank's optimizer on the CPU. The last four describe the model, for MFU.
     """
@@ -126,6 +126,7 @@ class Job:
     compute: Compute
     gradient_accumulation_steps: int = 1
     shard_group_size: int = 0
+    split: Split = field(default_factory=Split)
     reduces_every_micro_batch: bool = True
     host_optimizer_bytes: int = 0
     is_compiled: bool = False
@@ -151,7 +152,7 @@ def simulate_time(program: StepProgram, point: Point, *, job: Job) -> StepTime:
     host = job.host_optimizer_bytes * job.cluster.node.num_gpus / HOST_MEMORY_BYTES_PER_S
     seconds = last.seconds + num_earlier * earlier.seconds + host
     compute_seconds = last.compute_seconds + num_earlier * earlier.compute_seconds + host
-    tokens = point.micro_batch * point.seq_len * job.gradient_accumulation_steps
+    tokens = point.micro_batch * point.seq_len * job.gradient_accumulation_steps / job.split.num_ranks
     flops = model_flops(job, num_tokens=tokens, seq_len=point.seq_len)
     return StepTime(
         seconds=seconds,
@@ -162,7 +163,7 @@ def simulate_time(program: StepProgram, point: Point, *, job: Job) -> StepTime:
     )
 
 
-def model_flops(job: Job, *, num_tokens: int, seq_len: int) -> float:
+def model_flops(job: Job, *, num_tokens: float, seq_len: int) -> float:
     """FLOPs that the model itself asks for, per GPU and step; what checkpointing computes again is not counted.
 
     Formula: ``(4 × active + 2 × min(trainable, active) + 12 × layers × hidden × seq_len) × tokens``: the usual ``6 N``
@@ -189,8 +190,14 @@ def efficiency_of(gpu: Gpu) -> Efficiency:
 
 def group_size(job: Job, group: Group) -> int:
     """How many ranks take part in a collective of ``group``."""
-    shard = min(job.shard_group_size or job.cluster.num_gpus, job.cluster.num_gpus)
-    sizes = {Group.WORLD: job.cluster.num_gpus, Group.SHARD: shard, Group.REPLICATE: job.cluster.num_gpus // shard}
+    num_sharing = job.cluster.num_gpus // job.split.tp
+    shard = min(job.shard_group_size or num_sharing, num_sharing)
+    sizes = {
+        Group.WORLD: job.cluster.num_gpus,
+        Group.SHARD: shard,
+        Group.REPLICATE: num_sharing // shard,
+        Group.COPY: job.split.num_ranks,
+    }
     return sizes[group]
 
 
@@ -215,11 +222,13 @@ def collective_seconds(job: Job, kind: CollectiveKind, num_bytes: int, *, group:
 def _links_of(job: Job, group: Group, size: int) -> Iterator[tuple[Link, float]]:
     """The kinds of link on a ring of ``size`` ranks, each with its nominal rate for this ring.
 
-    Shard groups are neighbours (they fill nodes first), replicas are as far apart as a shard group is large.
+    Ranks that share matrices are neighbours, then those of a shard group (they fill nodes first); replicas are as far
+    apart as a shard group is large.
     """
     cluster = job.cluster
     per_node = cluster.node.num_gpus
-    stride = group_size(job, Group.SHARD) if group is Group.REPLICATE else 1
+    shard = group_size(job, Group.SHARD)
+    stride = {Group.SHARD: job.split.tp, Group.REPLICATE: shard * job.split.tp}.get(group, 1)
     ranks_in_node = max(1, min(size, per_node // stride))
     if ranks_in_node > 1:
         pcie = cluster.gpu.pcie_bytes_per_s or ASSUMED_PCIE_BYTES_PER_S

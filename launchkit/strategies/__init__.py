@@ -24,7 +24,7 @@ from launchkit.scenario import (
     Trainer,
     Training,
 )
-from launchkit.strategies import ddp, fsdp1, fsdp2, hsdp, single, zero
+from launchkit.strategies import ddp, fsdp1, fsdp2, hsdp, single, split, zero
 
 
 class Engine(Protocol):
@@ -53,7 +53,8 @@ ENGINES: Mapping[StrategyKind, Engine] = {
 
 def trace_key(training: Training, strategy: Strategy, device: DeviceKind, *, single_sequence: bool = False) -> TraceKey:
     """Which of a model's programs the strategy starts from. ``single_sequence`` when the micro-batch is 1."""
-    return ENGINES[strategy.kind].trace_key(training, strategy, device, single_sequence=single_sequence)
+    key = ENGINES[strategy.kind].trace_key(training, strategy, device, single_sequence=single_sequence)
+    return split.split_key(key, strategy.split)
 
 
 def rewrite(program: StepProgram, *, scenario: Scenario, cluster: Cluster) -> StepProgram:
@@ -69,6 +70,7 @@ def refusal(scenario: Scenario, profile: ModelProfile, cluster: Cluster) -> str 
         or _unmodelled(scenario.training)
         or _checkpointing_refusal(scenario, cluster)
         or _optimizer_refusal(scenario)
+        or split.refusal(scenario, profile, cluster)
         or _hardware_refusal(scenario, cluster)
         or _model_refusal(scenario, profile, cluster)
         or _head_refusal(scenario, profile, cluster)
@@ -118,6 +120,10 @@ def _optimizer_refusal(scenario: Scenario) -> str | None:
         return f"{optimizer.name} updates inside the backward pass of one process; use --strategy single"
     if optimizer.in_backward and scenario.batch.gradient_accumulation_steps > 1:
         return f"{optimizer.name} cannot accumulate gradients; use --global-batch {scenario.batch.micro_batch}"
+    if optimizer.in_backward and scenario.strategy.split.num_ranks > 1:
+        return f"{optimizer.name} updates inside the backward pass of one process; leave out the other ranks"
+    if optimizer.target_modules and scenario.strategy.split.tp > 1:
+        return f"{optimizer.name} projects whole matrices, and --tp shares them out; use --strategy ddp without it"
     if optimizer.target_modules and kind not in (StrategyKind.SINGLE, StrategyKind.DDP):
         return f"{optimizer.name} projects whole matrices, and --strategy {kind} shards them; use --strategy ddp"
     return None

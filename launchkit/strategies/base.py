@@ -289,8 +289,18 @@ def compact(program: StepProgram) -> StepProgram:
 
 def gradient_storages(program: StepProgram, *, scenario: Scenario) -> tuple[Persistent, ...]:
     """A gradient per trainable parameter, in the parameter's dtype, as accumulation leaves them."""
-    sizes = (tensor.num_bytes for tensor in whole_tensors(program, scenario=scenario))
-    return tuple(persistent_run(sizes, Owner.GRADIENTS))
+    rank = lora_rank(scenario)
+    sizes: Counter[int] = Counter()
+    for place in located_parameters(program, trainable=True):
+        if place.parameter.has_gradient:
+            sizes[place.parameter.gradient_bytes(rank)] += place.copies
+    return tuple(_persistent(sizes, Owner.GRADIENTS))
+
+
+def narrowed_bytes(parameters: Iterable[Located], *, rank: int) -> int:
+    """Bytes of the copies that are made of wide gradients' own parts before they are used."""
+    wide = [place for place in parameters if place.parameter.gradient_numel]
+    return sum(place.parameter.num_bytes(rank) * place.copies for place in wide)
 
 
 @dataclass(frozen=True, kw_only=True)

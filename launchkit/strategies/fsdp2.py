@@ -132,7 +132,7 @@ def refusal(scenario: Scenario, profile: ModelProfile, cluster: Cluster) -> str 
 
 def _group_refusal(scenario: Scenario, cluster: Cluster) -> str | None:
     size = shard_group_size(scenario.strategy, cluster)
-    if cluster.num_gpus % size:
+    if num_sharing_ranks(scenario.strategy, cluster) % size:
         return f"a shard group of {size} GPUs does not divide {cluster.num_gpus}; choose a divisor"
     return None
 
@@ -141,11 +141,21 @@ def is_hybrid(strategy: Strategy) -> bool:
     return strategy.kind is StrategyKind.HSDP or strategy.fsdp.sharding.is_hybrid
 
 
+def num_sharing_ranks(strategy: Strategy, cluster: Cluster) -> int:
+    """Ranks that hold the same matrices, so that FSDP may shard them: all but for tensor parallelism.
+
+    Ranks that share a sequence are among them: accelerate shards over ``dp_shard`` and ``cp`` as one.
+    """
+    return max(1, cluster.num_gpus // strategy.split.tp)
+
+
 def shard_group_size(strategy: Strategy, cluster: Cluster) -> int:
     """Ranks that share one copy of the model: all, or under hybrid sharding one node's unless told otherwise."""
+    num_ranks = num_sharing_ranks(strategy, cluster)
     if not is_hybrid(strategy):
-        return cluster.num_gpus
-    return min(strategy.fsdp.shard_group_size or cluster.node.num_gpus, cluster.num_gpus)
+        return num_ranks
+    in_node = max(1, cluster.node.num_gpus // strategy.split.tp)
+    return min(strategy.fsdp.shard_group_size or in_node, num_ranks)
 
 
 def rewrite(program: StepProgram, *, scenario: Scenario, cluster: Cluster) -> StepProgram:
@@ -163,10 +173,12 @@ class Layout:
 
     num_shards: int
     num_replicas: int
+    crosses_groups: bool  # the ranks that shard are not all there are: others hold other parts of the matrices
     rank: int
     trainable_itemsize: int
     frozen_itemsize: int
     gathered_itemsize: int
+    reduced_itemsize: int
     reshards: bool
     has_root_unit: bool  # the plain loop wraps all that is outside blocks as one; accelerate carves it up
     calls_head: bool  # a fused head is read, not called: its unit's backward begins with the loss
@@ -184,24 +196,36 @@ class Layout:
         casts = _casts(training)
         return cls(
             num_shards=num_shards,
-            num_replicas=cluster.num_gpus // num_shards,
+            num_replicas=num_sharing_ranks(strategy, cluster) // num_shards,
+            crosses_groups=strategy.split.tp > 1,
             rank=lora_rank(scenario),
             trainable_itemsize=FP32_BYTES if casts else 0,
             # accelerate upcasts what is trained; frozen weights stay as loaded, in 16 bits
             frozen_itemsize=(FP32_BYTES if in_loop else HALF_BYTES) if mixed else 0,
             gathered_itemsize=HALF_BYTES if casts else 0,
+            # transformers' own FSDP, which tensor parallelism goes with, reduces in fp32
+            reduced_itemsize=FP32_BYTES if casts and strategy.split.tp > 1 and not in_loop else 0,
             reshards=strategy.fsdp.sharding.reshard_after_forward,
             has_root_unit=in_loop,
             calls_head=training.loss is Loss.PLAIN and training.trainer is not Trainer.TRL,
             accumulates=accumulates(scenario),
-            defers_reduction=accumulates(scenario) and not in_loop,
+            # that FSDP defers only the all-reduce where there are replicas
+            defers_reduction=accumulates(scenario)
+            and not in_loop
+            and not (strategy.split.tp > 1 and is_hybrid(strategy)),
             offloads=strategy.offload.params or strategy.fsdp.offload_params,
             copies_on_wire=cluster.gpu.device_kind is DeviceKind.CPU,
         )
 
     @property
+    def adds_in_place(self) -> bool:
+        """Whether each gradient is added to those of earlier micro-batches as it arrives; in another dtype than the
+        reduction's all of a unit's wait for its end."""
+        return self.defers_reduction and not self.reduced_itemsize
+
+    @property
     def group(self) -> Group:
-        return Group.SHARD if self.num_replicas > 1 else Group.WORLD
+        return Group.SHARD if self.num_replicas > 1 or self.crosses_groups else Group.WORLD
 
 
 class ShardedProgram(FramedProgram):
@@ -235,8 +259,10 @@ class _Sharded(NamedTuple):
     trainable: bool
     stored_itemsize: int
     gathered_itemsize: int
+    reduced_itemsize: int
     whole_bytes: int  # gathered, with padding
-    gradient_bytes: int  # unsharded, without padding
+    gradient_bytes: int  # unsharded, without padding, where micro-batches add it up
+    narrowed_bytes: int  # of the copy that is made of this rank's part where the gradient is wider than the parameter
     in_block: bool
 
     @property
@@ -253,6 +279,10 @@ class _Sharded(NamedTuple):
     @property
     def sent_bytes(self) -> int:
         return self.numel * self.gathered_itemsize
+
+    @property
+    def reduced_bytes(self) -> int:
+        return self.numel * self.reduced_itemsize
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -298,8 +328,8 @@ class _Unit:
 
     @cached_property
     def reduced_bytes(self) -> int:
-        """The reduced shard in the dtype it is reduced in, the gathered one (as accelerate sets it)."""
-        return sum(p.sent_bytes for p in self.trainable)
+        """The reduced shard in the dtype it is reduced in: the gathered one, as accelerate sets it, or fp32."""
+        return sum(p.reduced_bytes for p in self.trainable)
 
     @cached_property
     def gradient_bytes(self) -> int:
@@ -311,15 +341,18 @@ def _sharded(parameter: Parameter, layout: Layout, *, in_block: bool) -> _Sharde
     """The first rank's shard of ``parameter``: ``ceil(rows / shards)`` rows. 4-bit weights shard as packed bytes."""
     if parameter.packed_bytes:
         packed = divide_up(parameter.packed_bytes, layout.num_shards)
-        return _Sharded((packed,), parameter.trainable, 1, 1, packed * layout.num_shards, 0, in_block)
+        return _Sharded((packed,), parameter.trainable, 1, 1, 1, packed * layout.num_shards, 0, 0, in_block)
     dims = parameter.sizes(layout.rank) or (1,)
     shape = (divide_up(dims[0], layout.num_shards), *dims[1:])
     stored = layout.trainable_itemsize if parameter.trainable else layout.frozen_itemsize
     gathered = layout.gathered_itemsize or parameter.itemsize
-    shard = _Sharded(shape, parameter.trainable, stored or parameter.itemsize, gathered, 0, 0, in_block)
+    reduced = layout.reduced_itemsize or gathered
+    numel = parameter.numel(layout.rank)
+    shard = _Sharded(shape, parameter.trainable, stored or parameter.itemsize, gathered, reduced, 0, 0, 0, in_block)
     return shard._replace(
         whole_bytes=shard.sent_bytes * layout.num_shards,
-        gradient_bytes=parameter.numel(layout.rank) * gathered if parameter.trainable else 0,
+        gradient_bytes=(parameter.gradient_numel or numel) * reduced if parameter.trainable else 0,
+        narrowed_bytes=numel * (reduced if layout.defers_reduction else gathered) if parameter.gradient_numel else 0,
     )
 
 
@@ -339,10 +372,13 @@ class _Units:
     embedding: _Unit | None = None
     root: _Unit | None = None  # lives from the first stage to the last
     tail: _Unit | None = None
+    second_copy_bytes: int = 0  # of a tied weight that another unit gathers once more, for the head
 
 
 def _units(program: StepProgram, layout: Layout) -> _Units:
-    """Source: accelerate 1.15 ``fsdp2_prepare_model``, which carves up the root unless embedding and head are tied."""
+    """Source: accelerate 1.15 ``fsdp2_prepare_model``, which carves up the root unless embedding and head are tied.
+    transformers' own FSDP, which goes with tensor parallelism, carves it up alike; a tied head is tied after it has
+    become the root's, so that the root gathers it as well (seen in the timeline)."""
     blocks = {
         name: _unit(program, layout, group=name, indices=range(len(group.parameters)), reshards=layout.reshards)
         for name, group in program.groups.items()
@@ -356,7 +392,10 @@ def _units(program: StepProgram, layout: Layout) -> _Units:
     if layout.has_root_unit or first & last or not single:
         # accelerate wraps the final norm, then the tied embedding
         order = everything if layout.has_root_unit else sorted(everything, key=lambda index: index in first)
-        return _Units(blocks=blocks, root=_unit(program, layout, group=ROOT_GROUP, indices=order, reshards=False))
+        root = _unit(program, layout, group=ROOT_GROUP, indices=order, reshards=False)
+        tied = [p for index, p in zip(root.indices, root.parameters, strict=True) if index in first & last]
+        twice = layout.crosses_groups and not layout.has_root_unit
+        return _Units(blocks=blocks, root=root, second_copy_bytes=sum(p.whole_bytes for p in tied) if twice else 0)
     early = [i for i in everything if i in first]
     late = [i for i in everything if i not in first]
     return _Units(
@@ -386,7 +425,9 @@ class _Slot(IntEnum):
     REDUCE_INPUT = 5
     REDUCED = 6
     GRADIENT = 7
-    COPIES = 8  # the first of one per parameter
+    NARROWED = 8
+    SECOND_COPY = 9
+    COPIES = 10  # the first of one per parameter
 
 
 class _Gradient(NamedTuple):
@@ -401,7 +442,7 @@ class _Rewriter(ShardedProgram):
 
     def __init__(self, program: StepProgram, layout: Layout, units: _Units) -> None:
         super().__init__(
-            map_sections(program, Phase.BACKWARD, gradients_die_when_ready) if layout.defers_reduction else program,
+            map_sections(program, Phase.BACKWARD, gradients_die_when_ready) if layout.adds_in_place else program,
             layout,
         )
         self.units = units
@@ -439,6 +480,9 @@ class _Rewriter(ShardedProgram):
         if self.units.root:  # it begins first and ends last
             order = [order[-1], *order[:-1]]
         previous: Live | None = None
+        if num_bytes := self.units.second_copy_bytes:
+            begin, events = self.forward_begin, self.frame(self.forward_begin).before
+            self.retained.append(self.alloc(begin, _Slot.SECOND_COPY, num_bytes, events, Owner.GATHERED_WEIGHTS))
         for index in order:
             unit, begin, end = visits[index].unit, visits[index].forward_begin, visits[index].forward_end
             frame = self.frame(begin)
@@ -516,18 +560,36 @@ class _Rewriter(ShardedProgram):
         """What follows a unit's backward: reshard, the previous reduce input, this unit's reduction."""
         unit, place = visit.unit, visit.backward_end
         frame = self.frame(place)
+        gradients = self._collect(visit, frame) if unit.trainable else []
         self._reshard(index, unit, place, frame.behind)
         if self.reduce_input:
             frame.behind.append(self.free(self.reduce_input, place))
             self.reduce_input = None
         if unit.trainable:
-            self._reduce(visit, frame)
+            self._reduce(visit, frame, gradients)
 
-    def _reduce(self, visit: Visit[_Unit], frame: Frame) -> None:
+    def _collect(self, visit: Visit[_Unit], frame: Frame) -> list[_Gradient]:
+        """The unit's unsharded gradients as its reduction takes them: this micro-batch's added to the earlier ones',
+        and a copy of this rank's part in place of any that is wider than its parameter."""
+        unit, place, events = visit.unit, visit.backward_end, frame.behind
+        gradients = list(self._unsharded_gradients(visit))
+        if self.layout.defers_reduction and not self.layout.adds_in_place:
+            born = self.gradients(unit.group, place)
+            events.extend(live.free for live in self._of_unit(unit, born, place))
+        parameters = dict(zip(unit.indices, unit.parameters, strict=True))
+        narrowed = sum(p.narrowed_bytes for p in unit.parameters)
+        if not narrowed:
+            return gradients
+        copy = self.alloc(place, _Slot.NARROWED, narrowed, events)
+        wide = [live for live in gradients if parameters[live.parameter].narrowed_bytes]
+        events.extend(live.free for live in wide)
+        kept = [live for live in gradients if live not in wide]
+        return [*kept, _Gradient(wide[-1].parameter, self.free(copy, place))]
+
+    def _reduce(self, visit: Visit[_Unit], frame: Frame, gradients: Sequence[_Gradient]) -> None:
         unit, place, events = visit.unit, visit.backward_end, frame.behind
         num_shards = self.layout.num_shards
         self.reduce_input = self.alloc(place, _Slot.REDUCE_INPUT, unit.reduced_bytes * num_shards, events)
-        gradients = list(self._unsharded_gradients(visit))
         # torch's loop over gradients (``foreach_reduce``) keeps its variable, so the last one, until it returns.
         arrived = [live.parameter for live in gradients] if num_shards > 1 else []
         last = max(arrived, key=unit.indices.index, default=-1)
@@ -556,9 +618,12 @@ class _Rewriter(ShardedProgram):
         if self.layout.defers_reduction:
             pile = self.pile(visit.unit.group, visit.forward_begin)
             born = [(pile, alloc) for alloc in self.accumulated[pile]]
+        return self._of_unit(visit.unit, born, visit.backward_end)
+
+    def _of_unit(self, unit: _Unit, born: Iterable[tuple[Place, Alloc]], end: Place) -> Iterator[_Gradient]:
         for place, alloc in born:
-            if alloc.parameter in visit.unit.indices:
-                ref = self.ref(Live(place, alloc.slot, 0), visit.backward_end)
+            if alloc.parameter in unit.indices:
+                ref = self.ref(Live(place, alloc.slot, 0), end)
                 yield _Gradient(alloc.parameter, Free(ref, alloc.size))
 
     def _pile_up(self, visits: Sequence[Visit[_Unit]]) -> None:

@@ -14,6 +14,6 @@ rewrite = fsdp2.rewrite
 def refusal(scenario: Scenario, profile: ModelProfile, cluster: Cluster) -> str | None:
     """What FSDP2 refuses, and a single shard group, which has no replicas."""
     size = fsdp2.shard_group_size(scenario.strategy, cluster)
-    if size == cluster.num_gpus:
+    if size == fsdp2.num_sharing_ranks(scenario.strategy, cluster):
         return f"--strategy hsdp on {cluster.text} makes one shard group of all {size} ranks; use --strategy fsdp2"
     return fsdp2.refusal(scenario, profile, cluster)

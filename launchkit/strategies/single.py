@@ -1,4 +1,5 @@
-"""One process, nothing sharded: the traced step with its weights, its optimizer and its accumulated gradients."""
+"""One copy of the model, on one rank or on several that share its step: the traced step with its weights, its
+optimizer and its accumulated gradients."""
 
 from __future__ import annotations
 
@@ -7,15 +8,19 @@ from dataclasses import replace
 from launchkit.hardware import Cluster
 from launchkit.model import ModelProfile
 from launchkit.optimizers import find
-from launchkit.program import StepProgram
+from launchkit.program import Alloc, Free, Owner, Size, StepProgram, local
 from launchkit.scenario import DeviceKind, Offload, Scenario, Strategy, TraceKey, Training
 from launchkit.strategies.base import (
     AUTOCAST_COMPUTE,
+    OPTIMIZER_STAGE,
     OptimizerStep,
     accumulate_gradients,
     accumulates,
     gradient_storages,
+    located_parameters,
+    lora_rank,
     make_trace_key,
+    narrowed_bytes,
     update_in_backward,
     weights,
     whole_tensors,
@@ -39,15 +44,34 @@ def refusal(scenario: Scenario, profile: ModelProfile, cluster: Cluster) -> str 
 
 
 def rewrite(program: StepProgram, *, scenario: Scenario, cluster: Cluster) -> StepProgram:
-    """The whole model, its gradients and its optimizer on one device."""
+    """The whole model, or this rank's part of it, its gradients and its optimizer on one device."""
     persistent = program.persistent + weights(program, scenario=scenario)
     if find(scenario.training.optimizer).in_backward:
         return update_in_backward(
             replace(program, persistent=persistent), scenario=scenario, device=cluster.gpu.device_kind
         )
-    step = OptimizerStep(tensors=whole_tensors(program, scenario=scenario))
+    step = _optimizer_step(program, scenario)
     if accumulates(scenario):
         persistent += gradient_storages(program, scenario=scenario)
         program = accumulate_gradients(program)
     program = replace(program, persistent=persistent)
     return with_optimizer(program, step, scenario=scenario, device=cluster.gpu.device_kind)
+
+
+def _optimizer_step(program: StepProgram, scenario: Scenario) -> OptimizerStep:
+    """What this rank's optimizer updates. Where matrices are split, they are a kernel call of their own, ahead of the
+    vectors that every rank holds. A kernel that reads a gradient wider than its parameter reads a copy of this rank's
+    part, while all states exist and none of the update's other temporaries do.
+
+    Source: transformers 5.23 ``Trainer.create_optimizer`` (a group per device mesh); DTensor's redistribution of the
+    arguments of an operator, seen in the timeline.
+    """
+    tensors = whole_tensors(program, scenario=scenario)
+    if scenario.strategy.split.tp == 1:
+        return OptimizerStep(tensors=tensors)
+    copied = Size.constant(narrowed_bytes(located_parameters(program, trainable=True), rank=lora_rank(scenario)))
+    passing = (Alloc(0, copied, Owner.TEMPORARIES), Free(local(OPTIMIZER_STAGE, 0), copied))
+    return OptimizerStep(
+        tensors=tuple(sorted(tensors, key=lambda tensor: len(tensor.shape) == 1)),
+        after=passing if copied.terms else (),
+    )

@@ -133,7 +133,7 @@ def _storages(job: Job) -> Iterator[Persistent]:
         gathered = (numel * job.itemsize for numel in _persistent_numels(job))
         yield from persistent_run(gathered, Owner.GATHERED_WEIGHTS)
     if job.settings.contiguous_gradients:
-        yield Persistent(Size.constant(job.settings.reduce_bucket_size * job.itemsize), Owner.COMMUNICATION)
+        yield Persistent(Size.constant(job.settings.reduce_bucket_size * job.sent_itemsize), Owner.COMMUNICATION)
     if not job.offloads_optimizer:
         yield Persistent(Size.constant(partition * job.itemsize), Owner.GRADIENTS)
         yield from persistent_run((numel * job.master_itemsize for numel in sub_groups(job)), Owner.MASTER_WEIGHTS)
@@ -283,10 +283,16 @@ class ScatterBucket:
 
 
 def _write_flush(job: Job, events: EventList, flush: ScatterFlush) -> None:
-    """The flat copy, and gloo's own of what it scatters; then gradients on their way to the host."""
+    """The flat copy, and gloo's own of what it scatters; then gradients on their way to the host.
+
+    Reduced in another dtype than they were computed in, partitions are cast back while the flat copy is there.
+    """
     copies = flush.is_flattened + (job.device is DeviceKind.CPU and job.settings.reduce_scatter)
-    frees = [events.alloc(flush.elements * job.itemsize, Owner.COMMUNICATION) for _ in range(copies)]
-    events.events.extend(reversed(frees))
+    frees = [events.alloc(flush.elements * job.sent_itemsize, Owner.COMMUNICATION) for _ in range(copies)]
+    events.events.extend(reversed(frees[1:]))
+    if job.widens_sent:
+        events.passing(divide_up(flush.elements, job.num_shards) * job.itemsize, Owner.COMMUNICATION)
+    events.events.extend(frees[:1])
     if job.offloads_optimizer:
         _to_host(job, events)
     events.events.extend(Free(gradient.ref, gradient.size) for gradient in flush.dying)
@@ -359,7 +365,7 @@ def _bucketed(
 def _reduce_scatter(job: Job, numel: int) -> tuple[Collective, ...]:
     if not numel or job.world_size == 1:
         return ()
-    return (Collective(CollectiveKind.REDUCE_SCATTER, Size.constant(numel * job.itemsize), Moment.AFTER),)
+    return (Collective(CollectiveKind.REDUCE_SCATTER, Size.constant(numel * job.sent_itemsize), Moment.AFTER),)
 
 
 def _gradients_to_host(job: Job, numel: int) -> tuple[Copy, ...]:

@@ -239,9 +239,10 @@ def _host_bytes(job: Job, flat: Flat) -> int:
 
 
 class FlatFlush(NamedTuple):
-    """What one flush of stage 1 or 2 does: its flat copies in elements, whether gradients of this rank are among what
-    it reduces, and the gradients that die with it."""
+    """What one flush of stage 1 or 2 does: the elements it reduces and its flat copies of them, whether gradients of this
+    rank are among them, and the gradients that die with it."""
 
+    elements: int
     copies: tuple[int, ...]
     is_owned: bool
     dying: tuple[GradientRef, ...]
@@ -289,7 +290,7 @@ class FlatBucket:
             dying = [gradient for gradient in dying if gradient not in owned]
         if accumulates(self._job.scenario) and not _is_eager(self._job):
             dying = []  # they are no allocations of this step, and die all together behind it
-        flush = FlatFlush(self._copies(), bool(owned), tuple(dying))
+        flush = FlatFlush(self._elements, self._copies(), bool(owned), tuple(dying))
         self._waiting.clear()
         self._elements = 0
         return flush
@@ -358,7 +359,11 @@ class _Reduction:
     def flush(self, events: EventList, flush: FlatFlush, *, stage: str, layer: int) -> None:
         """Reduces; then this rank's gradients go to a buffer of their own, made once, or, through fp32, to the host."""
         for elements in flush.copies:
-            events.passing(elements * self.job.itemsize, Owner.COMMUNICATION)
+            copy = events.alloc(elements * self.job.itemsize, Owner.COMMUNICATION)
+            self._widen(events, elements)
+            events.events.append(copy)
+        if not flush.copies:
+            self._widen(events, flush.elements)
         if flush.is_owned and _is_contiguous(self.job):
             if self.job.offloads_optimizer:
                 _to_host(self.job, self.flat, events)
@@ -366,6 +371,11 @@ class _Reduction:
                 own = events.alloc(self._buffer_bytes(), Owner.GRADIENTS)
                 self.collected.append(_elsewhere(own, stage, layer))
         events.events.extend(Free(gradient.ref, gradient.size) for gradient in flush.dying)
+
+    def _widen(self, events: EventList, elements: int) -> None:
+        """What is reduced in another dtype than it was computed in is a copy, while it is on its way."""
+        if self.job.widens_sent:
+            events.passing(elements * self.job.sent_itemsize, Owner.COMMUNICATION)
 
     def finish(self, events: EventList) -> None:
         """The last flush. Another rank's buffer may be larger by now than that of the rank which came first."""
@@ -454,7 +464,7 @@ def _all_reduce(job: Job, numel: int, moment: Moment) -> tuple[Collective, ...]:
     """Stages 1 and 2 reduce by all-reduce (``use_multi_rank_bucket_allreduce``, on by default)."""
     if not numel or job.world_size == 1:
         return ()
-    return (Collective(CollectiveKind.ALL_REDUCE, Size.constant(numel * job.itemsize), moment),)
+    return (Collective(CollectiveKind.ALL_REDUCE, Size.constant(numel * job.sent_itemsize), moment),)
 
 
 def _gradients_to_host(job: Job, flat: Flat) -> tuple[Copy, ...]:

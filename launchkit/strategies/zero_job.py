@@ -94,6 +94,18 @@ class Job:
         return self.itemsize if self.scenario.training.has_bf16_masters else FP32_BYTES
 
     @property
+    def sent_itemsize(self) -> int:
+        """Bytes per element of a gradient on its way: where ranks share sequences, fp32's.
+
+        Source: ``seq_parallel_communication_data_type`` in DeepSpeed 0.19.8 ``runtime/config.py``, engine.py.
+        """
+        return FP32_BYTES if self.scenario.strategy.split.sp > 1 else self.itemsize
+
+    @property
+    def widens_sent(self) -> bool:
+        return self.sent_itemsize > self.itemsize
+
+    @property
     def pins_memory(self) -> bool:
         return self.settings.offload_pin_memory and self.device is not DeviceKind.CPU
 

@@ -7,16 +7,18 @@ Layers that were cut away get the section of a traced layer between the same nei
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from launchkit.errors import TraceError
 from launchkit.program import (
     Alloc,
     Anchor,
+    Collective,
     Copy,
     Event,
     Free,
+    Group,
     Kernel,
     Moment,
     Owner,
@@ -84,7 +86,7 @@ def assemble(model: TracedModel, logs: Sequence[Log], points: Sequence[Point]) -
     numbered, kernels_seen = _told_alike(logs)
     story = _read(numbered, logs[0].gradients, fitter)
     kernels = _read_kernels(kernels_seen, fitter)
-    builder = _Builder(model, story, kernels, _read_copies(logs, fitter), logs[0].uses)
+    builder = _Builder(model, story, kernels, _read_copies(logs, fitter), _read_collectives(logs, fitter), logs[0].uses)
     inputs = tuple(
         Persistent(fitter.fit([log.inputs[i] for log in logs], what="an input"), Owner.INPUTS)
         for i in range(len(logs[0].inputs))
@@ -99,21 +101,27 @@ def assemble(model: TracedModel, logs: Sequence[Log], points: Sequence[Point]) -
     return StepProgram(
         stages=stages,
         sections=tuple(builder.sections),
-        groups=_with_gradients(model, logs[0].gradients.values()) if logs[0].gradients else model.groups,
+        groups=_with_gradients(model, logs[0]) if logs[0].gradients else model.groups,
         group_counts=counts,
         persistent=inputs + buffers,
         minimum_micro_batch=min(point.micro_batch for point in points),
     )
 
 
-def _with_gradients(model: TracedModel, names: Iterable[str]) -> dict[str, ParameterGroup]:
-    """The model's groups, with those of their parameters marked that have no gradient in any traced layer."""
-    found = {model.owners[name] for name in names}
+def _with_gradients(model: TracedModel, log: Log) -> dict[str, ParameterGroup]:
+    """The model's groups, with those of their parameters marked that have no gradient in any traced layer, or one of
+    more elements than their own."""
+    found = {model.owners[name] for name in log.gradients.values()}
+    wide = {model.owners[name]: numel for name, numel in log.wide_gradients.items()}
     return {
         name: replace(
             group,
             parameters=tuple(
-                p if (name, index) in found or not p.trainable else replace(p, has_gradient=False)
+                replace(
+                    p,
+                    has_gradient=(name, index) in found or not p.trainable,
+                    gradient_numel=wide.get((name, index), 0),
+                )
                 for index, p in enumerate(group.parameters)
             ),
         )
@@ -254,6 +262,19 @@ def _read_copies(logs: Sequence[Log], fitter: Fitter) -> dict[Place, tuple[Copy,
     return copies
 
 
+def _read_collectives(logs: Sequence[Log], fitter: Fitter) -> dict[Place, tuple[Collective, ...]]:
+    """Messages among the ranks that share the step. What follows works on what they bring."""
+    if len({tuple((record.place, record.kind) for record in log.collectives) for log in logs}) > 1:
+        raise TraceError("the messages between ranks differ between batch sizes or lengths")
+    found: dict[Place, tuple[Collective, ...]] = {}
+    for records in zip(*(log.collectives for log in logs), strict=True):
+        first = records[0]
+        size = fitter.fit([record.num_bytes for record in records], what="a message between ranks")
+        message = Collective(first.kind, size, Moment.BLOCKING, Group.COPY)
+        found[first.place] = (*found.get(first.place, ()), message)
+    return found
+
+
 class _Builder:
     """Turns the story into sections and stages."""
 
@@ -263,12 +284,14 @@ class _Builder:
         story: _Story,
         kernels: Mapping[Place, tuple[Kernel, ...]],
         copies: Mapping[Place, tuple[Copy, ...]],
+        collectives: Mapping[Place, tuple[Collective, ...]],
         uses: Mapping[Place, set[int]],
     ) -> None:
         self.model = model
         self.story = story
         self.kernels = kernels
         self.copies = copies
+        self.collectives = collectives
         self.uses = uses
         self.stacks = {stack.path: stack for stack in model.stacks}
         self.last_stage = next(name for name in reversed(story.order) if name != "end")
@@ -333,6 +356,7 @@ class _Builder:
             group=group,
             uses=tuple(used),
             kernels=self.kernels.get(place, ()),
+            collectives=self.collectives.get(place, ()),
             copies=self.copies.get(place, ()),
         )
 

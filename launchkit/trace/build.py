@@ -21,6 +21,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from launchkit.errors import ModelConfigError, TraceError
 from launchkit.scenario import Attention
+from launchkit.trace.parallel import like, local
 
 # How many layers of a stack are traced when all are of one kind: the first, the last, and two between that must
 # come out equal, since a layer between two equal layers stands for all of them.
@@ -309,7 +310,7 @@ def to_fake(model: nn.Module, mode: FakeTensorMode) -> None:
     def fake(tensor: torch.Tensor) -> torch.Tensor:
         if id(tensor) not in made:
             with mode:
-                empty = torch.empty_like(tensor, device="cpu")
+                empty = like(tensor, torch.empty_like(local(tensor), device="cpu"))
             if isinstance(tensor, nn.Parameter):
                 empty = nn.Parameter(empty, requires_grad=tensor.requires_grad)
             made[id(tensor)] = empty

@@ -9,6 +9,7 @@ from launchkit.program import Point
 from launchkit.scenario import TraceKey, Trainer
 from launchkit.trace.build import Built
 from launchkit.trace.images import image_inputs
+from launchkit.trace.sequences import share_of
 
 # What TRL's collator puts beside the tokens and its loss or sdpa do not use. With a mask of ones models build the same
 # mask as with none, which they find out from its values.
@@ -31,7 +32,7 @@ def make_batch(built: Built, point: Point, key: TraceKey) -> dict[str, torch.Ten
             batch |= {"position_ids": torch.zeros_like(tokens), "seq_idx": torch.zeros_like(tokens, dtype=torch.int32)}
         else:
             batch["attention_mask"] = torch.ones_like(tokens)
-    return batch
+    return share_of(batch, key)
 
 
 def _task_batch(built: Built, point: Point, *, casts_inputs: bool) -> dict[str, torch.Tensor]:

@@ -19,7 +19,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from launchkit.program import Tiles
+from launchkit.program import CollectiveKind, Tiles
 from launchkit.trace.accumulate import as_the_engine_adds, holders_of_a_sole_gradient
 from launchkit.trace.kernels import SUBSTITUTES, flop_formulas, scratch_bytes
 
@@ -74,6 +74,14 @@ class CopyRecord(NamedTuple):
     num_bytes: int
 
 
+class CollectiveRecord(NamedTuple):
+    """A message among the ranks that share one copy's step; ``num_bytes`` is the whole payload."""
+
+    place: Place
+    kind: CollectiveKind
+    num_bytes: int
+
+
 @dataclass
 class Log:
     """Everything seen at one point. ``uses`` maps a place to the parameter storages that its operators read."""
@@ -81,8 +89,10 @@ class Log:
     memory: list[AllocRecord | FreeRecord] = field(default_factory=list)
     kernels: list[KernelRecord] = field(default_factory=list)
     copies: list[CopyRecord] = field(default_factory=list)
+    collectives: list[CollectiveRecord] = field(default_factory=list)
     uses: dict[Place, set[int]] = field(default_factory=dict)
     gradients: dict[int, str] = field(default_factory=dict)  # storage -> parameter name
+    wide_gradients: dict[str, int] = field(default_factory=dict)  # parameter name -> elements, more than its own
     inputs: list[int] = field(default_factory=list)  # bytes of each input tensor
 
 
@@ -116,8 +126,10 @@ def one_pass(tile: Tile) -> Iterator[Tile]:
 
 _DEVICE_OF = torch.ops.prim.device.default
 
-# Operators whose outputs share their inputs' storage or touch no data; they cost nothing on a device.
+# Operators whose outputs share their inputs' storage or touch no data; they cost nothing on a device. What is sent is
+# timed as a message.
 _FREE_OPS = frozenset({"aten::detach", "aten::alias", "aten::lift_fresh", "aten::view", "aten::_unsafe_view"})
+_MESSAGE_NAMESPACES = ("_c10d_functional::", "c10d::", "deepspeed::")
 
 
 class StepRecorder(TorchDispatchMode):
@@ -197,7 +209,8 @@ class StepRecorder(TorchDispatchMode):
                 memory.append(AllocRecord(number, storage.nbytes(), place, name, last_dim, own))
         self._pass_through(scratch_bytes(name, inputs), name)
         self._note_uses(inputs)
-        if name not in _FREE_OPS and (fresh or func._schema.is_mutable):
+        is_free = name in _FREE_OPS or name.startswith(_MESSAGE_NAMESPACES)
+        if not is_free and (fresh or func._schema.is_mutable):
             formula = self._flops.get(func._overloadpacket)
             flops = int(formula(*args, **kwargs, out_val=out)) if formula else 0
             moved = sum(_traffic_bytes(t, tile) for t in (*inputs, *outputs))

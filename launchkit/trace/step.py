@@ -18,6 +18,7 @@ from launchkit.trace.checkpointing import host_apart
 from launchkit.trace.compat import full_sequences, random_states
 from launchkit.trace.inputs import make_batch
 from launchkit.trace.methods import unpacking_for_dora
+from launchkit.trace.parallel import RankRecorder, local
 from launchkit.trace.recorder import Log, Place, StepRecorder
 
 _AUTOCAST = {
@@ -102,9 +103,8 @@ def trace_step(built: Built, mode: FakeTensorMode, *, point: Point, key: TraceKe
         unpacking_for_dora(),
     ):
         batch = make_batch(built, point, key)
-        recorder = StepRecorder(
-            known=[*parameters.values(), *model.buffers(), *batch.values()], parameters=parameters.values()
-        )
+        weights = [local(parameter) for parameter in parameters.values()]
+        recorder = _recorder(key, known=[*weights, *model.buffers(), *batch.values()], parameters=weights)
         progress = Progress(recorder, built)
         try:
             with recorder:
@@ -118,8 +118,13 @@ def trace_step(built: Built, mode: FakeTensorMode, *, point: Point, key: TraceKe
                 recorder.recording = False
         finally:
             progress.remove()
-        recorder.log.inputs = [t.untyped_storage().nbytes() for t in batch.values()]
+        storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in batch.values()}
+        recorder.log.inputs = list(storages.values())
     return recorder.log
+
+
+def _recorder(key: TraceKey, **tensors: Any) -> StepRecorder:
+    return RankRecorder(key=key, **tensors) if key.is_split else StepRecorder(**tensors)
 
 
 def _one_step(
@@ -139,7 +144,10 @@ def _one_step(
 def _note_gradients(recorder: StepRecorder, parameters: Mapping[str, nn.Parameter]) -> None:
     for name, parameter in parameters.items():
         if parameter.grad is not None:
-            recorder.log.gradients[recorder.number(parameter.grad)] = name
+            gradient, weight = local(parameter.grad), local(parameter)
+            recorder.log.gradients[recorder.number(gradient)] = name
+            if gradient.numel() > weight.numel():
+                recorder.log.wide_gradients[name] = gradient.numel()
 
 
 @contextmanager

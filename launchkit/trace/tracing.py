@@ -10,7 +10,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch
 import transformers
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedConfig
 
 from launchkit.errors import TraceError
@@ -41,8 +42,10 @@ from launchkit.trace.cuda import faithful_to_cuda
 from launchkit.trace.forward import forward_of
 from launchkit.trace.liger import liger_kernels
 from launchkit.trace.methods import WEIGHT_DTYPE, adapter_error, apply_method
+from launchkit.trace.parallel import local, rank_of, split_weights
 from launchkit.trace.quantised import packed_bytes, scale_bytes
 from launchkit.trace.recorder import Log
+from launchkit.trace.sequences import check_ring, shared_sequences
 from launchkit.trace.step import trace_step
 from launchkit.trace.zero_linear import kept_linear_inputs
 from launchkit.units import divide_up
@@ -103,6 +106,11 @@ def telling_lengths(config: PreTrainedConfig, *, beyond_window: bool) -> Lengths
     )
 
 
+def _pieces(key: TraceKey) -> int:
+    """Into how many pieces each sequence is cut: a ring gives every rank an early and a late one."""
+    return 2 * key.cp if key.cp > 1 else key.sp
+
+
 def _chunk_size(config: PreTrainedConfig) -> int:
     """Tokens that the model's recurrent layers take at once and pad the sequence to; 0 where they go token by token.
 
@@ -133,11 +141,14 @@ def trace_model(config: Mapping[str, Any], key: TraceKey, *, progress: ProgressH
     with ExitStack() as stack:
         stack.enter_context(_quiet())
         settings = load_config(config)
-        points = trace_points(key, telling_lengths(settings, beyond_window=key.beyond_window))
+        lengths = telling_lengths(settings, beyond_window=key.beyond_window)
+        points = trace_points(key, replace(lengths, stride=lengths.stride * _pieces(key)))
         if key.device is DeviceKind.CUDA:
             stack.enter_context(faithful_to_cuda())
         stack.enter_context(kept_linear_inputs(key))
         stack.enter_context(liger_kernels(key, training_class(settings)[0], settings.model_type))
+        mesh = stack.enter_context(rank_of(key.tp * key.cp * key.sp)) if key.is_split else None
+        stack.enter_context(shared_sequences(key, settings, mesh))
         logs: list[Log] = []
         models: dict[int, _Traceable] = {}
         settles = True
@@ -146,12 +157,13 @@ def trace_model(config: Mapping[str, Any], key: TraceKey, *, progress: ProgressH
                 progress(done, len(points), f"tracing {key.method} {key.compute}, {point.micro_batch}×{point.seq_len}")
             model = models.get(point.lora_rank)
             if model is None:
-                model = models[point.lora_rank] = _build(settings, key, lora_rank=point.lora_rank)
+                model = models[point.lora_rank] = _build(settings, key, lora_rank=point.lora_rank, mesh=mesh)
                 first = _trace_one(model, key, point) if settles else None
                 log = _trace_one(model, key, point)
                 settles = first is not None and not same_story(first, log)
             else:
                 log = _trace_one(model, key, point)
+            check_ring(log, key)
             logs.append(log)
         program = assemble(models[points[0].lora_rank].described, logs, points)
     return program
@@ -181,12 +193,14 @@ def _trace_one(model: _Traceable, key: TraceKey, point: Point) -> Log:
         ) from error
 
 
-def _build(settings: PreTrainedConfig, key: TraceKey, *, lora_rank: int) -> _Traceable:
+def _build(settings: PreTrainedConfig, key: TraceKey, *, lora_rank: int, mesh: DeviceMesh | None = None) -> _Traceable:
     model_class, task = training_class(settings)
     whole: nn.Module = build_on_meta(model_class, settings, attention=key.attention, dtype=WEIGHT_DTYPE[key.compute])
     config = whole.config
     whole.train()
     stacks = cut(whole, config, first_apart=key.lora_targets not in _BEFORE_ATTENTION)
+    if mesh is not None and key.tp > 1:
+        split_weights(whole, mesh)
     model = apply_method(whole, key, lora_rank=lora_rank)
     enable_checkpointing(model, key.checkpointing)
     prefix = _prefix(whole, model)
@@ -256,6 +270,7 @@ def _describe(
 
 
 def _row(name: str, p: nn.Parameter, lora_rank: int) -> Parameter:
+    """The row of what this rank holds of a parameter."""
     logical = getattr(p, "logical_shape", None)
     if logical is not None:
         numel = logical[0] * logical[1]
@@ -267,7 +282,7 @@ def _row(name: str, p: nn.Parameter, lora_rank: int) -> Parameter:
             packed_bytes=packed_bytes(numel),
             extra_bytes=scale_bytes(numel),
         )
-    return parameter(name, p.shape, p.element_size(), trainable=p.requires_grad, lora_rank=lora_rank)
+    return parameter(name, local(p).shape, p.element_size(), trainable=p.requires_grad, lora_rank=lora_rank)
 
 
 def _buffer_bytes(model: nn.Module, stacks: tuple[Stack, ...], prefix: str) -> tuple[int, ...]:

@@ -71,8 +71,9 @@ def test_a_run_of_one_step_shows_its_first_peak() -> None:
 @pytest.mark.parametrize(
     ("kind", "proof", "expected"),
     [
-        ("single", Proof(), True),
-        ("single", Proof(world_size=2), False),
+        ("single", Proof(world_size=2, num_parameters=9, num_local_parameters=5), True),  # tensor parallel
+        ("single", Proof(world_size=2, num_parameters=9, num_local_parameters=9), False),
+        ("single", Proof(), False),
         ("ddp", Proof(wrappers=("DistributedDataParallel",), world_size=2), True),
         ("ddp", Proof(wrappers=("DistributedDataParallel",), world_size=1), False),
         ("fsdp2", FSDP2, True),
@@ -84,6 +85,11 @@ def test_a_run_of_one_step_shows_its_first_peak() -> None:
 )
 def test_strategy_is_live(kind: str, proof: Proof, expected: bool) -> None:
     assert strategy_is_live(StrategyKind(kind), [rank(proof=proof)], world_size=2) is expected
+
+
+@pytest.mark.parametrize(("proof", "expected"), [(Proof(), True), (Proof(world_size=2), False)])
+def test_a_single_process_is_alone(proof: Proof, expected: bool) -> None:
+    assert strategy_is_live(StrategyKind.SINGLE, [rank(proof=proof)], world_size=1) is expected
 
 
 def test_one_rank_without_the_strategy_is_enough_to_deny_it() -> None:

@@ -139,7 +139,11 @@ def _mesh(config: Config) -> Findings:
     if not mesh:
         return
     fsdp = section_of(config, "fsdp_config")
-    if config.get("distributed_type") != "FSDP" or str(fsdp.get("fsdp_version", fsdp.get("version", 1))) != "2":
+    is_fsdp2 = config.get("distributed_type") == "FSDP" and str(fsdp.get("fsdp_version", fsdp.get("version", 1))) == "2"
+    # Tensor parallelism is the model's own, and Ulysses DeepSpeed's: accelerate need not shard anything.
+    others = {"MULTI_GPU": "tp", "DEEPSPEED": "sp"}.get(str(config.get("distributed_type")))
+    is_other = others is not None and mesh.get(f"parallelism_config_{others}_size", 1) != 1
+    if not is_fsdp2 and not is_other:
         yield Finding(path="parallelism_config", problem="needs FSDP2", fix="write fsdp_version: 2")
     sizes = [mesh.get(f"parallelism_config_{kind}_size", 1) for kind in ("dp_replicate", "dp_shard", "tp", "cp", "sp")]
     product = 1
