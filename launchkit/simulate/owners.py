@@ -68,12 +68,32 @@ class _Piece(NamedTuple):
         return tuple(live)
 
 
-def _piece(deltas: list[int], owners: list[int], frees_all: int) -> _Piece:
+class _Draft(NamedTuple):
+    """A piece whose frees of other sections' tensors have no owner yet: ``elsewhere`` are their places among the
+    deltas, with where each points to."""
+
+    piece: _Piece
+    elsewhere: list[tuple[int, TensorRef]]
+
+    def owned(self, owners: Mapping[TensorRef, int]) -> _Piece:
+        """The piece with the owner of every delta."""
+        piece = self.piece
+        if not self.elsewhere:
+            return piece
+        filled, changes = list(piece.owners), list(piece.changes)
+        for place, ref in self.elsewhere:
+            filled[place] = owner = owners[ref]
+            changes[owner] += piece.deltas[place]
+        return piece._replace(owners=filled, changes=changes)
+
+
+def _draft(deltas: list[int], owners: list[int], elsewhere: list[tuple[int, TensorRef]], frees_all: int) -> _Draft:
     changes = [0] * len(OWNERS)
     for delta, owner in zip(deltas, owners, strict=True):
-        changes[owner] += delta
+        if owner >= 0:
+            changes[owner] += delta
     rise = max(0, max(accumulate(deltas), default=0))
-    return _Piece(deltas, owners, rise, sum(deltas), changes, frees_all)
+    return _Draft(_Piece(deltas, owners, rise, sum(deltas), changes, frees_all), elsewhere)
 
 
 class _Walk:
@@ -85,7 +105,9 @@ class _Walk:
         self.stages = {stage.name: stage for stage in program.stages}
         self.slots = [_slots(section) for section in program.sections]
         self.origins = [_origins(section) for section in program.sections]
-        self.templates: dict[tuple[str, int, tuple[int, ...]], tuple[_Piece, ...]] = {}
+        self.drafts: dict[tuple[str, int], tuple[_Draft, ...]] = {}
+        self.owned: dict[tuple[str, int, tuple[int, ...]], tuple[_Piece, ...]] = {}  # by the owners of what is freed
+        self.templates: dict[tuple[str, int, tuple[int, ...]], tuple[_Piece, ...]] = {}  # by the sections it is from
         self.sizes: dict[int, int] = {}  # by identity, which is cheaper than the hash of a polynomial
 
     def run(self) -> OwnerReading:
@@ -122,36 +144,48 @@ class _Walk:
             yield pieces, num_layers
 
     def _pieces(self, stage: Stage, layer: int) -> tuple[_Piece, ...]:
-        """A layer's pieces, worked out once for all layers that free from like sections."""
+        """A layer's pieces, worked out once for all layers of its section that free from like owners."""
         number = stage.layers[layer]
-        sources = tuple([self._source(origin, layer) for origin in self.origins[number]])
-        key = (stage.name, number, sources)
+        key = (stage.name, number, tuple([self._source(origin, layer) for origin in self.origins[number]]))
         if key not in self.templates:
-            freed_from = dict(zip(self.origins[number], sources, strict=True))
-            self.templates[key] = tuple(self._cut(stage, self.program.sections[number].events, freed_from))
+            self.templates[key] = self._owned(stage, number, dict(zip(self.origins[number], key[2], strict=True)))
         return self.templates[key]
 
-    def _cut(self, stage: Stage, events: Sequence[Event], freed_from: Mapping[_Origin, int]) -> Iterator[_Piece]:
+    def _owned(self, stage: Stage, number: int, freed_from: Mapping[_Origin, int]) -> tuple[_Piece, ...]:
+        if (stage.name, number) not in self.drafts:
+            self.drafts[stage.name, number] = tuple(self._cut(stage, self.program.sections[number].events))
+        drafts = self.drafts[stage.name, number]
+        refs = [ref for draft in drafts for _, ref in draft.elsewhere]
+        owners = {ref: self._owner(ref, freed_from[ref[:3]]) for ref in refs}
+        known = (stage.name, number, tuple(owners.values()))
+        if known not in self.owned:
+            self.owned[known] = tuple([draft.owned(owners) for draft in drafts])
+        return self.owned[known]
+
+    def _cut(self, stage: Stage, events: Sequence[Event]) -> Iterator[_Draft]:
         deltas: list[int] = []
         owners: list[int] = []
+        elsewhere: list[tuple[int, TensorRef]] = []
         here: dict[int, int] = {}  # a slot may have several owners within one section, one after the other
         own = (stage.name, Anchor.RELATIVE, 0)
         num_bytes = self._bytes_of(events)
         for event in events:
             if isinstance(event, Free):
                 ref, size = event
-                origin, slot = ref[:3], ref[3]
                 deltas.append(-num_bytes[id(size)])
-                is_own = slot in here and origin == own
-                owners.append(here.pop(slot) if is_own else self._owner(ref, freed_from[origin]))
+                if ref[3] in here and ref[:3] == own:
+                    owners.append(here.pop(ref[3]))
+                else:
+                    elsewhere.append((len(owners), ref))
+                    owners.append(-1)
             elif isinstance(event, Alloc):
                 slot, size, owner, _ = event
                 deltas.append(num_bytes[id(size)])
                 owners.append(here.setdefault(slot, _OWNER_INDEX[owner]))
             else:
-                yield _piece(deltas, owners, _OWNER_INDEX[event.owner])
-                deltas, owners = [], []
-        yield _piece(deltas, owners, -1)
+                yield _draft(deltas, owners, elsewhere, _OWNER_INDEX[event.owner])
+                deltas, owners, elsewhere = [], [], []
+        yield _draft(deltas, owners, elsewhere, -1)
 
     def _bytes_of(self, events: Sequence[Event]) -> Mapping[int, int]:
         """The bytes of every size in ``events``, each distinct one worked out once."""

@@ -101,35 +101,41 @@ class _Replay:
         self.settings = settings
         self.recorded = recorded
         self.state = _State()
-        self.queue = (
-            deque((weight, step) for step, use in enumerate(uses) for weight in use.weights) if recorded else deque()
-        )
         self.traversed = [0]  # elements of all modules before each step
-        for use in uses:
-            self.traversed.append(self.traversed[-1] + use.kept + sum(numels[weight] for weight in use.weights))
         self.uses_of: dict[int, list[int]] = {}
-        for step, use in enumerate(uses):
-            for weight in use.weights:
+        order: list[tuple[int, int]] = []
+        elements = 0
+        for step, (_, weights, kept) in enumerate(uses):
+            elements += kept
+            for weight in weights:
+                elements += numels[weight]
+                order.append((weight, step))
                 self.uses_of.setdefault(weight, []).append(step)
+            self.traversed.append(elements)
+        self.queue = deque(order if recorded else ())
 
     def run(self) -> dict[int, PlaceReading]:
         state = self.state
         places: dict[int, tuple[int, list[ModuleReading]]] = {}  # what each finds gathered, what its modules see
         fetched: dict[int, int] = {}
+        still = ModuleReading(0, 0, 0)
         for step, use in enumerate(self.uses):
-            if use.place not in places:
-                places[use.place] = (state.held, [])
-                fetched[use.place] = 0
-            modules = places[use.place][1]
-            if not use.weights and not self._may_prefetch():
-                modules.append(ModuleReading(state.held, state.held, state.held))
+            place, weights, _ = use
+            if place not in places:
+                places[place] = (state.held, [])
+                fetched[place] = 0
+            modules = places[place][1]
+            if not weights and not self._may_prefetch():
+                if still.after != state.held:
+                    still = ModuleReading(state.held, state.held, state.held)
+                modules.append(still)
                 continue
             before = state.fetched
             self._fetch(step, use)
             held = state.held
             self._release(step, use)
             modules.append(ModuleReading(state.peak, held, state.held))
-            fetched[use.place] += state.fetched - before
+            fetched[place] += state.fetched - before
         return {place: PlaceReading(held, tuple(seen), fetched[place]) for place, (held, seen) in places.items()}
 
     def _may_prefetch(self) -> bool:

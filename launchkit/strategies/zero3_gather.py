@@ -92,6 +92,9 @@ def gather_schedule(job: Job) -> Gathered:
                 alike[number] = tuple(_modules(job, stage, layer, entered)) or (Module(),)
             modules[stage.name, layer] = alike[number]
             for module in alike[number]:
+                if not module.fetched:
+                    uses.append(ModuleUse(place, (), module.kept_elements))
+                    continue
                 fetched = []
                 for index, numel in zip(module.fetched, module.numels, strict=True):
                     weight = weights.setdefault(parameter_key(stage, layer, index), len(numels))
