@@ -14,7 +14,7 @@ from launchkit.model import ModelProfile, ModelSource
 from launchkit.plan import Candidate, Plan
 from launchkit.planner.evaluate import Bench
 from launchkit.planner.point import point_of
-from launchkit.probe import cluster_for
+from launchkit.probe.spec import cluster_for
 from launchkit.program import StepProgram
 from launchkit.request import Request, resolve
 from launchkit.scenario import TraceKey

@@ -12,7 +12,7 @@ import click
 from launchkit import __version__
 from launchkit.cli.console import Console
 from launchkit.cli.options import console_options
-from launchkit.probe import detect
+from launchkit.probe.detect import detect
 from launchkit.serialize import encode
 
 PACKAGES = (

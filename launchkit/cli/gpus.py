@@ -7,7 +7,7 @@ import click
 from launchkit.catalog.hardware import hardware_table
 from launchkit.cli.console import Console
 from launchkit.cli.options import console_options
-from launchkit.probe import detect
+from launchkit.probe.detect import detect
 from launchkit.report.gpus import gpus_document, render_gpus
 
 

@@ -22,7 +22,7 @@ EXIT_FAILURE = 1
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
 # Planning makes hundreds of thousands of small tuples and no cycles; looking for some takes 0.05 s of a 0.6 s plan.
-_GC_THRESHOLD = 100_000
+_GC_THRESHOLD = 2_000_000
 COMPLETION_VARIABLE = "_LAUNCHKIT_COMPLETE"  # set by the script that the shell sources
 
 

@@ -61,6 +61,7 @@ class Bench:
     _rewritten: dict[tuple[TraceKey, Scenario], StepProgram] = field(default_factory=dict)
     _compiled: dict[tuple[TraceKey, Scenario], CompiledProgram] = field(default_factory=dict)
     _forward_passes: dict[TraceKey, CompiledProgram] = field(default_factory=dict)
+    step_times: dict[Scenario, StepTime] = field(default_factory=dict)
     _sizes: dict[Scenario, ModelSizes] = field(default_factory=dict)
     _shortages: dict[Scenario, Shortage | None] = field(default_factory=dict)
 
@@ -385,6 +386,12 @@ def candidate_of(bench: Bench, scenario: Scenario, reading: MemoryReading) -> Ca
 
 def step_time(bench: Bench, scenario: Scenario) -> StepTime:
     """One optimizer step by the clock."""
+    if scenario not in bench.step_times:
+        bench.step_times[scenario] = _clocked(bench, scenario)
+    return bench.step_times[scenario]
+
+
+def _clocked(bench: Bench, scenario: Scenario) -> StepTime:
     profile, cluster = bench.source.profile, bench.cluster_of(scenario)
     program = bench.program(scenario)
     point = point_of(scenario)

@@ -17,33 +17,16 @@ from launchkit.hardware import (
     Node,
     cpu_cluster,
     gpu_of_memory,
-    parse_gpus,
     pcie_bytes_per_s,
 )
-from launchkit.probe.detect import detect
-from launchkit.probe.host import detect_host
 from launchkit.units import gib
 
-_SOME_DETECTED = re.compile(r"([0-9]{1,6}) ?[x×] ?auto", re.IGNORECASE)
 # One direction of one link by compute capability. Source: NVIDIA's NVLink page (20 GB/s in generation 1, 25 in 2 to 4,
 # 50 in 5) and the GA102 whitepaper (4 links, 56.25 GB/s).
 _NVLINK_BYTES_PER_S = {6: 20e9, 7: 25e9, 8: 25e9, 9: 25e9, 10: 50e9}
 _NVLINK_GA102_BYTES_PER_S = 14.0625e9
 # A GPU in MIG mode is cut into seven slices of multiprocessors. Source: NVIDIA MIG user guide, "Partitioning".
 _NUM_MIG_COMPUTE_SLICES = 7
-
-
-def cluster_for(spec: str | None, table: HardwareTable) -> Cluster:
-    """The cluster that ``--gpus`` names: ``auto`` (or nothing) and ``2xauto`` are what is here, ``cpu`` and ``2xcpu``
-    processes on this machine, with its memory; anything else is read by ``parse_gpus``."""
-    text = (spec or "auto").strip()
-    some = _SOME_DETECTED.fullmatch(text)
-    if text.lower() == "auto" or some:
-        return cluster_from(detect(), table, num_gpus=int(some[1]) if some else None)
-    stated = parse_gpus(text, table)
-    if stated.gpu.backend is not Backend.CPU:
-        return stated
-    return _host_cluster(detect_host(), table, num_processes=stated.num_gpus)
 
 
 def cluster_from(detection: Detection, table: HardwareTable, *, num_gpus: int | None = None) -> Cluster:
@@ -57,7 +40,7 @@ def cluster_from(detection: Detection, table: HardwareTable, *, num_gpus: int | 
             f"{num_gpus} GPUs were asked for and {len(visible)} are here; write --gpus {len(visible)}xauto"
         )
     if not visible:
-        cluster = _host_cluster(detection.host, table, num_processes=max(1, num_gpus or 1))
+        cluster = host_cluster(detection.host, table, num_processes=max(1, num_gpus or 1))
         return replace(cluster, notes=(*detection.notes, *cluster.notes))
     if detection.mig_instance is not None:
         return _mig_cluster(detection, visible[0], detection.mig_instance, table)
@@ -99,7 +82,8 @@ def _row(found: DetectedGpu, table: HardwareTable) -> tuple[Gpu, tuple[str, ...]
     return unknown, (f"{found.name} is not in the table: its speed is unknown",)
 
 
-def _host_cluster(host: Host, table: HardwareTable, *, num_processes: int) -> Cluster:
+def host_cluster(host: Host, table: HardwareTable, *, num_processes: int) -> Cluster:
+    """Processes on this machine's CPU, with its memory and disk."""
     core = next(gpu for gpu in table.gpus if gpu.backend is Backend.CPU)
     memory_bytes, num_cores = host.usable_memory_bytes, host.num_cpu_cores
     cluster = cpu_cluster(core, num_processes=num_processes, memory_bytes=memory_bytes, num_cores=num_cores)

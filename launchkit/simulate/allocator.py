@@ -266,6 +266,7 @@ class CachingAllocator:
     def __init__(self, *, settings: AllocatorSettings | None = None, capacity_bytes: int | None = None) -> None:
         self.settings = settings or AllocatorSettings()
         self.capacity_bytes = capacity_bytes
+        self._round = self.settings.round if self.settings.roundup_power2_divisions else round_block
         self.allocated_bytes = self.peak_allocated_bytes = 0
         self.reserved_bytes = self.peak_reserved_bytes = 0
         self.num_retries = 0
@@ -274,6 +275,7 @@ class CachingAllocator:
         self._live: dict[int, _Block] = {}
         self._num_handles = 0
         self._next_address = LARGE_SEGMENT_BYTES
+        self._takes_best_fit = not self.settings.expandable_segments and self.settings.max_split_size_bytes is None
         self._collects = self.settings.garbage_collection_threshold > 0 and capacity_bytes is not None
 
     def malloc(self, num_bytes: int, stream: int = 0) -> int:
@@ -282,10 +284,12 @@ class CachingAllocator:
             if num_bytes:
                 raise ProgramError(f"an allocation of {num_bytes} bytes; give a size of zero or more")
             return 0
-        size = self.settings.round(num_bytes)
-        pool = self._pool(stream, size <= SMALL_BYTES)
+        size = self._round(num_bytes)
+        is_small = size <= SMALL_BYTES
+        pool = self._pools.get((stream, is_small)) or self._pool(stream, is_small)
         block = self._find(pool, size) or self._obtain(pool, size, num_bytes)
-        self._split(block, size)
+        if block.size != size:
+            self._split(block, size)
         block.allocated = True
         self.allocated_bytes += block.size
         if self.allocated_bytes > self.peak_allocated_bytes:
@@ -355,10 +359,10 @@ class CachingAllocator:
         index = pool.first_at_least(size)
         if index == len(pool.keys):
             return None
+        if self._takes_best_fit:
+            return pool.take(index)
         block = pool.at(index)
         limit = self.settings.max_split_size_bytes
-        if limit is None and not block.expandable:
-            return pool.take(index)
         if block.expandable:
             block = _least_expandable(pool, index)
         if limit is not None:
@@ -372,8 +376,6 @@ class CachingAllocator:
     def _split(self, block: _Block, size: int) -> None:
         """Return what ``block`` has beyond ``size`` to the pool, where that is worth a block."""
         remainder = block.size - size
-        if not remainder:
-            return
         if block.pool.is_small or self.settings.expandable_segments:
             is_split = remainder >= MIN_BLOCK_BYTES
         else:

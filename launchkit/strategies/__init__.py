@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol
+from functools import cache
+from importlib import import_module
+from typing import Any, Protocol
 
 from launchkit.hardware import Cluster
 from launchkit.model import ModelProfile
@@ -24,7 +26,7 @@ from launchkit.scenario import (
     Trainer,
     Training,
 )
-from launchkit.strategies import ddp, fsdp1, fsdp2, hsdp, single, split, zero
+from launchkit.strategies import split
 
 
 class Engine(Protocol):
@@ -39,27 +41,34 @@ class Engine(Protocol):
     def rewrite(self, program: StepProgram, *, scenario: Scenario, cluster: Cluster) -> StepProgram: ...
 
 
-ENGINES: Mapping[StrategyKind, Engine] = {
-    StrategyKind.SINGLE: single,
-    StrategyKind.DDP: ddp,
-    StrategyKind.FSDP: fsdp1,
-    StrategyKind.FSDP2: fsdp2,
-    StrategyKind.HSDP: hsdp,
-    StrategyKind.ZERO1: zero,
-    StrategyKind.ZERO2: zero,
-    StrategyKind.ZERO3: zero,
+_MODULES: Mapping[StrategyKind, str] = {
+    StrategyKind.SINGLE: "single",
+    StrategyKind.DDP: "ddp",
+    StrategyKind.FSDP: "fsdp1",
+    StrategyKind.FSDP2: "fsdp2",
+    StrategyKind.HSDP: "hsdp",
+    StrategyKind.ZERO1: "zero",
+    StrategyKind.ZERO2: "zero",
+    StrategyKind.ZERO3: "zero",
 }
+
+
+@cache
+def engine(kind: StrategyKind) -> Engine:
+    """The module of a strategy, imported when it is first asked for: few plans look at all of them."""
+    module: Any = import_module(f"{__name__}.{_MODULES[kind]}")
+    return module  # type: ignore[no-any-return]
 
 
 def trace_key(training: Training, strategy: Strategy, device: DeviceKind, *, single_sequence: bool = False) -> TraceKey:
     """Which of a model's programs the strategy starts from. ``single_sequence`` when the micro-batch is 1."""
-    key = ENGINES[strategy.kind].trace_key(training, strategy, device, single_sequence=single_sequence)
+    key = engine(strategy.kind).trace_key(training, strategy, device, single_sequence=single_sequence)
     return split.split_key(key, strategy.split)
 
 
 def rewrite(program: StepProgram, *, scenario: Scenario, cluster: Cluster) -> StepProgram:
     """The step of the largest rank: ``program`` as the strategy runs it, with its optimizer."""
-    return ENGINES[scenario.strategy.kind].rewrite(program, scenario=scenario, cluster=cluster)
+    return engine(scenario.strategy.kind).rewrite(program, scenario=scenario, cluster=cluster)
 
 
 def refusal(scenario: Scenario, profile: ModelProfile, cluster: Cluster) -> str | None:
@@ -167,7 +176,7 @@ def _head_refusal(scenario: Scenario, profile: ModelProfile, cluster: Cluster) -
 
 
 def _engine_refusal(scenario: Scenario, profile: ModelProfile, cluster: Cluster) -> str | None:
-    return ENGINES[scenario.strategy.kind].refusal(scenario, profile, cluster)
+    return engine(scenario.strategy.kind).refusal(scenario, profile, cluster)
 
 
 def _hardware_refusal(scenario: Scenario, cluster: Cluster) -> str | None:

@@ -92,11 +92,6 @@ def _partition(job: Job, numel: int) -> int:
     return divide_up(numel, job.num_shards)
 
 
-def _partitions(job: Job) -> Iterator[int]:
-    """Elements of this rank's part of each trainable parameter."""
-    return (_partition(job, placed.numel) for group in job.optimizer_groups for placed in group)
-
-
 def sub_groups(job: Job) -> tuple[int, ...]:
     """Elements of each sub-group: parameters of an optimizer group together until ``sub_group_size`` is reached."""
     groups: list[int] = []
@@ -121,7 +116,7 @@ def _persistent_numels(job: Job) -> Iterator[int]:
 
 def _storages(job: Job) -> Iterator[Persistent]:
     """What the device holds between steps."""
-    partition = sum(_partitions(job))
+    partition = sum(job.partitions)
     if not job.scenario.strategy.offload.params:
         yield Persistent(Size.constant(partition * job.itemsize), Owner.WEIGHTS)
         frozen = (_partition(job, numel) * job.itemsize for numel in job.numels(trainable=False))
@@ -157,7 +152,7 @@ def _host_bytes(job: Job) -> int:
     Page-locked are the gradients (in fp32 by sub-group, and as they came), the flat weights, and the parts of the
     weights that lay there before these were made flat, which torch's host allocator keeps for later.
     """
-    partition = sum(_partitions(job))
+    partition = sum(job.partitions)
     if job.scenario.strategy.offload is Offload.NVME:
         parameters = job.pinned_bytes(_NVME_PARAM_BUFFERS * _NVME_PARAM_BUFFER_ELEMENTS * job.itemsize)
         states = _NVME_OPTIMIZER_BUFFERS * job.pinned_bytes(max(sub_groups(job)) * FP32_BYTES)
@@ -171,7 +166,7 @@ def _host_bytes(job: Job) -> int:
         frozen = [_partition(job, numel) for numel in job.numels(trainable=False)]
         total += job.pinned_bytes(partition * job.itemsize) + sum(job.pinned_bytes(n * job.itemsize) for n in frozen)
         if job.pins_memory:
-            total += sum(job.pinned_bytes(part * job.itemsize) for part in _partitions(job))
+            total += sum(job.pinned_bytes(part * job.itemsize) for part in job.partitions)
     return total
 
 
@@ -300,7 +295,7 @@ def _write_flush(job: Job, events: EventList, flush: ScatterFlush) -> None:
 
 def _to_host(job: Job, events: EventList) -> None:
     """A part of a gradient is copied back from the host's buffer, its norm taken in fp64, and cast to fp32."""
-    part = max(_partitions(job))
+    part = max(job.partitions)
     back = [events.alloc(part * job.itemsize, Owner.COMMUNICATION)] if job.device is not DeviceKind.CPU else []
     events.passing(part * NORM_BYTES, Owner.TEMPORARIES)
     events.passing(part * FP32_BYTES if job.itemsize != FP32_BYTES else 0, Owner.COMMUNICATION)
@@ -379,9 +374,9 @@ def _step(job: Job) -> OptimizerStep:
     persistent = tuple(_persistent_numels(job))
     gathers = _blocking_gather(job, sum(persistent))
     if job.offloads_optimizer:
-        partition_bytes = Size.constant(sum(_partitions(job)) * job.itemsize)
+        partition_bytes = Size.constant(sum(job.partitions) * job.itemsize)
         copies = () if job.scenario.strategy.offload.params else (Copy(True, partition_bytes, Moment.BLOCKING),)
-        states = host_state_events(job, sum(_partitions(job)))
+        states = host_state_events(job, sum(job.partitions))
         return OptimizerStep(tensors=(), on_host=True, before=states, collectives=gathers, copies=copies)
     before = _fp32_gradients(job)
     return OptimizerStep(
@@ -400,7 +395,7 @@ def _fp32_gradients(job: Job) -> tuple[Event, ...]:
     """
     events = EventList(OPTIMIZER_STAGE)
     events.events.append(FreeAll(Owner.GATHERED_WEIGHTS))
-    events.passing(max(_partitions(job)) * NORM_BYTES, Owner.TEMPORARIES)
+    events.passing(max(job.partitions) * NORM_BYTES, Owner.TEMPORARIES)
     numel = max(sub_groups(job))
     flat = events.alloc(numel * job.itemsize, Owner.TEMPORARIES)
     if job.itemsize != job.master_itemsize:

@@ -28,6 +28,7 @@ from launchkit.program import (
 )
 from launchkit.scenario import DeviceKind, Precision, Scenario, State, Trainer, ZeroSettings
 from launchkit.strategies.base import OPTIMIZER_STAGE, ROOT_GROUP, located_parameters, lora_rank
+from launchkit.units import divide_up
 
 REDUCE_STAGE = "backward.reduce"
 NORM_BYTES = 8  # gradient norms are taken in fp64
@@ -129,11 +130,26 @@ class Job:
         chosen = self.settings.overlap_comm
         return self.scenario.strategy.kind.zero_stage == 3 if chosen is None else chosen
 
-    def numels(self, *, trainable: bool) -> Iterator[int]:
+    def numels(self, *, trainable: bool) -> tuple[int, ...]:
         """Elements of each parameter of every layer."""
+        return self._trainable_numels if trainable else self._frozen_numels
+
+    @cached_property
+    def _trainable_numels(self) -> tuple[int, ...]:
+        return tuple(self._numels(trainable=True))
+
+    @cached_property
+    def _frozen_numels(self) -> tuple[int, ...]:
+        return tuple(self._numels(trainable=False))
+
+    def _numels(self, *, trainable: bool) -> Iterator[int]:
         for place in located_parameters(self.program, trainable=trainable):
-            for _ in range(place.copies):
-                yield place.parameter.numel(self.rank)
+            yield from [place.parameter.numel(self.rank)] * place.copies
+
+    @cached_property
+    def partitions(self) -> tuple[int, ...]:
+        """Elements of a stage 3 rank's part of each trainable parameter."""
+        return tuple([divide_up(numel, self.num_shards) for group in self.optimizer_groups for _, numel in group])
 
     @cached_property
     def largest_block_weight(self) -> int:
@@ -151,10 +167,14 @@ class Job:
         and without weight decay. DeepSpeed drops a group without parameters."""
         groups: tuple[list[Placed], list[Placed]] = ([], [])
         split = self.scenario.training.trainer is not Trainer.LOOP
+        known: dict[int, tuple[bool, int]] = {}  # by identity: layers alike share their parameters
         for key, parameter in self._in_model_order().items():
             if parameter.trainable:
-                undecayed = split and (len(parameter.shape) == 1 or bool(_NO_DECAY.search(parameter.name.lower())))
-                groups[undecayed].append(Placed(key, parameter.numel(self.rank)))
+                if id(parameter) not in known:
+                    undecayed = split and (len(parameter.shape) == 1 or bool(_NO_DECAY.search(parameter.name.lower())))
+                    known[id(parameter)] = (undecayed, parameter.numel(self.rank))
+                undecayed, numel = known[id(parameter)]
+                groups[undecayed].append(Placed(key, numel))
         return tuple(tuple(group) for group in groups if group)
 
     def _in_model_order(self) -> dict[ParameterKey, Parameter]:

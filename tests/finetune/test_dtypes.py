@@ -6,11 +6,12 @@ from itertools import product
 
 import pytest
 
+from launchkit import strategies
 from launchkit.launch.job import weights_dtype_of
 from launchkit.plan import Candidate
 from launchkit.program import Owner
 from launchkit.scenario import DeviceKind, Method, Precision, StrategyKind
-from launchkit.strategies import ENGINES, Engine
+from launchkit.strategies import Engine
 from tests.builders import candidate, cluster
 from tests.strategies import small
 
@@ -31,7 +32,7 @@ def cases(*methods: Method, trainer: str) -> list[Candidate]:
 
 
 def engine(chosen: Candidate) -> Engine:
-    return ENGINES[chosen.scenario.strategy.kind]
+    return strategies.engine(chosen.scenario.strategy.kind)
 
 
 def name(chosen: Candidate) -> str:

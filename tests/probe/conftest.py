@@ -20,7 +20,8 @@ Detect = Callable[..., dict[str, Any]]
 _SCRIPT = """
 import json, os, sys
 from launchkit.catalog.hardware import hardware_table
-from launchkit.probe import cluster_from, detect
+from launchkit.probe.cluster import cluster_from
+from launchkit.probe.detect import detect
 from launchkit.report.gpus import gpus_document
 table, outer = hardware_table(), dict(os.environ)
 for line in sys.stdin:

@@ -14,8 +14,9 @@ from launchkit.catalog.hardware import hardware_table
 from launchkit.detection import DetectedGpu, Detection, Host
 from launchkit.errors import UnknownGpuError
 from launchkit.hardware import Backend
-from launchkit.probe import cluster_for, cluster_from, detect_host
-from launchkit.probe.host import memory_limit_bytes
+from launchkit.probe.cluster import cluster_from
+from launchkit.probe.host import detect_host, memory_limit_bytes
+from launchkit.probe.spec import cluster_for
 from launchkit.probe.torch_devices import apple_gpus, rocm_gpus
 from launchkit.units import GIB, MIB
 
