@@ -5,7 +5,7 @@ that its profile and its default step took beyond imports, and the reason where 
 Beside FOLDER may lie ``models.tsv`` with a column ``id``, one of parameters counted elsewhere (``n_params_counted``),
 one of those published and ``match``; a row whose ``match`` begins with ``exact`` must have one of the two numbers.
 Exits 1 where a bar is missed: a count that differs, a trace longer than 6 s (12 s for a mixture of experts), a reason
-of more than one line.
+of more than one line, a program that cannot be read.
 """
 
 from __future__ import annotations
@@ -23,9 +23,11 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from launchkit.errors import LaunchkitError
+from launchkit.errors import LaunchkitError, ProgramError
 from launchkit.planner import program_key
+from launchkit.planner.point import point_of
 from launchkit.scenario import Attention, Batch, DeviceKind, Scenario, Training
+from launchkit.simulate.memory import read_memory
 
 DENSE_SECONDS, MOE_SECONDS = 6.0, 12.0
 PRELOADED = ["torch", "transformers", "peft", "launchkit.trace"]
@@ -55,14 +57,18 @@ def trace(name: str, config: Mapping[str, object], *, micro_batch: int) -> Outco
         profile = profile_model(config, name=name)
         attention = Attention.SDPA if Attention.SDPA in profile.attentions else Attention.EAGER
         scenario = Scenario(training=Training(attention=attention), batch=Batch(micro_batch=micro_batch))
-        trace_model(config, program_key(scenario, profile, DeviceKind.CUDA))
+        program = trace_model(config, program_key(scenario, profile, DeviceKind.CUDA))
+        seconds = time.process_time() - start
+        read_memory(program, point_of(scenario))  # which a program that frees what is not there does not survive
+    except ProgramError as error:
+        return Outcome(name=name, seconds=seconds, reason=f"its program is broken\n{error}")
     except LaunchkitError as error:
         return Outcome(name=name, seconds=time.process_time() - start, reason=str(error))
     return Outcome(
         name=name,
         num_parameters=profile.num_parameters,
         num_active_parameters=profile.num_active_parameters,
-        seconds=time.process_time() - start,
+        seconds=seconds,
     )
 
 
