@@ -45,7 +45,6 @@ SPREAD_HEADERS = ("rows", "median", "90th percentile", "worst")
 CAUSES = {
     "hfdoc-": "torch 1: zeroed gradients stay allocated (1.2 GiB in fp32), the context holds every kernel (1.3 GiB, "
     "not 0.4); together 2.1 of the 3.4 GiB that hfdoc-bertl-bs4 lacks, the rest not known",
-    "gist-zero-11": "the source prints the batch of gist-zero-10 beside 1.6 times its memory: most likely a misprint",
 }
 UNEXPLAINED = "not known"
 
@@ -68,14 +67,16 @@ context.
 
 **Published runs** are GPU runs that others measured and described. Like is compared with like: *allocated* and
 *reserved* are torch's counters, *device* is what the driver counts, context included. A run is *like with like* where
-it executed the code that is traced, which is transformers' under torch 2. Apart from these stand
+it executed the code that is traced, which is transformers' under torch 2. Where that was an older version or came with
+kernels of its own, the step is traced with the habits of that code, each read in its source (`bench/accuracy/past.py`;
+`habits` of a row); today's versions have most of them no more. Apart from these stand
 
 - other implementations of the same models (litgpt and others): the kernels of their steps differ;
 - runs under torch 1 (the transformers documentation's on a V100): it set gradients to zero between steps instead of
   freeing them (`zero_grad` without `set_to_none`), and its context held every kernel, 1.3 GiB, loaded eagerly.
 
 Reproduce a cell with `python -m bench.accuracy.compare --measure --only NAME`. The `flags` of a published row in
-`bench/accuracy/published.json` are the flags of `launchkit estimate`. The numbers of this page are in that file and in
+`bench/accuracy/published.json` are the flags of `launchkit estimate`, which knows no `habits`. The numbers of this page are in that file and in
 `results.json`, `rivals.json` and `traces.json` beside it.
 """
 

@@ -207,7 +207,6 @@ def judge(bench: Bench, scenario: Scenario) -> Candidate:
         point_of(scenario),
         device_kind=device_kind,
         capacity_bytes=None if device_kind is DeviceKind.CPU else usable_bytes(cluster) - outside.typical,
-        eager_optimizer_states=scenario.strategy.kind.zero_stage > 0,
     )
     candidate = candidate_of(bench, scenario, reading)
     steps = _steps(bench, scenario, reading)

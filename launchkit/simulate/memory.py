@@ -72,15 +72,14 @@ def simulate_memory(
     device_kind: DeviceKind,
     settings: AllocatorSettings | None = None,
     capacity_bytes: int | None = None,
-    eager_optimizer_states: bool = False,
     num_timeline_points: int = 0,
 ) -> MemoryReading:
     """Run ``program`` at ``point`` through the allocator of the device.
 
     On CUDA two steps are run where the program ends as it began. In the first the optimizer states come into being
-    when its optimizer stage is reached, as torch's optimizers create them, among the cached blocks of the backward;
-    with ``eager_optimizer_states`` before it, as DeepSpeed does. The second is the one that is read. A program that
-    leaves more behind than it found (a first step that builds its states) is run once.
+    when its optimizer stage is reached, as torch's optimizers create them, under DeepSpeed too, among the cached blocks
+    of the backward. The second is the one that is read. A program that leaves more behind than it found (a first step
+    that builds its states) is run once.
 
     On CPU nothing is rounded or cached: reserved equals allocated.
     """
@@ -90,7 +89,7 @@ def simulate_memory(
     if device_kind is DeviceKind.CPU:
         record = _count(events)
     else:
-        run = _CudaRun(program, events, num_persistent=num_persistent, is_eager=eager_optimizer_states)
+        run = _CudaRun(program, events, num_persistent=num_persistent)
         try:
             record = run.record(CachingAllocator(settings=settings, capacity_bytes=capacity_bytes))
         except OutOfMemoryError:
@@ -128,9 +127,7 @@ def _count(events: Sequence[MemoryEvent]) -> _Record:
 class _CudaRun:
     """A program's events and how they repeat."""
 
-    def __init__(
-        self, program: StepProgram, events: Sequence[MemoryEvent], *, num_persistent: int, is_eager: bool
-    ) -> None:
+    def __init__(self, program: StepProgram, events: Sequence[MemoryEvent], *, num_persistent: int) -> None:
         self.events = events
         self.persistent = persistent = events[:num_persistent]
         self.step = step = events[num_persistent:]
@@ -138,7 +135,7 @@ class _CudaRun:
         self.optimizer_stages = frozenset(
             index for index, stage in enumerate(program.stages) if stage.phase is Phase.OPTIMIZER
         )
-        late = {Owner.OPTIMIZER_STATES} if self.is_repeatable and not is_eager else set()
+        late = {Owner.OPTIMIZER_STATES} if self.is_repeatable else set()
         self.early = [event for event in persistent if event.owner not in late]
         self.late = [event for event in persistent if event.owner in late]
 

@@ -80,15 +80,12 @@ def test_cuda_reading_rounds_blocks() -> None:
 
 
 def test_optimizer_states_come_among_the_cached_blocks() -> None:
-    """States built at the end of the first step find the forward's block too small and take a segment; built before
-    it they leave the same. Either way the second step needs no more here."""
-    for is_eager in (False, True):
-        reading = simulate_memory(
-            training_program(), POINT, device_kind=DeviceKind.CUDA, eager_optimizer_states=is_eager
-        )
-        assert reading.allocated_peak_bytes == (30 + 60 + 40 + 30) * MIB
-        assert reading.reserved_peak_bytes == reading.reserved_first_step_bytes == 160 * MIB
-        assert reading.peak_stage == "backward"
+    """States built at the end of the first step find the forward's block too small and take a segment. The second step
+    needs no more here."""
+    reading = simulate_memory(training_program(), POINT, device_kind=DeviceKind.CUDA)
+    assert reading.allocated_peak_bytes == (30 + 60 + 40 + 30) * MIB
+    assert reading.reserved_peak_bytes == reading.reserved_first_step_bytes == 160 * MIB
+    assert reading.peak_stage == "backward"
 
 
 def test_a_second_step_can_reserve_more() -> None:
@@ -97,10 +94,8 @@ def test_a_second_step_can_reserve_more() -> None:
     small_states = replace(
         program, persistent=(program.persistent[0], Persistent(Size.constant(39 * MIB), Owner.OPTIMIZER_STATES))
     )
-    lazy = simulate_memory(small_states, POINT, device_kind=DeviceKind.CUDA)
-    eager = simulate_memory(small_states, POINT, device_kind=DeviceKind.CUDA, eager_optimizer_states=True)
-    assert (lazy.reserved_first_step_bytes, lazy.reserved_peak_bytes) == (100 * MIB, 140 * MIB)
-    assert eager.reserved_peak_bytes == 140 * MIB
+    reading = simulate_memory(small_states, POINT, device_kind=DeviceKind.CUDA)
+    assert (reading.reserved_first_step_bytes, reading.reserved_peak_bytes) == (100 * MIB, 140 * MIB)
 
 
 def test_a_first_step_is_run_once() -> None:
