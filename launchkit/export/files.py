@@ -142,7 +142,9 @@ def _split_advice(candidate: Candidate, cluster: Cluster) -> tuple[str, ...]:
         arguments = ", ".join(f"{name}={value}" for name, value in parts.items())
         return (f"It loads the model with from_pretrained(..., distributed_config=DistributedConfig({arguments})).",)
     if candidate.scenario.strategy.split.num_ranks > 1:
-        return ("It trains with transformers' Trainer, which shares out each sequence, and pads to the planned length.",)
+        return (
+            "It trains with transformers' Trainer, which shares out sequences, and pads them to the planned length.",
+        )
     return ()
 
 

@@ -131,7 +131,9 @@ def _heads(scenario: Scenario, profile: ModelProfile, cluster: Cluster) -> str |
     for what, count in counts.items():
         repeats = split.sp > 1 and what != "attention heads" and count and size % count == 0
         if count % size and not repeats:
-            return f"{profile.name} has {count} {what}, which {_option(split)} does not divide; use a divisor of {count}"
+            return (
+                f"{profile.name} has {count} {what}, which {_option(split)} does not divide; use a divisor of {count}"
+            )
     return None
 
 

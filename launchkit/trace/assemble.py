@@ -86,9 +86,7 @@ def assemble(model: TracedModel, logs: Sequence[Log], points: Sequence[Point]) -
     numbered, kernels_seen = _told_alike(logs)
     story = _read(numbered, logs[0].gradients, fitter)
     kernels = _read_kernels(kernels_seen, fitter)
-    builder = _Builder(
-        model, story, kernels, _read_copies(logs, fitter), _read_collectives(logs, fitter), logs[0].uses
-    )
+    builder = _Builder(model, story, kernels, _read_copies(logs, fitter), _read_collectives(logs, fitter), logs[0].uses)
     inputs = tuple(
         Persistent(fitter.fit([log.inputs[i] for log in logs], what="an input"), Owner.INPUTS)
         for i in range(len(logs[0].inputs))

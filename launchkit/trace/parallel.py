@@ -49,7 +49,9 @@ _PROPAGATIONS = ("_propagate_tensor_meta_non_cached", "propagate_op_sharding_non
 def rank_of(num_ranks: int) -> Iterator[DeviceMesh]:
     """The first of ``num_ranks`` ranks, and the mesh of them all."""
     if dist.is_initialized():
-        raise TraceError("a split model cannot be traced inside a distributed job; run launchkit in a process of its own")
+        raise TraceError(
+            "a split model cannot be traced inside a distributed job; run launchkit in a process of its own"
+        )
     dist.init_process_group("fake", rank=0, world_size=num_ranks, store=FakeStore())
     try:
         yield init_device_mesh("cpu", (num_ranks,), mesh_dim_names=("tp",))
@@ -62,6 +64,11 @@ def split_weights(model: PreTrainedModel, mesh: DeviceMesh) -> None:
 
     Tied weights are split by the plan's entry of each and tied again, as ``from_pretrained`` does it.
     """
+    if not model.tp_plan:
+        raise TraceError(
+            f"transformers has no tensor-parallel plan for {type(model).__name__}; use --strategy fsdp2 or zero3 "
+            "without --tp"
+        )
     _untie(model)
     try:
         plan, _, _ = model._resolve_parallel_plans(DistributedConfig(tp_size=mesh.size()))
@@ -72,6 +79,7 @@ def split_weights(model: PreTrainedModel, mesh: DeviceMesh) -> None:
 
 
 def _untie(model: nn.Module) -> None:
+    """Gives every use of a tied weight one of its own."""
     seen: set[int] = set()
     for module in model.modules():
         for name, parameter in module._parameters.items():

@@ -191,9 +191,7 @@ def _trace_one(model: _Traceable, key: TraceKey, point: Point) -> Log:
         ) from error
 
 
-def _build(
-    settings: PreTrainedConfig, key: TraceKey, *, lora_rank: int, mesh: DeviceMesh | None = None
-) -> _Traceable:
+def _build(settings: PreTrainedConfig, key: TraceKey, *, lora_rank: int, mesh: DeviceMesh | None = None) -> _Traceable:
     model_class, task = training_class(settings)
     whole: nn.Module = build_on_meta(model_class, settings, attention=key.attention, dtype=WEIGHT_DTYPE[key.compute])
     config = whole.config
