@@ -161,7 +161,8 @@ def _header(candidate: Candidate, cluster: Cluster, *comments: str) -> tuple[str
     method = training.method.value + ("" if training.method is Method.FULL else f" r={training.lora_rank}")
     processes = num_data_ranks(candidate, cluster)
     shared = scenario.strategy.split.num_ranks
-    what = f"groups of {shared} processes" if shared > 1 else "processes"
+    groups = "groups" if processes > 1 else "group"
+    what = f"{groups} of {shared} processes" if shared > 1 else "processes"
     return (
         f"Written by launchkit for {candidate.model.name} on {cluster.text}:",
         f"{method} · {scenario.strategy.name} · {training.precision.value} · micro-batch {batch.micro_batch} × "
