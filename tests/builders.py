@@ -25,6 +25,7 @@ from launchkit.scenario import (
     Precision,
     Scenario,
     Sharding,
+    Split,
     State,
     Strategy,
     StrategyKind,
@@ -91,6 +92,8 @@ def profile(**overrides: Any) -> ModelProfile:
         "max_position_embeddings": 131_072,
         "block_classes": ("LlamaDecoderLayer",),
         "attentions": tuple(Attention),
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
     }
     return ModelProfile(**(values | overrides))
 
@@ -113,7 +116,9 @@ def scenario(**overrides: Any) -> Scenario:
     engines = {name: settings_type(**_taken(given, settings_type)) for name, settings_type in settings.items()}
     built = Scenario(
         training=Training(**_taken(given, Training)),
-        strategy=Strategy(kind=kind, offload=given.pop("offload", Offload.NONE), **engines),
+        strategy=Strategy(
+            kind=kind, split=given.pop("split", Split()), offload=given.pop("offload", Offload.NONE), **engines
+        ),
         batch=Batch(**_taken(given, Batch)),
         state=given.pop("state", State.STEADY),
     )

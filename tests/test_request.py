@@ -181,3 +181,34 @@ def test_flags_cover_the_enumerations() -> None:
 def test_trl_and_its_loss_stand_for_each_other(flags: dict[str, str], trainer: Trainer, loss: Loss) -> None:
     training = _scenario(**flags).training
     assert (training.trainer, training.loss) == (trainer, loss)
+
+
+FOUR = replace(CLUSTER, node=replace(CLUSTER.node, num_gpus=4))
+
+
+def _on_four(**flags: str | int | bool) -> Scenario:
+    return resolve(Request.from_flags(flags), model=MODEL, cluster=FOUR).scenario
+
+
+@pytest.mark.parametrize(
+    ("flags", "kind", "global_batch"),
+    [
+        ({"tp": 4}, "single", 1),  # as many as there are GPUs
+        ({"tp": 2}, "fsdp2", 2),
+        ({"cp": 4}, "fsdp2", 1),
+        ({"sp": 2}, "zero3", 2),
+        ({"tp": 2, "strategy": "hsdp"}, "hsdp", 2),
+        ({"tp": 1}, "single", 1),
+    ],
+)
+def test_ranks_that_share_a_step_choose_their_engine(flags: dict[str, str | int], kind: str, global_batch: int) -> None:
+    resolved = _on_four(**flags)
+    assert resolved.strategy.kind == kind
+    assert scenario_flags(resolved, cluster=FOUR)["global_batch"] == global_batch
+    again = _on_four(**{name: value for name, value in scenario_flags(resolved, cluster=FOUR).items() if value})
+    assert again.strategy == resolved.strategy
+
+
+def test_a_global_batch_is_shared_among_groups() -> None:
+    with pytest.raises(IllegalScenarioError, match="no multiple of --micro-batch 1 × 2 groups of 2 GPUs; use"):
+        _on_four(tp=2, strategy="fsdp2", global_batch=3)

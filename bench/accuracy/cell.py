@@ -18,8 +18,8 @@ class Cell:
     ``use_cache`` None leaves the model's own default, which keeps keys and values of a training step. With an
     ``evaluation_micro_batch`` the trainer evaluates two batches of it behind the last step. Packed rows hold two
     sequences each. ``zero`` are keys of DeepSpeed's ``zero_optimization`` beside the stage, ``offload`` is DeepSpeed's;
-    what ``zero`` does not name has DeepSpeed's own default, or accelerate's where it says ``auto``. ``tp`` processes share
-    each matrix, ``sp`` each sequence.
+    what ``zero`` does not name has DeepSpeed's own default, or accelerate's where it says ``auto``. ``tp`` processes
+    share each matrix, ``sp`` each sequence.
     """
 
     name: str

@@ -412,6 +412,8 @@ TENSOR_PARALLEL = (
     Cell(name="tp-qwen3-fp32", config=QWEN3, **_TP),
     Cell(name="tp-wide-adamw", config=WIDE, seq_len=16, optimizer="adamw_torch", **_TP),
     Cell(name="tp-uneven-fp32", config=UNEVEN, **_TP),
+    Cell(name="tp-mixtral-fp32", config=_SMALL_MIXTRAL, **_TP),
+    Cell(name="tp-gemma3-fp32", config=GEMMA3, attention="eager", **_TP),
     Cell(name="tp-hf-fp32", config=LLAMA, trainer="hf", **_TP),
     Cell(name="tp-hf-bf16", config=LLAMA, trainer="hf", precision="bf16", **_TP),
     Cell(name="tp-accumulation-fp32", config=LLAMA, gradient_accumulation_steps=2, **_TP),

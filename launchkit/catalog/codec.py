@@ -12,7 +12,8 @@ Reading a variant parses the lines it names and no others, so a file of eighty v
     section   {"group", "uses", "events", "kernels", …}                          events as lists, told apart by length:
                   [slot, size, owner, parameter] alloc · [origin, slot, size] free · [origin, slot] free of the size
                   that the section itself allocated under that slot · [owner] free all
-    group     [name, [[name, shape, itemsize, trainable, lora_rank_axis, packed_bytes, extra_bytes, has_gradient?, gradient_numel?], …]]
+    group     [name, [[name, shape, itemsize, trainable, lora_rank_axis, packed_bytes, extra_bytes, has_gradient?,
+                  gradient_numel?], …]]
     variant   {"stages", "sections", "groups", "group_counts", "persistent", …}  sections and groups as line numbers
 """
 

@@ -143,7 +143,7 @@ def _split_advice(candidate: Candidate, cluster: Cluster) -> tuple[str, ...]:
         return (f"It loads the model with from_pretrained(..., distributed_config=DistributedConfig({arguments})).",)
     if candidate.scenario.strategy.split.num_ranks > 1:
         return (
-            "It trains with transformers' Trainer, which shares out each sequence, and pads to the planned length.",
+            "It trains with transformers' Trainer, which shares out sequences, and pads them to the planned length.",
         )
     return ()
 
@@ -161,7 +161,8 @@ def _header(candidate: Candidate, cluster: Cluster, *comments: str) -> tuple[str
     method = training.method.value + ("" if training.method is Method.FULL else f" r={training.lora_rank}")
     processes = num_data_ranks(candidate, cluster)
     shared = scenario.strategy.split.num_ranks
-    what = f"groups of {shared} processes" if shared > 1 else "processes"
+    groups = "groups" if processes > 1 else "group"
+    what = f"{groups} of {shared} processes" if shared > 1 else "processes"
     return (
         f"Written by launchkit for {candidate.model.name} on {cluster.text}:",
         f"{method} · {scenario.strategy.name} · {training.precision.value} · micro-batch {batch.micro_batch} × "

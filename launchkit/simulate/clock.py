@@ -117,9 +117,10 @@ _REDUCTIONS = frozenset({CollectiveKind.ALL_REDUCE, CollectiveKind.REDUCE_SCATTE
 class Job:
     """What the time of a step depends on besides its program and point.
 
-    ``shard_group_size`` is the number of ranks of ``Group.SHARD`` (0: all), ``split`` how many share a step. Without ``reduces_every_micro_batch``
-    gradients are reduced with the last micro-batch only (``no_sync``). ``host_optimizer_bytes`` is the memory traffic
-    of one rank's optimizer on the CPU. The last four describe the model, for MFU.
+    ``shard_group_size`` is the number of ranks of ``Group.SHARD`` (0: all), ``split`` how many share a step. Without
+    ``reduces_every_micro_batch`` gradients are reduced with the last micro-batch only (``no_sync``).
+    ``host_optimizer_bytes`` is the memory traffic of one rank's optimizer on the CPU. The last four describe the model,
+    for MFU.
     """
 
     cluster: Cluster

@@ -239,8 +239,8 @@ def _host_bytes(job: Job, flat: Flat) -> int:
 
 
 class FlatFlush(NamedTuple):
-    """What one flush of stage 1 or 2 does: the elements it reduces and its flat copies of them, whether gradients of this
-    rank are among them, and the gradients that die with it."""
+    """What one flush of stage 1 or 2 does: the elements it reduces and its flat copies of them, whether gradients of
+    this rank are among them, and the gradients that die with it."""
 
     elements: int
     copies: tuple[int, ...]

@@ -64,6 +64,11 @@ def split_weights(model: PreTrainedModel, mesh: DeviceMesh) -> None:
 
     Tied weights are split by the plan's entry of each and tied again, as ``from_pretrained`` does it.
     """
+    if not model.tp_plan:
+        raise TraceError(
+            f"transformers has no tensor-parallel plan for {type(model).__name__}; use --strategy fsdp2 or zero3 "
+            "without --tp"
+        )
     _untie(model)
     try:
         plan, _, _ = model._resolve_parallel_plans(DistributedConfig(tp_size=mesh.size()))
@@ -74,6 +79,7 @@ def split_weights(model: PreTrainedModel, mesh: DeviceMesh) -> None:
 
 
 def _untie(model: nn.Module) -> None:
+    """Gives every use of a tied weight one of its own."""
     seen: set[int] = set()
     for module in model.modules():
         for name, parameter in module._parameters.items():

@@ -1,4 +1,4 @@
-"""A rank's share of each sequence, and the attention that brings the shares together: torch's ring, DeepSpeed's Ulysses.
+"""A rank's share of each sequence, and the attention that brings shares together: torch's ring, DeepSpeed's Ulysses.
 
 Both run as they are, on the group of ranks that ``trace.parallel`` makes; their buffers and messages are what their own
 code asks for. In the ring the first rank is traced, the one that holds most: it takes half of its queries at every

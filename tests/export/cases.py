@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from launchkit.hardware import Cluster
 from launchkit.plan import Candidate
+from launchkit.scenario import Split
 from tests.builders import candidate, cluster
 
 _STRATEGIES: tuple[tuple[str, tuple[str, ...], int], ...] = (
@@ -72,6 +73,11 @@ GOLDEN = [
     case("zero3-nvme-loop", strategy="zero3", offload="nvme", nvme_path="/mnt/nvme", trainer="loop"),
     case("zero3-fp16", strategy="zero3", precision="fp16", loss="chunked"),
     case("zero2-cpu", strategy="zero2", num_gpus=2, backend="cpu", precision="fp32", trainer="loop"),
+    case("tp", strategy="single", split=Split(tp=4)),
+    case("fsdp2-tp", strategy="fsdp2", split=Split(tp=2), checkpointing="full"),
+    case("fsdp2-cp-offload", strategy="fsdp2", split=Split(cp=2), offload="params", checkpointing="full"),
+    case("hsdp-cp", strategy="hsdp", split=Split(cp=2), num_nodes=2, checkpointing="full"),
+    case("zero3-sp", strategy="zero3", split=Split(sp=4), checkpointing="full", trainer="loop"),
     case("ddp-cpu", strategy="ddp", num_gpus=2, backend="cpu", precision="fp32", trainer="hf"),
 ]
 

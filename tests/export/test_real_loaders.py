@@ -15,7 +15,7 @@ from launchkit.export import config_files
 from launchkit.export.accelerate import accelerate_config
 from launchkit.export.deepspeed import deepspeed_config
 from launchkit.export.layout import fsdp_layout
-from launchkit.scenario import StrategyKind
+from launchkit.scenario import Split, StrategyKind
 from tests.export.cases import Case, case, strategy_cases
 
 pytestmark = [pytest.mark.real_loader, pytest.mark.filterwarnings("ignore")]
@@ -170,3 +170,38 @@ def test_fsdp_on_cpu_is_refused_because_accelerate_would_run_ddp() -> None:
     each = case("cpu", strategy="fsdp2", backend="cpu")
     with pytest.raises(IllegalScenarioError, match="becomes DDP under accelerate"):
         accelerate_config(each.candidate, each.cluster)
+
+
+SPLIT_CASES = [
+    (case("tp", strategy="single", split=Split(tp=4)), {"tp_size": 4}),
+    (case("fsdp2-tp", strategy="fsdp2", split=Split(tp=2)), {"tp_size": 2, "dp_shard_size": 2}),
+    (
+        case("hsdp-tp", strategy="hsdp", split=Split(tp=2), num_nodes=2),
+        {"tp_size": 2, "dp_shard_size": 4},  # as the Trainer tells accelerate of a model that transformers split
+    ),
+    (case("fsdp2-cp", strategy="fsdp2", split=Split(cp=2)), {"cp_size": 2, "dp_shard_size": 2}),
+    (
+        case("hsdp-cp", strategy="hsdp", split=Split(cp=2), num_nodes=2),
+        {"cp_size": 2, "dp_shard_size": 2, "dp_replicate_size": 2},
+    ),
+    (case("zero3-sp", strategy="zero3", split=Split(sp=2)), {"sp_size": 2, "dp_shard_size": 2}),
+]
+
+
+@pytest.mark.usefixtures("restored_environment")
+@pytest.mark.parametrize(("each", "expected"), SPLIT_CASES, ids=lambda value: getattr(value, "name", ""))
+def test_accelerate_makes_the_mesh_that_was_planned(each: Case, expected: dict[str, int], tmp_path: Path) -> None:
+    """What a started process reads from its environment; the product is the number of processes."""
+    launch = pytest.importorskip("accelerate.utils.launch")
+    parallelism = pytest.importorskip("accelerate.parallelism_config")
+    arguments = launch_arguments(each, tmp_path)
+    if each.candidate.scenario.strategy.kind.zero_stage:
+        arguments.deepspeed_config_file = str(tmp_path / "deepspeed.json")
+        environment = launch.prepare_deepspeed_cmd_env(arguments)[1]
+    else:
+        environment = launch.prepare_multi_gpu_env(arguments)
+    os.environ.update(environment)
+    config = parallelism.ParallelismConfig()
+    names = ("dp_replicate_size", "dp_shard_size", "tp_size", "cp_size", "sp_size")
+    assert {name: getattr(config, name) for name in names} == dict.fromkeys(names, 1) | expected
+    assert config.total_size == each.cluster.num_gpus
