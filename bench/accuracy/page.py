@@ -76,8 +76,8 @@ kernels of its own, the step is traced with the habits of that code, each read i
   freeing them (`zero_grad` without `set_to_none`), and its context held every kernel, 1.3 GiB, loaded eagerly.
 
 Reproduce a cell with `python -m bench.accuracy.compare --measure --only NAME`. The `flags` of a published row in
-`bench/accuracy/published.json` are the flags of `launchkit estimate`, which knows no `habits`. The numbers of this page are in that file and in
-`results.json`, `rivals.json` and `traces.json` beside it.
+`bench/accuracy/published.json` are the flags of `launchkit estimate`, which knows no `habits`. The numbers of this page
+are in that file and in `results.json`, `rivals.json` and `traces.json` beside it.
 """
 
 RIVALS_INTRODUCTION = """\
