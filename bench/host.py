@@ -88,7 +88,7 @@ def save_model(dtype: str, folder: Path) -> None:
 
 
 def measured_bytes(case: Case, model: Path) -> int:
-    """The node's resident peak in one run of ``case``, of its training where it trains."""
+    """The node's resident peak in one run of ``case``."""
     num_processes = case.num_processes
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as name:
@@ -124,7 +124,8 @@ def node_peak(ranks: Sequence[Sequence[Sequence[float]]]) -> int:
 
 
 def predicted_bytes(case: Case, model: Path) -> int:
-    """What the plan of the same run says of loading, or of a steady step."""
+    """What the plan of the same run says of loading, and of a steady step where it trains, whichever is more: what
+    loading took of the heap stays with the process."""
     candidate = launchkit.estimate(
         str(model),
         gpus=f"{case.num_processes}xcpu",
@@ -135,8 +136,8 @@ def predicted_bytes(case: Case, model: Path) -> int:
         micro_batch=2,
         seq_len=SEQ_LEN,
     )
-    phase = RunPhase.STEADY_STEP if case.num_steps else RunPhase.LOAD
-    return next(peak.host_peak_bytes for peak in candidate.estimate.phases if peak.phase is phase)
+    phases = (RunPhase.LOAD, RunPhase.STEADY_STEP) if case.num_steps else (RunPhase.LOAD,)
+    return max(peak.host_peak_bytes for peak in candidate.estimate.phases if peak.phase in phases)
 
 
 def main() -> None:

@@ -52,7 +52,6 @@ def run(case: dict[str, Any], folder: Path, rank: int) -> None:
         training = PREPARE[case["strategy"]](case)
         time.sleep(4 * SAMPLE_SECONDS)
         if case["num_steps"]:
-            watch.samples.clear()
             _train(training, case)
     (folder / f"rank{rank}.json").write_text(json.dumps(watch.samples))
     os._exit(0)  # engines now and then abort while they shut down
