@@ -18,6 +18,7 @@ from bench.accuracy.cell import Cell
 from bench.accuracy.cells import CELLS
 from bench.accuracy.rows import (
     CLASSES,
+    DEVICE_SUFFIX,
     PUBLISHED,
     RESULTS,
     RIVALS,
@@ -76,8 +77,8 @@ kernels of its own, the step is traced with the habits of that code, each read i
   freeing them (`zero_grad` without `set_to_none`), and its context held every kernel, 1.3 GiB, loaded eagerly.
 
 Reproduce a cell with `python -m bench.accuracy.compare --measure --only NAME`. The `flags` of a published row in
-`bench/accuracy/published.json` are the flags of `launchkit estimate`, which knows no `habits`. The numbers of this page are in that file and in
-`results.json`, `rivals.json` and `traces.json` beside it.
+`bench/accuracy/published.json` are the flags of `launchkit estimate`, which knows no `habits`. The numbers of this page
+are in that file and in `results.json`, `rivals.json` and `traces.json` beside it.
 """
 
 RIVALS_INTRODUCTION = """\
@@ -185,7 +186,7 @@ def published_summary(evidence: Evidence) -> str:
 
 def outcomes(rows: Sequence[Row]) -> str:
     """What was said of runs that ran out of memory and of runs that ran, with the ids of what was said wrongly."""
-    judged = [row for row in rows if not row.skipped]
+    judged = [row for row in rows if not row.skipped and not row.id.endswith(DEVICE_SUFFIX)]
     groups = {
         "ran out of memory": [row for row in judged if row.ran_out],
         "ran, outcome only": [row for row in judged if not row.ran_out and not row.measured_bytes],
