@@ -18,6 +18,7 @@ from bench.accuracy.cell import Cell
 from bench.accuracy.cells import CELLS
 from bench.accuracy.rows import (
     CLASSES,
+    DEVICE_SUFFIX,
     PUBLISHED,
     RESULTS,
     RIVALS,
@@ -185,7 +186,7 @@ def published_summary(evidence: Evidence) -> str:
 
 def outcomes(rows: Sequence[Row]) -> str:
     """What was said of runs that ran out of memory and of runs that ran, with the ids of what was said wrongly."""
-    judged = [row for row in rows if not row.skipped]
+    judged = [row for row in rows if not row.skipped and not row.id.endswith(DEVICE_SUFFIX)]
     groups = {
         "ran out of memory": [row for row in judged if row.ran_out],
         "ran, outcome only": [row for row in judged if not row.ran_out and not row.measured_bytes],

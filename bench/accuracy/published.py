@@ -21,7 +21,7 @@ from typing import Any, cast
 
 from bench.accuracy import page
 from bench.accuracy.past import Past, PastModel
-from bench.accuracy.rows import PUBLISHED, Row, error_percent, read_json
+from bench.accuracy.rows import DEVICE_SUFFIX, PUBLISHED, Row, error_percent, read_json
 from launchkit import planner, strategies
 from launchkit.api import find_cluster
 from launchkit.catalog.models import TracedModel, find_model
@@ -249,7 +249,7 @@ def compare(row: Mapping[str, Any]) -> tuple[Row, ...]:
     device_gib = (row["alt_peaks_gib"] or {}).get(NVIDIA_SMI)
     if not device_gib or metric == "outcome":
         return (told,)
-    shown = replace(compared, id=f"{told.id}-device", metric="device", measured_bytes=round(device_gib * GIB))
+    shown = replace(compared, id=f"{told.id}{DEVICE_SUFFIX}", metric="device", measured_bytes=round(device_gib * GIB))
     return told, replace(shown, **figures(candidate, "device"))
 
 

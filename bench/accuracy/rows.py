@@ -13,6 +13,7 @@ from bench.accuracy.cell import Cell
 FOLDER = Path(__file__).parent
 RESULTS, PUBLISHED, RIVALS, TRACES = (FOLDER / f"{name}.json" for name in ("results", "published", "rivals", "traces"))
 STATES = ("first", "steady", "evaluation")
+DEVICE_SUFFIX = "-device"  # of a row that says what the driver showed of the run of another row
 CLASSES = {
     "a": "one GPU, full fine-tune",
     "b": "one GPU, LoRA or QLoRA",

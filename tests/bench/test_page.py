@@ -53,6 +53,7 @@ def test_wrong_outcomes_are_listed_by_id() -> None:
             row(id="oom-may", ran_out=True, measured_bytes=0, fits=False),
             row(id="ran-misfit", measured_bytes=0, fits=False, may_fit=False),
             row(id="measured-fit"),
+            row(id="measured-fit-device", metric="device"),
             row(id="skipped", skipped="loss: fused", ran_out=True),
         ]
     )
