@@ -424,6 +424,15 @@ TENSOR_PARALLEL = (
     Cell(name="tp-fsdp2-wide-fp32", config=WIDE, seq_len=16, **_TP_FSDP),
     Cell(name="tp-fsdp2-hf-fp32", config=LLAMA, trainer="hf", **_TP_FSDP),
     Cell(name="tp-fsdp2-hf-bf16", config=LLAMA, trainer="hf", precision="bf16", **_TP_FSDP),
+    Cell(
+        name="tp-fsdp2-hf-accumulation-bf16",
+        config=LLAMA,
+        trainer="hf",
+        precision="bf16",
+        gradient_accumulation_steps=2,
+        **_TP_FSDP,
+    ),
+    Cell(name="tp-fsdp2-hf-checkpointing", config=LLAMA, trainer="hf", checkpointing="full", **_TP_FSDP),
     Cell(name="tp-fsdp2-hf-tied-bf16", config=TIED, trainer="hf", precision="bf16", **_TP_FSDP),
 )
 

@@ -535,7 +535,7 @@ def split_through_transformers(cell: Cell, model: Any) -> nn.Module:
         else:
             parameter._local_tensor = part.detach().clone()
     model.config.use_cache = bool(cell.use_cache)
-    if cell.checkpointing != "none" and parts.fsdp_size == 1:
+    if cell.checkpointing != "none":
         enable_checkpointing(model, cell)
     return model.train()
 

@@ -11,6 +11,7 @@ from launchkit import strategies
 from launchkit.program import Group, Owner, Parameter, Point, StepProgram
 from launchkit.scenario import Scenario, Split
 from launchkit.simulate.clock import Job, group_size
+from launchkit.strategies.fsdp2 import Layout
 from launchkit.strategies.split import mesh_of
 from tests.builders import cluster, profile, scenario
 
@@ -145,6 +146,25 @@ def test_groups_on_the_clock(split: Split, shard_group_size: int, expected: dict
     hardware = cluster(num_gpus=8, num_nodes=2)
     job = Job(cluster=hardware, compute=Any, split=split, shard_group_size=shard_group_size)  # type: ignore[arg-type]
     assert {group: group_size(job, group) for group in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("values", "reduced_itemsize", "adds_in_place", "defers_reduction"),
+    [
+        ({"strategy": "fsdp2"}, 0, True, True),  # accelerate's: in the dtype of the gradients
+        ({"strategy": "fsdp2", "tp": 2}, 4, False, True),  # transformers': in fp32, which micro-batches pile up in
+        ({"strategy": "fsdp2", "tp": 2, "precision": "fp32"}, 0, True, True),
+        ({"strategy": "hsdp", "tp": 2}, 4, False, False),  # only the replicas wait for each other
+        ({"strategy": "fsdp2", "tp": 2, "trainer": "loop"}, 0, False, False),
+    ],
+)
+def test_whose_fsdp_it_is_decides_how_gradients_are_reduced(
+    values: dict[str, Any], reduced_itemsize: int, adds_in_place: bool, defers_reduction: bool
+) -> None:
+    built = split_scenario(gradient_accumulation_steps=2, **values)
+    layout = Layout.of(built, cluster(num_gpus=8, num_nodes=2))
+    assert layout.reduced_itemsize == reduced_itemsize
+    assert (layout.adds_in_place, layout.defers_reduction) == (adds_in_place, defers_reduction)
 
 
 def test_a_rank_holds_its_part_of_a_wide_gradient_only_for_the_optimizer() -> None:
