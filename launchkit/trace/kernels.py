@@ -43,16 +43,8 @@ def _grouped_mm(mat_a: Any, mat_b: Any, offs: Any = None, bias: Any = None, out_
     return mat_a.new_empty(shape, dtype=out_dtype or mat_a.dtype)
 
 
-def _wait_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """Waiting hands over the tensor itself; the fake implementation makes another."""
-    return tensor
-
-
-# Operators whose own fake implementation is narrower than the real kernel, or other.
-SUBSTITUTES: dict[Any, Callable[..., Any]] = {
-    aten._grouped_mm.default: _grouped_mm,
-    torch.ops._c10d_functional.wait_tensor.default: _wait_tensor,
-}
+# Operators whose own fake implementation is narrower than the real kernel.
+SUBSTITUTES: dict[Any, Callable[..., Any]] = {aten._grouped_mm.default: _grouped_mm}
 
 
 def scratch_bytes(name: str, inputs: list[torch.Tensor]) -> int:

@@ -15,14 +15,12 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
+import transformers
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._sharding_prop import ShardingPropagator
-from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import PreTrainedModel
-from transformers.distributed.configuration_utils import DistributedConfig
-from transformers.distributed.tensor_parallel import apply_tensor_parallelism
 
 from launchkit.errors import TraceError
 from launchkit.program import CollectiveKind
@@ -42,6 +40,9 @@ _MESSAGES: Mapping[str, tuple[CollectiveKind, bool]] = {
 # gloo flattens what it is given into a buffer of its own for the time of these calls.
 _COPIED_ON_WIRE = frozenset({CollectiveKind.ALL_GATHER, CollectiveKind.REDUCE_SCATTER})
 
+# Waiting hands over the tensor itself; its fake implementation makes another.
+_WAITING = "_c10d_functional::wait_tensor"
+
 _PROPAGATIONS = ("_propagate_tensor_meta_non_cached", "propagate_op_sharding_non_cached")
 
 
@@ -52,6 +53,8 @@ def rank_of(num_ranks: int) -> Iterator[DeviceMesh]:
         raise TraceError(
             "a split model cannot be traced inside a distributed job; run launchkit in a process of its own"
         )
+    from torch.testing._internal.distributed.fake_pg import FakeStore  # lazy: registers the group that does nothing
+
     dist.init_process_group("fake", rank=0, world_size=num_ranks, store=FakeStore())
     try:
         yield init_device_mesh("cpu", (num_ranks,), mesh_dim_names=("tp",))
@@ -64,6 +67,13 @@ def split_weights(model: PreTrainedModel, mesh: DeviceMesh) -> None:
 
     Tied weights are split by the plan's entry of each and tied again, as ``from_pretrained`` does it.
     """
+    try:
+        from transformers.distributed.configuration_utils import DistributedConfig  # lazy: of transformers 5.21 on
+        from transformers.distributed.tensor_parallel import apply_tensor_parallelism
+    except ImportError:
+        raise TraceError(
+            f"transformers {transformers.__version__} splits models in another way; upgrade to 5.23, or leave out --tp"
+        ) from None
     if not model.tp_plan:
         raise TraceError(
             f"transformers has no tensor-parallel plan for {type(model).__name__}; use --strategy fsdp2 or zero3 "
@@ -135,6 +145,8 @@ class RankRecorder(StepRecorder):
             return func(*args, **(kwargs or {}))
         if DTensor in types:
             return NotImplemented
+        if func._schema.name == _WAITING:
+            return args[0]
         return super().__torch_dispatch__(func, types, args, kwargs)
 
     def _record(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:

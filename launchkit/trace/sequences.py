@@ -15,8 +15,6 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor.experimental import _attention as ring
-from torch.distributed.tensor.experimental import context_parallel
 from transformers import PreTrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -36,6 +34,9 @@ def shared_sequences(key: TraceKey, config: PreTrainedConfig, mesh: DeviceMesh |
     """While active, attention is that of a rank which holds a share of each sequence."""
     with ExitStack() as stack:
         if mesh is not None and key.cp > 1:
+            from torch.distributed.tensor.experimental import _attention as ring  # lazy: experimental, may move
+            from torch.distributed.tensor.experimental import context_parallel
+
             ring.set_rotate_method(_RING_METHOD)
             tokens = torch.zeros(1, 2 * key.cp)  # cut for its length alone, which says that the load is balanced
             stack.enter_context(context_parallel(mesh, buffers=[tokens], buffer_seq_dims=[1]))
