@@ -82,6 +82,7 @@ class _Story:
 
 def assemble(model: TracedModel, logs: Sequence[Log], points: Sequence[Point]) -> StepProgram:
     """The program that explains ``logs``, seen at ``points`` (the last one is held back for checking)."""
+    model = with_idle_layers_apart(model, logs[0])
     fitter = Fitter(points)
     numbered, kernels_seen = _told_alike(logs)
     story = _read(numbered, logs[0].gradients, fitter)
@@ -106,6 +107,26 @@ def assemble(model: TracedModel, logs: Sequence[Log], points: Sequence[Point]) -
         persistent=inputs + buffers,
         minimum_micro_batch=min(point.micro_batch for point in points),
     )
+
+
+def with_idle_layers_apart(model: TracedModel, log: Log) -> TracedModel:
+    """The model with a group of their own for trained layers whose weights no loss depends on, among others of their
+    kind: what lies behind the layer of a vision tower whose output is read."""
+    owners, groups, of_layer = dict(model.owners), dict(model.groups), dict(model.group_of_layer)
+    used = {model.owners[name][0] for name in log.gradients.values()}
+    for stack in model.stacks:
+        substitutes = stand_ins(stack)
+        for j, layer in enumerate(stack.kept):
+            own = [name for name in owners if f".{stack.path}.{j}." in f".{name}"]
+            group = model.group_of_layer[stack.path][layer]
+            if group not in used or not own or not set(own).isdisjoint(log.gradients.values()):
+                continue
+            idle = f"{group}.idle"
+            groups[idle] = replace(groups[group], name=idle)
+            owners |= {name: (idle, model.owners[name][1]) for name in own}
+            layers = zip(of_layer[stack.path], substitutes, strict=True)
+            of_layer[stack.path] = tuple(idle if standing == j else name for name, standing in layers)
+    return replace(model, groups=groups, owners=owners, group_of_layer=of_layer)
 
 
 def _with_gradients(model: TracedModel, log: Log) -> dict[str, ParameterGroup]:

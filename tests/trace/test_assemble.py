@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 import pytest
@@ -13,7 +14,7 @@ from launchkit.program import Anchor, Free, Owner, ParameterGroup, Point, StepPr
 from launchkit.scenario import Checkpointing, Compute
 from launchkit.simulate.expand import expand
 from launchkit.trace import trace_model
-from launchkit.trace.assemble import TracedModel, assemble, parameter, same_story, stand_ins
+from launchkit.trace.assemble import TracedModel, assemble, parameter, same_story, stand_ins, with_idle_layers_apart
 from launchkit.trace.build import Stack, choose_layers
 from launchkit.trace.recorder import AllocRecord, FreeRecord, Log, Place
 from tests.trace.models import LLAMA, key
@@ -179,3 +180,30 @@ def test_only_gradients_outlive_a_step() -> None:
         if event.stage >= 0:
             totals[event.owner] = totals.get(event.owner, 0) + event.delta_bytes
     assert {owner: total for owner, total in totals.items() if total} == {Owner.GRADIENTS: 4 * program.num_parameters()}
+
+
+@pytest.mark.parametrize(
+    ("with_gradients", "counts"),
+    [
+        ((0, 1, 2, 3), {"Block": 7}),
+        ((0, 1, 2), {"Block": 6, "Block.idle": 1}),
+        ((1, 2, 3), {"Block": 6, "Block.idle": 1}),
+        ((), {"Block": 7}),
+    ],
+)
+def test_layers_that_no_loss_depends_on_are_told_apart(with_gradients: tuple[int, ...], counts: dict[str, int]) -> None:
+    weight = parameter("weight", (2, 2), 4, trainable=True, lora_rank=0)
+    model = TracedModel(
+        stacks=(stack("aaaaaaa"),),
+        groups={"Block": ParameterGroup(name="Block", parameters=(weight,))},
+        owners={f"layers.{j}.weight": ("Block", 0) for j in range(4)},
+        parameter_names=tuple(f"layers.{j}.weight" for j in range(4)),
+        group_of_layer={"layers": ("Block",) * 7},
+        buffer_bytes=(),
+        vocab_size=0,
+    )
+    log = Log(inputs=[])
+    log.gradients.update({number: f"layers.{j}.weight" for number, j in enumerate(with_gradients)})
+    found = with_idle_layers_apart(model, log)
+    assert Counter(found.group_of_layer["layers"]) == counts
+    assert {found.owners[f"layers.{j}.weight"][0] for j in with_gradients} <= {"Block"}
