@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 import torch.distributed
 
 from launchkit.launch.record import WRAPPERS, Proof
@@ -67,7 +68,7 @@ def held_addresses(module: torch.nn.Module) -> list[int]:
     """Addresses of the storages that this process's Python objects hold, gradients of ``module`` among them."""
     tensors = [found for found in gc.get_objects() if issubclass(type(found), torch.Tensor)]
     tensors += [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
-    local = (local_tensor(tensor) for tensor in tensors)
+    local = (local_tensor(tensor) for tensor in tensors if not isinstance(tensor, FakeTensor))  # these hold nothing
     return [held.untyped_storage().data_ptr() for held in local if held.device.type == "cpu" and not held.is_sparse]
 
 
