@@ -12,8 +12,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
 import torch.distributed
+from torch._subclasses.fake_tensor import FakeTensor
 
 from launchkit.launch.record import WRAPPERS, Proof
 
