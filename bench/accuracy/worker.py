@@ -109,6 +109,8 @@ def quantised(model: Any, cell: Cell, *, dtype: torch.dtype) -> nn.Module:
     for parameter in model.parameters():  # what was not quantised may still lie in the mapped file
         if parameter.dtype is not torch.uint8:
             parameter.data = parameter.data.clone()
+    if cell.trainer == "trl":  # which leaves this to whoever loads the model
+        return model
     return prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
 
 

@@ -25,6 +25,7 @@ from launchkit.scenario import (
     StrategyKind,
     Trainer,
 )
+from launchkit.strategies.base import trl_narrows_adapters
 from launchkit.units import GIB
 
 # Two step times closer than this are equal as far as the clock knows; the simpler engine wins then.
@@ -258,7 +259,7 @@ def _assumptions(scenario: Scenario, profile: ModelProfile) -> tuple[str, ...]:
         f"{training.trainer} trainer",
     ]
     if training.method is not Method.FULL and training.precision is Precision.BF16_PARAMS:
-        lines.append("base weights in bf16, adapters in fp32")
+        lines.append(f"base weights in bf16, adapters in {'bf16' if trl_narrows_adapters(training) else 'fp32'}")
     if profile.num_active_parameters:
         lines.append("tokens spread evenly over the experts")
     return tuple(lines)

@@ -93,7 +93,7 @@ def _adapter_itemsize(parameter: Parameter, scenario: Scenario) -> int:
     """PEFT makes adapters in fp32. FSDP casts them only without mixed precision. DeepSpeed casts a module as a whole,
     but not one that ``from_pretrained`` has sharded already, which it does for ZeRO-3 (seen in what it saves)."""
     training, kind = scenario.training, scenario.strategy.kind
-    if kind is StrategyKind.ZERO3 and training.trainer is not Trainer.LOOP:
+    if kind is StrategyKind.ZERO3 and training.trainer not in (Trainer.LOOP, Trainer.TRL):
         return FP32_BYTES
     keeps_fp32 = kind.is_fsdp and training.precision is not Precision.BF16_PURE
     return FP32_BYTES if keeps_fp32 else parameter.itemsize

@@ -79,10 +79,17 @@ def make_trace_key(training: Training, compute: Compute, device: DeviceKind, *, 
         lora_targets=training.lora_targets if has_adapter else "",
         single_sequence=single_sequence,
         adapter_dropout=training.lora_dropout > 0 and has_adapter,
+        cast_adapters=trl_narrows_adapters(training),
         dora=training.dora and has_adapter,
         modules_to_save=training.lora_modules_to_save if has_adapter else "",
         images=training.images,
     )
+
+
+def trl_narrows_adapters(training: Training) -> bool:
+    """Whether adapters are bf16 whatever the engine: TRL casts those beside 4-bit weights, and leaves what is not
+    quantised as it was loaded. Source: trl 1.16 ``SFTTrainer.__init__``."""
+    return training.trainer is Trainer.TRL and training.method is Method.QLORA
 
 
 class Located(NamedTuple):

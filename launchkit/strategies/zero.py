@@ -7,7 +7,19 @@ from dataclasses import replace
 from launchkit.hardware import Cluster
 from launchkit.model import ModelProfile
 from launchkit.program import Owner, Persistent, Size, StepProgram
-from launchkit.scenario import Compute, DeviceKind, Method, Offload, Precision, Scenario, Strategy, TraceKey, Training
+from launchkit.scenario import (
+    Checkpointing,
+    Compute,
+    DeviceKind,
+    Method,
+    Offload,
+    Precision,
+    Scenario,
+    Strategy,
+    TraceKey,
+    Trainer,
+    Training,
+)
 from launchkit.strategies import zero3, zero_flat
 from launchkit.strategies.base import make_trace_key
 from launchkit.strategies.zero_job import Job
@@ -23,6 +35,7 @@ COMPUTE = {
 }
 
 ALL_LINEAR = "all-linear"
+_REENTERED = (Checkpointing.FULL, Checkpointing.REENTRANT)
 
 # torch optimizers that accelerate swaps for DeepSpeed's own CPU kernels when the optimizer is offloaded
 _HOST_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adagrad", "lion_32bit")
@@ -38,7 +51,16 @@ def trace_key(training: Training, strategy: Strategy, device: DeviceKind, *, sin
     casts = training.method is not Method.FULL and key.compute is not Compute.FP32
     some_adapted = training.method is Method.LORA and training.lora_targets != ALL_LINEAR
     own_linear = strategy.kind.zero_stage == 3 and strategy.zero.memory_efficient_linear
+    if _must_reenter(training, strategy):
+        key = replace(key, checkpointing=Checkpointing.REENTRANT)
     return replace(key, cast_adapters=casts, keeps_linear_inputs=some_adapted and own_linear)
+
+
+def _must_reenter(training: Training, strategy: Strategy) -> bool:
+    """TRL sets ``use_reentrant`` for adapters under stage 3, whatever was asked for (trl 1.16 ``SFTTrainer``)."""
+    has_adapter, stage = training.method is not Method.FULL, strategy.kind.zero_stage
+    recomputes = training.checkpointing is not Checkpointing.NONE
+    return training.trainer is Trainer.TRL and has_adapter and stage == 3 and recomputes
 
 
 def refusal(scenario: Scenario, profile: ModelProfile, cluster: Cluster) -> str | None:
@@ -48,6 +70,11 @@ def refusal(scenario: Scenario, profile: ModelProfile, cluster: Cluster) -> str 
     grouped = _group_refusal(scenario, stage, num_ranks=cluster.num_gpus)
     if grouped is not None:
         return grouped
+    if _must_reenter(scenario.training, scenario.strategy) and scenario.training.checkpointing not in _REENTERED:
+        return (
+            f"TRL re-enters the checkpoints of adapters under ZeRO-3, and --checkpointing "
+            f"{scenario.training.checkpointing} cannot be; use --checkpointing full"
+        )
     if offload.params and stage != 3:
         return f"--offload {offload} moves parameters, which ZeRO-{stage} does not shard; use --strategy zero3"
     if offload is Offload.PARAMS:

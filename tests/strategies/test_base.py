@@ -180,6 +180,28 @@ def test_deepspeed_casts_adapters() -> None:
 
 
 @pytest.mark.parametrize(
+    ("overrides", "casts", "checkpointing"),
+    [
+        ({"strategy": "single", "method": "qlora"}, True, "full"),
+        ({"strategy": "ddp", "method": "qlora"}, True, "full"),
+        ({"strategy": "single", "method": "lora"}, False, "full"),
+        ({"strategy": "single", "method": "qlora", "trainer": "hf"}, False, "full"),
+        ({"strategy": "zero3", "method": "lora"}, True, "reentrant"),
+        ({"strategy": "zero3", "method": "lora", "trainer": "hf"}, True, "full"),
+        ({"strategy": "zero3", "method": "lora", "checkpointing": "none"}, True, "none"),
+        ({"strategy": "zero3"}, False, "full"),
+        ({"strategy": "zero2", "method": "lora"}, True, "full"),
+    ],
+)
+def test_trl_has_habits_with_adapters(overrides: dict[str, Any], casts: bool, checkpointing: str) -> None:
+    flags = {"trainer": "trl", "loss": "chunked", "precision": "bf16", "checkpointing": "full", **overrides}
+    chosen = scenario(**flags | ({"loss": "plain"} if flags["trainer"] == "hf" else {}))
+    key = strategies.trace_key(chosen.training, chosen.strategy, DeviceKind.CUDA)
+    assert key.cast_adapters is casts
+    assert key.checkpointing == checkpointing
+
+
+@pytest.mark.parametrize(
     ("overrides", "hardware", "message"),
     [
         ({"precision": "bf16"}, {"bf16_flops_per_s": 0.0}, "has no bf16; use --precision fp16"),
@@ -192,6 +214,11 @@ def test_deepspeed_casts_adapters() -> None:
         ({"precision": "fp8"}, {}, "use --precision bf16, whose peak is no higher"),
         ({"checkpointing": "selective", "strategy": "fsdp2"}, {}, "does not exist under --strategy fsdp2; use --check"),
         ({"checkpointing": "reentrant", "strategy": "fsdp"}, {}, "reentrant does not exist under --strategy fsdp; use"),
+        (
+            {"checkpointing": "selective", "strategy": "zero3", "method": "lora", "trainer": "trl", "loss": "chunked"},
+            {},
+            "TRL re-enters the checkpoints of adapters under ZeRO-3, and --checkpointing selective cannot be",
+        ),
         ({"checkpointing": "offload", "strategy": "hsdp"}, {}, "does not exist under --strategy hsdp; use --check"),
         ({"attention": "flash_attention_2"}, {"compute_capability": (7, 5)}, "use --attention sdpa"),
         ({"attention": "flash_attention_2", "precision": "fp32"}, {}, "does not take fp32"),
