@@ -59,7 +59,7 @@ class ModelSource(Protocol):
 
     def expect(self, keys: Iterable[TraceKey]) -> None:
         """Says which programs will likely be asked for, the likeliest first, so that those that have to be made can be
-        made side by side."""
+        made side by side. Nothing is read of ``keys`` that need not be."""
         ...
 
     def has_program(self, key: TraceKey) -> bool:

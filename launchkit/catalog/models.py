@@ -170,8 +170,15 @@ class TracedModel:
         return program
 
     def expect(self, keys: Iterable[TraceKey]) -> None:
-        """Starts to trace what neither ships nor is cached, if it is more than one program; see ``ModelSource``."""
-        missing = [key for key in dict.fromkeys(keys) if not self._is_at_hand(key)]
+        """Starts to trace what neither ships nor is cached, if it is more than one program; see ``ModelSource``.
+
+        Of a model that ships, the first key is asked for, which says it of all: those of a trainer's loss, say.
+        """
+        following = iter(keys)
+        first = next(following, None)
+        if first is None or (self._shipped is not None and first.text in self._shipped):
+            return
+        missing = [key for key in dict.fromkeys((first, *following)) if not self._is_at_hand(key)]
         if len(missing) < 2 or self._workers is not None:
             return
         from launchkit.catalog.workers import TraceWorkers, affordable_workers  # lazy: seldom needed

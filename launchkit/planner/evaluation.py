@@ -9,7 +9,7 @@ from launchkit import strategies
 from launchkit.planner.point import point_of
 from launchkit.program import Phase, Section, Stage, StepProgram
 from launchkit.scenario import Scenario, State, Trainer
-from launchkit.simulate.memory import MemoryReading, simulate_memory
+from launchkit.simulate.memory import MemoryReading, read_memory
 from launchkit.simulate.overheads import cublas_workspaces
 
 if TYPE_CHECKING:
@@ -35,9 +35,10 @@ def evaluation_peak(bench: Bench, scenario: Scenario, *, micro_batch: int = EVAL
     """The memory of ``Trainer.evaluate`` between two steps of ``scenario``: weights, optimizer states and buffers lie
     there, and one batch after another goes forward, without gradients, for its loss alone.
 
-    ``micro_batch`` is ``per_device_eval_batch_size``. The reserved figures are an evaluation's alone: after a training
-    step it reuses what that one left cached. Omits: the logits that ``compute_metrics`` asks the trainer to keep, of
-    every batch until the evaluation ends. Raises ``TraceError`` where the evaluation cannot be traced.
+    ``micro_batch`` is ``per_device_eval_batch_size``. Reserved is what is allocated: an evaluation fills what the step
+    before it left cached, and no allocator is run for what lies beyond. Omits: the logits that ``compute_metrics`` asks
+    the trainer to keep, of every batch until the evaluation ends. Raises ``TraceError`` where the evaluation cannot be
+    traced.
     """
     scenario = evaluated(scenario, micro_batch=micro_batch)
     cluster = bench.cluster_of(scenario)
@@ -45,11 +46,7 @@ def evaluation_peak(bench: Bench, scenario: Scenario, *, micro_batch: int = EVAL
     rewritten = strategies.rewrite(_with_idle_backward(program), scenario=scenario, cluster=cluster)
     forward = tuple(stage for stage in rewritten.stages if stage.phase in (Phase.FORWARD, Phase.LOSS))
     persistent = (*rewritten.persistent, *cublas_workspaces(cluster.gpu))
-    return simulate_memory(
-        replace(rewritten, stages=forward, persistent=persistent),
-        point_of(scenario),
-        device_kind=cluster.gpu.device_kind,
-    )
+    return read_memory(replace(rewritten, stages=forward, persistent=persistent), point_of(scenario))
 
 
 def _with_idle_backward(program: StepProgram) -> StepProgram:
