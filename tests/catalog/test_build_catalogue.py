@@ -41,7 +41,7 @@ def test_every_key_is_traced_once(script: types.ModuleType) -> None:
     assert "cuda/qlora/bf16-autocast/full/sdpa/plain/hf/all-linear/b1/cast" in texts
     assert "cpu/full/fp32/none/sdpa/plain/loop/bn" in texts
     assert "cuda/lora/bf16-autocast/none/sdpa/plain/hf/all-linear/bn/evaluation" in texts
-    assert "cuda/qlora/bf16-autocast/full/sdpa/chunked/trl/all-linear/b1" in texts
+    assert "cuda/qlora/bf16-autocast/full/sdpa/chunked/trl/all-linear/b1/cast" in texts
 
 
 def test_only_causal_models_are_traced_under_trl(script: types.ModuleType) -> None:
