@@ -52,20 +52,25 @@ def build_model(cell: Cell) -> nn.Module:
 
     fields = dict(cell.config)
     config = AutoConfig.for_model(fields.pop("model_type"), **fields)
-    if cell.use_cache is not None:
-        config.use_cache = cell.use_cache
     narrow = cell.precision.startswith("bf16-") or (cell.is_mixed and loads_narrow(cell))
     dtype = torch.bfloat16 if narrow else torch.float32
     named = getattr(transformers, (config.architectures or [""])[0], None)
     build = named._from_config if named else AutoModelForCausalLM.from_config
-    model: nn.Module = build(config, attn_implementation=cell.attention, dtype=dtype)
+    model: Any = build(config, attn_implementation=cell.attention, dtype=dtype)
+    if cell.use_cache is not None:  # where the Trainer sets it: a decoder's own copy of the configuration keeps its own
+        for part in (model.config, model.config.get_text_config()):
+            part.use_cache = cell.use_cache
+    head = model.get_output_embeddings()
+    if head is not None and cell.config.get("tie_word_embeddings") is False and config.tie_word_embeddings:
+        head.weight = nn.Parameter(head.weight.detach().clone())  # T5's class ties it, and a checkpoint brings its own
     if cell.method == "qlora":
         model = quantised(model, cell, dtype=dtype)
     if cell.method != "full":
         model = with_adapter(model, cell)
     if cell.checkpointing != "none":
         enable_checkpointing(model, cell)
-    return model.train()
+    trained: nn.Module = model.train()
+    return trained
 
 
 def loads_narrow(cell: Cell) -> bool:
