@@ -42,7 +42,7 @@ CELL_MISS_PERCENT = 0.5
 MISS_PERCENT = {"a": 5.0, "b": 5.0, "c": 10.0, "d": 10.0}
 SPREAD_HEADERS = ("rows", "median", "90th percentile", "worst")
 
-# What oneDNN holds within one operator of a CPU. Each of these cells was measured without it as well: at most 0.35 % off.
+# What oneDNN holds within one operator of a CPU: the error of each cell where that is taken off what was measured.
 _ONEDNN = {
     "arch-opt-bf16-params-checkpointing, steady": "0.00",
     "arch-roberta-bf16-params-checkpointing, steady": "0.00",
