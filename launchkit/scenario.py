@@ -41,6 +41,12 @@ class Checkpointing(StrEnum):
     OFFLOAD = "offload"  # all, and what each block starts from waits on the host
     REENTRANT = "reentrant"  # all, in a backward pass within the backward pass (torch's ``use_reentrant=True``)
 
+    @property
+    def trainer_arguments(self) -> dict[str, bool]:
+        """What ``gradient_checkpointing_kwargs`` says beside ``use_reentrant``: the Trainer's ``offload``, TRL's
+        ``selective``."""
+        return {str(self): True} if self in (Checkpointing.OFFLOAD, Checkpointing.SELECTIVE) else {}
+
 
 class Attention(StrEnum):
     EAGER = "eager"
@@ -204,6 +210,12 @@ class Split:
         return self.tp * self.cp * self.sp
 
     @property
+    def num_pieces(self) -> int:
+        """Into how many pieces each sequence is cut: a ring gives every rank an early and a late one, so that all
+        compute as much."""
+        return 2 * self.cp if self.cp > 1 else self.sp
+
+    @property
     def text(self) -> str:
         """``TP 2``; nothing where each rank has a step of its own."""
         sizes = (("TP", self.tp), ("CP", self.cp), ("SP", self.sp))
@@ -220,6 +232,11 @@ class Strategy:
     ddp: DdpSettings = field(default_factory=DdpSettings)
     fsdp: FsdpSettings = field(default_factory=FsdpSettings)
     zero: ZeroSettings = field(default_factory=ZeroSettings)
+
+    @property
+    def offloads_params(self) -> bool:
+        """Whether weights wait on the host, by the offload that was asked for or by FSDP's own setting."""
+        return self.offload.params or self.fsdp.offload_params
 
     def num_ranks(self, num_gpus: int) -> int:
         """Processes on ``num_gpus`` GPUs: one per GPU, or those of a single copy of the model."""
@@ -382,9 +399,9 @@ class TraceKey:
     sp: int = 1  # ranks that share each sequence, and heads in its attention
 
     @property
-    def is_split(self) -> bool:
-        """Whether several ranks share the step that is traced."""
-        return self.tp * self.cp * self.sp > 1
+    def split(self) -> Split:
+        """The ranks that share the step that is traced."""
+        return Split(tp=self.tp, cp=self.cp, sp=self.sp)
 
     @property
     def canonical(self) -> TraceKey:

@@ -176,7 +176,7 @@ class TracedModel:
         """
         following = iter(keys)
         first = next(following, None)
-        if first is None or (self._shipped is not None and first.text in self._shipped):
+        if first is None or self._ships(first):
             return
         missing = [key for key in dict.fromkeys((first, *following)) if not self._is_at_hand(key)]
         if len(missing) < 2 or self._workers is not None:
@@ -188,16 +188,16 @@ class TracedModel:
             self._workers = TraceWorkers(self.config, profile=self.profile, keys=missing, num_processes=num_processes)
 
     def _is_at_hand(self, key: TraceKey) -> bool:
-        is_shipped = self._shipped is not None and key.text in self._shipped
-        return is_shipped or key.text in self._programs or self._cache.program_path(key).is_file()
+        return self._ships(key) or key.text in self._programs or self._cache.program_path(key).is_file()
+
+    def _ships(self, key: TraceKey) -> bool:
+        return self._shipped is not None and key.text in self._shipped
 
     def has_program(self, key: TraceKey) -> bool:
         """See ``ModelSource``. Of a model that ships, the user's cache is not asked: to name its folder takes time."""
-        if self._is_tracing or key.text in self._programs:
+        if self._is_tracing or self._ships(key) or key.text in self._programs:
             return True
-        if self._shipped is not None:
-            return key.text in self._shipped
-        return self._cache.program_path(key).is_file()
+        return self._shipped is None and self._is_at_hand(key)
 
     def _architecture(self) -> ModelProfile:
         """What the fingerprint decides."""

@@ -11,10 +11,10 @@ import sys
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, wait
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import launchkit
 from launchkit.errors import LaunchkitError
@@ -22,13 +22,15 @@ from launchkit.model import ModelProfile
 from launchkit.scenario import TraceKey
 from launchkit.units import GIB
 
+if TYPE_CHECKING:
+    from launchkit.catalog.models import Progress
+
 # Resident memory of a process that traces a model of any size: torch, transformers and PEFT, and the trace.
 WORKER_BYTES = GIB
 MAX_WORKERS = 8
 
 _PROGRESS_SECONDS = 0.2  # between two looks at how far the workers are
 
-Progress = Callable[[int, int, str], None]  # programs traced, programs expected, what is being done
 Answer = bytes | LaunchkitError | None  # an encoded program, why there is none, or None where the worker was lost
 
 
@@ -41,7 +43,8 @@ def affordable_workers(num_keys: int) -> int:
 
 
 class TraceWorkers:
-    """Processes that trace ``keys`` of one model, the first ones first. They end with this object."""
+    """Processes that trace ``keys`` of one model, the first ones first. They end when all are traced, or with this
+    process."""
 
     def __init__(
         self, config: Mapping[str, Any], *, profile: ModelProfile, keys: Sequence[TraceKey], num_processes: int

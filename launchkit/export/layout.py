@@ -150,10 +150,7 @@ def reenters(candidate: Candidate) -> bool:
 
 def checkpointing_arguments(candidate: Candidate) -> dict[str, object]:
     """``gradient_checkpointing_kwargs``: torch's own, the Trainer's ``offload`` and TRL's ``selective``."""
-    checkpointing = candidate.scenario.training.checkpointing
-    named = {Checkpointing.SELECTIVE: "selective", Checkpointing.OFFLOAD: "offload"}
-    extra = {named[checkpointing]: True} if checkpointing in named else {}
-    return {"use_reentrant": reenters(candidate), **extra}
+    return {"use_reentrant": reenters(candidate), **candidate.scenario.training.checkpointing.trainer_arguments}
 
 
 def ddp_arguments(candidate: Candidate) -> dict[str, object]:
@@ -178,7 +175,7 @@ def fsdp_layout(candidate: Candidate, cluster: Cluster) -> FsdpLayout:
     return FsdpLayout(
         version=1 if kind is StrategyKind.FSDP else 2,
         sharding=fsdp.sharding,
-        offload_params=fsdp.offload_params or scenario.strategy.offload.params,
+        offload_params=scenario.strategy.offloads_params,
         # Only rank 0 quantises then, and the other ranks wait for shapes that never come.
         cpu_ram_efficient_loading=fsdp.cpu_ram_efficient_loading and scenario.training.method is not Method.QLORA,
         activation_checkpointing=scenario.training.checkpointing is Checkpointing.FULL,

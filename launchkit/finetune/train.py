@@ -130,9 +130,8 @@ def _argument_values(job: FineTuneJob) -> dict[str, Any]:
 
 
 def _checkpointing_arguments(job: FineTuneJob) -> dict[str, Any]:
-    named = {Checkpointing.OFFLOAD: "offload", Checkpointing.SELECTIVE: "selective"}
-    extra = named.get(job.training.checkpointing)
-    return {"use_reentrant": job.training.checkpointing is Checkpointing.REENTRANT} | ({extra: True} if extra else {})
+    checkpointing = job.training.checkpointing
+    return {"use_reentrant": checkpointing is Checkpointing.REENTRANT, **checkpointing.trainer_arguments}
 
 
 def _trainer(

@@ -160,7 +160,7 @@ def _of_any_batch(scenario: Scenario) -> Scenario:
 def least_weight_bytes(profile: ModelProfile, scenario: Scenario, *, num_ranks: int) -> int:
     """What a rank holds of the weights at least: all of them, in equal shares where they are sharded."""
     strategy = scenario.strategy
-    if strategy.offload.params or strategy.fsdp.offload_params:
+    if strategy.offloads_params:
         return 0
     num_bytes = profile.num_parameters * loaded_itemsize(scenario)
     if scenario.training.method is Method.QLORA:

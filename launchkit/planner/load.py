@@ -110,8 +110,7 @@ def _flattened(job: LoadJob) -> int:
 
 def _shards(job: LoadJob) -> int:
     strategy = job.scenario.strategy
-    offloads = strategy.offload.params or strategy.fsdp.offload_params
-    return 0 if offloads else divide_up(job.sizes.state_dict_bytes, job.num_shards * strategy.split.tp)
+    return 0 if strategy.offloads_params else divide_up(job.sizes.state_dict_bytes, job.num_shards * strategy.split.tp)
 
 
 def _flat_and_whole(job: LoadJob) -> int:

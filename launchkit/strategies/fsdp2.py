@@ -213,7 +213,7 @@ class Layout:
             defers_reduction=accumulates(scenario)
             and not in_loop
             and not (strategy.split.tp > 1 and is_hybrid(strategy)),
-            offloads=strategy.offload.params or strategy.fsdp.offload_params,
+            offloads=strategy.offloads_params,
             copies_on_wire=cluster.gpu.device_kind is DeviceKind.CPU,
         )
 

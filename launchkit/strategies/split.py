@@ -193,9 +193,8 @@ def _attention(scenario: Scenario, profile: ModelProfile, cluster: Cluster) -> s
 
 
 def _length(scenario: Scenario, profile: ModelProfile, cluster: Cluster) -> str | None:
-    """A ring gives every rank two pieces of each sequence, an early and a late one, so that all compute as much."""
     split, seq_len = scenario.strategy.split, scenario.batch.seq_len
-    pieces = 2 * split.cp if split.cp > 1 else split.sp
+    pieces = split.num_pieces
     if seq_len % pieces == 0:
         return None
     rounded = max(pieces, seq_len // pieces * pieces)

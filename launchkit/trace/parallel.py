@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, Self
 from unittest import mock
 
 import torch
@@ -108,15 +108,12 @@ def like(whole: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
     return DTensor(part, whole._spec, requires_grad=False) if isinstance(whole, DTensor) else part
 
 
-class RankRecorder(StepRecorder):
-    """Sees what one rank does: local operators and messages, nothing of tensors that exist on no device."""
+class LocalRecorder(StepRecorder):
+    """Looks away while shardings are propagated, which makes tensors of global size that exist on no device."""
 
-    def __init__(self, *, key: TraceKey, **tensors: Any) -> None:
-        super().__init__(**tensors)
-        self.is_blind = False
-        self.copies_on_wire = key.device is DeviceKind.CPU
+    is_blind = False
 
-    def __enter__(self) -> RankRecorder:
+    def __enter__(self) -> Self:
         self._patches = ExitStack()
         for name in _PROPAGATIONS:
             seeing = getattr(ShardingPropagator, name)
@@ -137,6 +134,21 @@ class RankRecorder(StepRecorder):
                 self.is_blind = before
 
         return propagate
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if self.is_blind:
+            return func(*args, **(kwargs or {}))
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+class RankRecorder(LocalRecorder):
+    """Sees what one rank does: local operators and messages."""
+
+    def __init__(self, *, key: TraceKey, **tensors: Any) -> None:
+        super().__init__(**tensors)
+        self.copies_on_wire = key.device is DeviceKind.CPU
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

@@ -207,7 +207,8 @@ class StepRecorder(TorchDispatchMode):
                 last_dim = tensor.shape[-1] if tensor.dim() else 0
                 own = tile if tile and tile.rows in tensor.shape else None
                 memory.append(AllocRecord(number, storage.nbytes(), place, name, last_dim, own))
-        self._pass_through(scratch_bytes(name, inputs), name)
+        if sizes := scratch_bytes(name, inputs):
+            self._pass_through(sizes, name)
         self._note_uses(inputs)
         is_free = name in _FREE_OPS or name.startswith(_MESSAGE_NAMESPACES)
         if not is_free and (fresh or func._schema.is_mutable):

@@ -38,7 +38,9 @@ def shared_sequences(key: TraceKey, config: PreTrainedConfig, mesh: DeviceMesh |
             from torch.distributed.tensor.experimental import context_parallel
 
             ring.set_rotate_method(_RING_METHOD)
-            tokens = torch.zeros(1, 2 * key.cp)  # cut for its length alone, which says that the load is balanced
+            tokens = torch.zeros(
+                1, key.split.num_pieces
+            )  # cut for its length alone, which says that the load is balanced
             stack.enter_context(context_parallel(mesh, buffers=[tokens], buffer_seq_dims=[1]))
         if mesh is not None and key.sp > 1:
             stack.enter_context(_ulysses(key, config, mesh.get_group()))

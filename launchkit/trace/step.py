@@ -124,7 +124,7 @@ def trace_step(built: Built, mode: FakeTensorMode, *, point: Point, key: TraceKe
 
 
 def _recorder(key: TraceKey, **tensors: Any) -> StepRecorder:
-    return RankRecorder(key=key, **tensors) if key.is_split else StepRecorder(**tensors)
+    return RankRecorder(key=key, **tensors) if key.split.num_ranks > 1 else StepRecorder(**tensors)
 
 
 def _one_step(

@@ -106,11 +106,6 @@ def telling_lengths(config: PreTrainedConfig, *, beyond_window: bool) -> Lengths
     )
 
 
-def _pieces(key: TraceKey) -> int:
-    """Into how many pieces each sequence is cut: a ring gives every rank an early and a late one."""
-    return 2 * key.cp if key.cp > 1 else key.sp
-
-
 def _chunk_size(config: PreTrainedConfig) -> int:
     """Tokens that the model's recurrent layers take at once and pad the sequence to; 0 where they go token by token.
 
@@ -142,12 +137,13 @@ def trace_model(config: Mapping[str, Any], key: TraceKey, *, progress: ProgressH
         stack.enter_context(_quiet())
         settings = load_config(config)
         lengths = telling_lengths(settings, beyond_window=key.beyond_window)
-        points = trace_points(key, replace(lengths, stride=lengths.stride * _pieces(key)))
+        points = trace_points(key, replace(lengths, stride=lengths.stride * key.split.num_pieces))
         if key.device is DeviceKind.CUDA:
             stack.enter_context(faithful_to_cuda())
         stack.enter_context(kept_linear_inputs(key))
         stack.enter_context(liger_kernels(key, training_class(settings)[0], settings.model_type))
-        mesh = stack.enter_context(rank_of(key.tp * key.cp * key.sp)) if key.is_split else None
+        num_ranks = key.split.num_ranks
+        mesh = stack.enter_context(rank_of(num_ranks)) if num_ranks > 1 else None
         stack.enter_context(shared_sequences(key, settings, mesh))
         logs: list[Log] = []
         models: dict[int, _Traceable] = {}

@@ -17,7 +17,6 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp._fully_shard import _fsdp_param, _fsdp_param_group
-from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from launchkit.program import Point
@@ -26,20 +25,12 @@ from launchkit.trace import step, tracing
 from launchkit.trace.build import Built, load_config
 from launchkit.trace.compat import full_sequences, random_states
 from launchkit.trace.inputs import make_batch
-from launchkit.trace.recorder import AllocRecord, FreeRecord, StepRecorder
+from launchkit.trace.parallel import LocalRecorder
+from launchkit.trace.recorder import AllocRecord, FreeRecord
 
-PROPAGATIONS = ("_propagate_tensor_meta_non_cached", "propagate_op_sharding_non_cached")
 
-
-class Recorder(StepRecorder):
-    """Also sees storages that are emptied and filled again, and looks away while shardings are propagated."""
-
-    is_blind = False
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if self.is_blind:
-            return func(*args, **(kwargs or {}))
-        return super().__torch_dispatch__(func, types, args, kwargs)
+class Recorder(LocalRecorder):
+    """Also sees storages that are emptied and filled again."""
 
     def refilling(self, original: Callable[[torch.Tensor], None]) -> Callable[[torch.Tensor], None]:
         def refill(tensor: torch.Tensor) -> None:
@@ -60,16 +51,6 @@ class Recorder(StepRecorder):
 
         return empty
 
-    def blindly(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        def propagate(*arguments: Any, **others: Any) -> Any:
-            self.is_blind, before = True, self.is_blind
-            try:
-                return original(*arguments, **others)
-            finally:
-                self.is_blind = before
-
-        return propagate
-
     @contextmanager
     def watching_fsdp(self) -> Iterator[None]:
         with ExitStack() as stack:
@@ -77,9 +58,6 @@ class Recorder(StepRecorder):
             for module in (_fsdp_param, _fsdp_param_group):
                 stack.enter_context(mock.patch.object(module, "alloc_storage", refill))
             stack.enter_context(mock.patch.object(_fsdp_param, "free_storage", self.emptying(_fsdp_param.free_storage)))
-            for name in PROPAGATIONS:
-                seeing = getattr(ShardingPropagator, name)
-                stack.enter_context(mock.patch.object(ShardingPropagator, name, self.blindly(seeing)))
             yield
 
 
