@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from enum import StrEnum
+from enum import IntEnum, StrEnum
 from functools import cached_property, lru_cache
 from math import prod
 from typing import Any, NamedTuple
@@ -140,14 +140,30 @@ class TensorRef(NamedTuple):
     slot: int
 
 
+class Stream(IntEnum):
+    """The CUDA stream that a storage is made on: the allocator keeps the free blocks of each apart."""
+
+    COMPUTE = 0
+    SHARD = 1  # what is gathered, where that is not the shard itself
+    GATHER = 2
+    REDUCE = 3
+
+
 class Alloc(NamedTuple):
-    """A storage comes into being. ``parameter`` is the index, in the section's parameter group, of the
-    parameter whose gradient this is, and -1 elsewhere."""
+    """A storage comes into being.
+
+    ``parameter`` is the index, in the section's parameter group, of the parameter whose gradient this is, and -1
+    elsewhere. ``lag`` is 0 unless another stream may still read the storage when it dies: its block is handed out again
+    only when as many gathers have begun, by which the processor, running ahead, has waited for that stream. Gathers are
+    the storages on ``Stream.GATHER`` that lag themselves.
+    """
 
     slot: int
     size: Size
     owner: Owner
     parameter: int = -1
+    stream: Stream = Stream.COMPUTE
+    lag: int = 0
 
 
 class Free(NamedTuple):

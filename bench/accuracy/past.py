@@ -109,6 +109,10 @@ class PastModel:
                 self.programs[key] = trace_model(self.source.config, self.past.applied_to(key))
         return self.programs[key]
 
+    def has_program(self, key: TraceKey) -> bool:
+        """Only what a step needs is traced: published peaks are of training."""
+        return key in self.programs
+
     def _holds_inputs(self, key: TraceKey) -> bool:
         """Only units without anything to train hook their inputs, which those beside adapters are."""
         return self.past.checkpoints_units and bool(key.lora_targets)

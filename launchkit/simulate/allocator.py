@@ -1,7 +1,7 @@
 """PyTorch's CUDA caching allocator as a model: the same blocks and segments from the same requests.
 
 Source: pytorch ``c10/cuda/CUDACachingAllocator.cpp`` and ``c10/core/AllocatorConfig.cpp``. Streams are kept apart as
-there, but a block used on a second stream (``record_stream``) is not delayed. Omits: private pools of CUDA graphs.
+there, and a block that a second stream still uses (``record_stream``) waits. Omits: private pools of CUDA graphs.
 """
 
 from __future__ import annotations
@@ -273,6 +273,8 @@ class CachingAllocator:
         self._pools: dict[tuple[int, bool], _Pool] = {}
         self._segments: dict[int, _Block] = {}  # first block by address
         self._live: dict[int, _Block] = {}
+        self._lagging: list[tuple[int, _Block]] = []  # the gather at which it is handed out again, the block
+        self._num_gathers = 0
         self._num_handles = 0
         self._next_address = LARGE_SEGMENT_BYTES
         self._takes_best_fit = not self.settings.expandable_segments and self.settings.max_split_size_bytes is None
@@ -298,23 +300,36 @@ class CachingAllocator:
         self._live[self._num_handles] = block
         return self._num_handles
 
-    def free(self, handle: int) -> None:
-        """Return a block to its pool, merged with its free neighbours."""
+    def free(self, handle: int, lag: int = 0) -> None:
+        """Return a block to its pool, merged with its free neighbours.
+
+        With a ``lag`` another stream still uses it: it counts as freed, but is handed out again only once that many
+        gathers have begun.
+        """
         if handle == 0:
             return
         block = self._live.pop(handle, None)
         if block is None:
             raise ProgramError(f"handle {handle} is not allocated; free each handle of malloc once")
-        block.allocated = False
         self.allocated_bytes -= block.size
-        self._insert_merged(block)
+        if lag:
+            self._lagging.append((self._num_gathers + lag, block))
+        else:
+            self._put_back(block)
+
+    def begin_gather(self) -> None:
+        """The other streams have come as far as the blocks whose ``lag`` ends here."""
+        self._num_gathers += 1
+        self._settle(self._num_gathers)
 
     def size_of(self, handle: int) -> int:
         """What a live handle adds to ``allocated_bytes``."""
         return self._live[handle].size if handle else 0
 
     def release_cached(self) -> None:
-        """Give every segment without a live block back to the driver, as ``torch.cuda.empty_cache`` does."""
+        """Give every segment without a live block back to the driver, as ``torch.cuda.empty_cache`` does, once the
+        other streams are done."""
+        self._settle(max((gather for gather, _ in self._lagging), default=0))
         for pool in self._pools.values():
             for block in [pool.blocks[key] for key in pool.keys]:
                 if block.expandable:
@@ -427,6 +442,17 @@ class CachingAllocator:
         self.reserved_bytes += num_bytes
         if self.reserved_bytes > self.peak_reserved_bytes:
             self.peak_reserved_bytes = self.reserved_bytes
+
+    def _settle(self, gather: int) -> None:
+        """Put back what lags until ``gather``."""
+        for due, block in self._lagging:
+            if due <= gather:
+                self._put_back(block)
+        self._lagging = [(due, block) for due, block in self._lagging if due > gather]
+
+    def _put_back(self, block: _Block) -> None:
+        block.allocated = False
+        self._insert_merged(block)
 
     def _insert_merged(self, block: _Block) -> None:
         """Merge ``block`` with its free neighbours in the same state and put the result where it belongs."""

@@ -12,12 +12,15 @@ PERSISTENT_STAGE = -1  # the stage of what is there before the step begins
 
 
 class MemoryEvent(NamedTuple):
-    """Storage ``tensor`` comes into being (``delta_bytes`` > 0) or dies (< 0) in stage number ``stage``."""
+    """Storage ``tensor`` comes into being (``delta_bytes`` > 0) or dies (< 0) in stage number ``stage``; ``stream`` and
+    ``lag`` are its own (see ``Alloc``) at both."""
 
     tensor: int
     delta_bytes: int
     owner: Owner
     stage: int
+    stream: int = 0
+    lag: int = 0
 
 
 _Key = tuple[int, int, int]  # the absolute name of a tensor: the stage's index, the layer, the slot
@@ -76,7 +79,7 @@ class _Expansion:
                 key = (index, layer, event.slot)
                 if key in live or num_bytes < 0:
                     raise self._refused(key, num_bytes)
-                made = live[key] = MemoryEvent(self.num_tensors, num_bytes, event.owner, index)
+                made = live[key] = MemoryEvent(self.num_tensors, num_bytes, event.owner, index, event.stream, event.lag)
                 self.num_tensors += 1
                 if num_bytes:
                     found.append(made)
@@ -86,7 +89,7 @@ class _Expansion:
                 if freed is None or freed.delta_bytes != num_bytes:
                     raise self._unfreed(key, freed, num_bytes, where=f"{stage.name}[{layer}]")
                 if num_bytes:
-                    found.append(MemoryEvent(freed.tensor, -num_bytes, freed.owner, index))
+                    found.append(MemoryEvent(freed.tensor, -num_bytes, freed.owner, index, freed.stream, freed.lag))
             else:
                 found += self._free_all(event.owner, stage=index)
         return found
@@ -116,7 +119,7 @@ class _Expansion:
         for key in [key for key, event in self.live.items() if event.owner is owner]:
             event = self.live.pop(key)
             if event.delta_bytes:
-                yield MemoryEvent(event.tensor, -event.delta_bytes, owner, stage)
+                yield event._replace(delta_bytes=-event.delta_bytes, stage=stage)
 
     def _resolve(self, ref: TensorRef, layer: int) -> _Key:
         """What ``StepProgram.resolve`` says, with the stage as its index."""

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 from launchkit.errors import OutOfMemoryError
-from launchkit.program import Owner, Phase, Point, StepProgram
+from launchkit.program import Owner, Phase, Point, StepProgram, Stream
 from launchkit.scenario import DeviceKind
 from launchkit.simulate.allocator import AllocatorSettings, CachingAllocator
 from launchkit.simulate.expand import PERSISTENT_STAGE, MemoryEvent, expand
@@ -141,14 +141,14 @@ class _CudaRun:
 
     def record(self, allocator: CachingAllocator) -> _Record:
         handles: dict[int, int] = {}
-        _allocate(allocator, handles, self.early)
+        _replay(allocator, handles, self.early)
         if not self.is_repeatable:
             changes = self._read(allocator, handles)
             reserved = allocator.peak_reserved_bytes
             return _Record(changes, reserved, reserved, num_steps=1, num_retries=allocator.num_retries)
         self._warm_up(allocator, handles)
         reserved_first_step_bytes = allocator.peak_reserved_bytes
-        _allocate(allocator, handles, [event for event in self.persistent if event.tensor not in handles])
+        _replay(allocator, handles, [event for event in self.persistent if event.tensor not in handles])
         changes = self._read(allocator, handles)
         reserved = allocator.peak_reserved_bytes
         return _Record(changes, reserved, reserved_first_step_bytes, num_steps=2, num_retries=allocator.num_retries)
@@ -158,34 +158,29 @@ class _CudaRun:
         optimizer = (i for i, event in enumerate(self.step) if event.stage in self.optimizer_stages)
         start = next(optimizer, len(self.step))
         _replay(allocator, handles, self.step[:start])
-        _allocate(allocator, handles, self.late)
+        _replay(allocator, handles, self.late)
         _replay(allocator, handles, self.step[start:])
 
     def _read(self, allocator: CachingAllocator, handles: dict[int, int]) -> _Changes:
         """A step, with what it and the persistent storages take of the allocator."""
         deltas = [allocator.size_of(handles[event.tensor]) for event in self.persistent]
-        before = allocator.allocated_bytes
-        for tensor, delta_bytes, _, _ in self.step:
-            if delta_bytes > 0:
-                handles[tensor] = allocator.malloc(delta_bytes)
-            else:
-                allocator.free(handles.pop(tensor))
-            deltas.append(allocator.allocated_bytes - before)
-            before = allocator.allocated_bytes
+        levels = [allocator.allocated_bytes, *_replay(allocator, handles, self.step)]
+        deltas += [after - before for before, after in pairwise(levels)]
         return _Changes(self.events, deltas)
 
 
-def _allocate(allocator: CachingAllocator, handles: dict[int, int], events: Iterable[MemoryEvent]) -> None:
-    for event in events:
-        handles[event.tensor] = allocator.malloc(event.delta_bytes)
-
-
-def _replay(allocator: CachingAllocator, handles: dict[int, int], events: Iterable[MemoryEvent]) -> None:
-    for tensor, delta_bytes, _, _ in events:
+def _replay(allocator: CachingAllocator, handles: dict[int, int], events: Iterable[MemoryEvent]) -> list[int]:
+    """The allocated bytes after each of ``events``."""
+    levels = []
+    for tensor, delta_bytes, _, _, stream, lag in events:
         if delta_bytes > 0:
-            handles[tensor] = allocator.malloc(delta_bytes)
+            if lag and stream == Stream.GATHER:
+                allocator.begin_gather()
+            handles[tensor] = allocator.malloc(delta_bytes, stream)
         else:
-            allocator.free(handles.pop(tensor))
+            allocator.free(handles.pop(tensor), lag)
+        levels.append(allocator.allocated_bytes)
+    return levels
 
 
 def _summary(program: StepProgram, record: _Record) -> MemoryReading:

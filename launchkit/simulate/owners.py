@@ -179,7 +179,7 @@ class _Walk:
                     elsewhere.append((len(owners), ref))
                     owners.append(-1)
             elif isinstance(event, Alloc):
-                slot, size, owner, _ = event
+                slot, size, owner = event[:3]
                 deltas.append(num_bytes[id(size)])
                 owners.append(here.setdefault(slot, _OWNER_INDEX[owner]))
             else:

@@ -26,6 +26,7 @@ from launchkit.program import (
     Size,
     Stage,
     StepProgram,
+    Stream,
     TensorRef,
 )
 from launchkit.strategies.base import ROOT_GROUP, compact, next_slot
@@ -157,10 +158,19 @@ class FramedProgram:
         return self.frames.setdefault(place, Frame())
 
     def alloc(
-        self, place: Place, slot: int, num_bytes: int, events: list[Event], owner: Owner = Owner.COMMUNICATION
+        self,
+        place: Place,
+        slot: int,
+        num_bytes: int,
+        events: list[Event],
+        owner: Owner = Owner.COMMUNICATION,
+        *,
+        stream: Stream = Stream.COMPUTE,
+        lag: int = 0,
     ) -> Live:
         """Notes a storage in a slot that is counted from the first one the trace leaves free."""
-        events.append(Alloc(self.first_slot + slot, Size.constant(num_bytes), owner))
+        size = Size.constant(num_bytes)
+        events.append(Alloc(self.first_slot + slot, size, owner, stream=stream, lag=lag))
         return Live(place, self.first_slot + slot, num_bytes)
 
     def free(self, live: Live, place: Place) -> Free:

@@ -19,9 +19,13 @@ adapter as a unit of its own, so that none arise; a frozen unit whose input need
 end of the backward pass. ``NO_SHARD``, which torch also takes for a single shard, holds everything whole, and only
 casts.
 
+On CUDA gathers and reductions make their buffers on streams of their own (``_unshard``, ``_reduce_grad``) and mark what
+another stream still reads (``record_stream``), so that its block is not handed out again at once. The rate limiter lets
+the processor run ahead by two gathers (``_FreeEventQueue``), by when the computation on gathered weights is over; the
+reduction begins after it, so that the flat gradient takes one gather more.
+
 Omits: with ``use_orig_params`` the reduced gradients outlive ``zero_grad`` until the next forward pass begins, where no
-peak sees them. On CUDA a tensor that is freed while another stream still reads it is not handed out again at once, so
-that more may be reserved than is said here.
+peak sees them. Without ``limit_all_gathers`` the processor runs ahead without bounds.
 """
 
 from __future__ import annotations
@@ -51,6 +55,7 @@ from launchkit.program import (
     Size,
     Stage,
     StepProgram,
+    Stream,
     local,
 )
 from launchkit.scenario import DeviceKind, Method, Scenario, Sharding, State, Strategy, TraceKey, Trainer, Training
@@ -71,6 +76,7 @@ from launchkit.strategies.fsdp2 import WIRE_SLOT, Layout, ShardedProgram
 from launchkit.units import divide_up
 
 ALIGNMENT_BYTES = 16  # of each parameter within the flat one. Source: ``_get_aligned_numel``
+GATHERS_AHEAD = 2  # of the one whose weights are computed with. Source: ``_limiter_utils.py``
 
 
 def trace_key(training: Training, strategy: Strategy, device: DeviceKind, *, single_sequence: bool = False) -> TraceKey:
@@ -351,19 +357,26 @@ class _Rewriter(ShardedProgram):
                 self.gathered[index] = self.alloc(place, slot, flat.gathered_bytes, events, Owner.GATHERED_WEIGHTS)
             return
         sent = self._send(flat, place, events, slot=slot - 1)
-        self.gathered[index] = self.alloc(place, slot, flat.gathered_bytes, events, Owner.GATHERED_WEIGHTS)
+        self.gathered[index] = self._gather(place, slot, flat.gathered_bytes, events, lag=GATHERS_AHEAD)
         self.pass_through_wire(place, flat.gathered_bytes, events)
         if sent:
             events.append(self.free(sent, place))
 
+    def _gather(self, place: Place, slot: int, num_bytes: int, events: list[Event], *, lag: int) -> Live:
+        return self.alloc(place, slot, num_bytes, events, Owner.GATHERED_WEIGHTS, stream=Stream.GATHER, lag=lag)
+
     def _send(self, flat: _Flat, place: Place, events: list[Event], *, slot: int) -> Live | None:
         """The shard as it is gathered, where that is not the one that lies there: cast, or fetched from the host."""
         if not flat.is_cast:
-            return self.alloc(place, slot, flat.stored_bytes, events) if self.layout.offloads else None
-        cast = self.alloc(place, slot, flat.cast_bytes, events)
+            return self._shard(place, slot, flat.stored_bytes, events) if self.layout.offloads else None
+        cast = self._shard(place, slot, flat.cast_bytes, events)
         if self.layout.offloads:
-            events.append(self.free(self.alloc(place, _Slot.WIDE, flat.stored_bytes, events), place))
+            wide = self.alloc(place, _Slot.WIDE, flat.stored_bytes, events, stream=Stream.SHARD)
+            events.append(self.free(wide, place))
         return cast
+
+    def _shard(self, place: Place, slot: int, num_bytes: int, events: list[Event]) -> Live:
+        return self.alloc(place, slot, num_bytes, events, stream=Stream.SHARD, lag=GATHERS_AHEAD)
 
     def _reshard(self, index: int, place: Place) -> None:
         live = self.gathered.pop(index, None)
@@ -373,7 +386,7 @@ class _Rewriter(ShardedProgram):
     def _hold_adapters(self, unit: _Unit, begin: Place, end: Place) -> None:
         if unit.adapter_bytes and self.layout.num_shards > 1:
             events = self.frame(begin).before
-            live = self.alloc(begin, _Slot.ADAPTERS, unit.adapter_bytes, events, Owner.GATHERED_WEIGHTS)
+            live = self._gather(begin, _Slot.ADAPTERS, unit.adapter_bytes, events, lag=0)
             self.frame(end).behind.append(self.free(live, end))
 
     def _finish(self, index: int, visit: Visit[_Unit], *, ends: bool) -> None:
@@ -398,7 +411,8 @@ class _Rewriter(ShardedProgram):
             self.alloc(place, _Slot.ZEROS, flat.zeros_bytes, events, Owner.TEMPORARIES) if flat.zeros_bytes else None
         )
         owner = Owner.COMMUNICATION if self.layout.num_shards > 1 or flat.is_cast else Owner.GRADIENTS
-        gradient = self.alloc(place, _Slot.FLAT_GRADIENT, flat.gradient_bytes, events, owner)
+        lag = GATHERS_AHEAD + 1 if self.layout.num_shards > 1 else 0
+        gradient = self.alloc(place, _Slot.FLAT_GRADIENT, flat.gradient_bytes, events, owner, lag=lag)
         events.extend(self._gradient_frees(visit))
         if zeros:
             events.append(self.free(zeros, place))
@@ -417,13 +431,14 @@ class _Rewriter(ShardedProgram):
         """Reduce-scatter of the flat gradient, padded if need be, and the cast of what this rank gets."""
         padded = None
         if flat.gathered_bytes != flat.gradient_bytes:
-            padded = self.alloc(place, _Slot.PADDED, flat.gathered_bytes, events)
+            padded = self.alloc(place, _Slot.PADDED, flat.gathered_bytes, events, stream=Stream.REDUCE)
         owner = Owner.COMMUNICATION if flat.is_cast else Owner.GRADIENTS
-        reduced = self.alloc(place, _Slot.REDUCED, flat.cast_bytes, events, owner)
+        reduced = self.alloc(place, _Slot.REDUCED, flat.cast_bytes, events, owner, stream=Stream.REDUCE)
         self.pass_through_wire(place, flat.gathered_bytes, events)
         kept = reduced
         if flat.is_cast:
-            kept = self.alloc(place, _Slot.GRADIENT, flat.stored_bytes, events, Owner.GRADIENTS)
+            stored = flat.stored_bytes
+            kept = self.alloc(place, _Slot.GRADIENT, stored, events, Owner.GRADIENTS, stream=Stream.REDUCE)
             events.append(self.free(reduced, place))
         events.extend(self.free(live, place) for live in (padded, gradient) if live)
         if self.layout.offloads:
@@ -523,7 +538,7 @@ class _Adapters:
         yield Free(local(stage, alloc.slot), alloc.size)
         kept = first + 1 + alloc.parameter
         if not self.layout.defers_reduction:
-            yield Alloc(kept, shard, Owner.GRADIENTS)
+            yield Alloc(kept, shard, Owner.GRADIENTS, stream=Stream.REDUCE)
             if self.layout.accumulates:
                 yield Free(local(stage, kept), shard)
         yield Free(local(stage, first), whole)

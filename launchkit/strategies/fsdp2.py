@@ -13,6 +13,9 @@ unit, as torch 2.13 has it (``torch/distributed/fsdp/_fully_shard``, confirmed o
   unit's reduce input and die, all but the unit's last, and the reduced shard, in the dtype of the shards, becomes the
   gradient; then the last one dies too.
 
+The gather's buffers and what a reduction puts out are made on streams of their own, the rest on the one that computes.
+torch keeps each until an event says that it is no longer read, so that none lags.
+
 Shards are padded to equal size, so the first rank is the largest. On CPU the gloo backend copies what it is given: one
 more buffer of the collective's size, for the time of the call.
 """
@@ -44,6 +47,7 @@ from launchkit.program import (
     Phase,
     Size,
     StepProgram,
+    Stream,
     TensorRef,
 )
 from launchkit.scenario import (
@@ -537,8 +541,9 @@ class _Rewriter(ShardedProgram):
         """The all-gather's buffers. One rank alone gathers nothing and copies its shard out."""
         if self.layout.num_shards == 1 or not unit.parameters:
             return None
-        flat = self.alloc(place, slot - 1, unit.sent_bytes(offloads=self.layout.offloads), events)
-        gathered = self.alloc(place, slot, unit.gathered_bytes, events)
+        sent_bytes = unit.sent_bytes(offloads=self.layout.offloads)
+        flat = self.alloc(place, slot - 1, sent_bytes, events, stream=Stream.GATHER)
+        gathered = self.alloc(place, slot, unit.gathered_bytes, events, stream=Stream.GATHER)
         self.pass_through_wire(place, unit.gathered_bytes, events)
         events.append(self.free(flat, place))
         return gathered
@@ -596,12 +601,13 @@ class _Rewriter(ShardedProgram):
         events.extend(live.free for live in gradients if live.parameter != last)
         changes_dtype = unit.reduced_bytes != unit.gradient_bytes
         owner = Owner.COMMUNICATION if changes_dtype else Owner.GRADIENTS
-        reduced = self.alloc(place, _Slot.REDUCED, unit.reduced_bytes, events, owner)
+        reduced = self.alloc(place, _Slot.REDUCED, unit.reduced_bytes, events, owner, stream=Stream.REDUCE)
         if num_shards > 1:
             self.pass_through_wire(place, unit.reduced_bytes * num_shards, events)
         gradient = reduced
         if changes_dtype:
-            gradient = self.alloc(place, _Slot.GRADIENT, unit.gradient_bytes, events, Owner.GRADIENTS)
+            kept_bytes = unit.gradient_bytes
+            gradient = self.alloc(place, _Slot.GRADIENT, kept_bytes, events, Owner.GRADIENTS, stream=Stream.REDUCE)
             # With replicas the buffer of the all-reduce is kept until the backward ends, lest it be reused in flight.
             if self.layout.num_replicas > 1:
                 self.retained.append(reduced)

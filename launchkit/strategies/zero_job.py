@@ -201,7 +201,7 @@ class Job:
         }
         return {
             number: tuple(
-                (slot, size, numels[section.group][index], index) for slot, size, _, index in section.gradients
+                (slot, size, numels[section.group][index], index) for slot, size, _, index, *_ in section.gradients
             )
             for number, section in enumerate(self.program.sections)
         }

@@ -85,6 +85,26 @@ def test_streams_do_not_share_blocks() -> None:
     assert allocator.reserved_bytes == 60 * MIB
 
 
+@pytest.mark.parametrize(("num_gathers", "reserved_mib"), [(0, 60), (1, 60), (2, 30)])
+def test_a_block_that_another_stream_reads_is_handed_out_again_later(num_gathers: int, reserved_mib: int) -> None:
+    """It counts as freed at once."""
+    allocator = CachingAllocator()
+    allocator.free(allocator.malloc(30 * MIB), lag=2)
+    assert allocator.allocated_bytes == 0
+    for _ in range(num_gathers):
+        allocator.begin_gather()
+    allocator.malloc(30 * MIB)
+    assert allocator.reserved_bytes == reserved_mib * MIB
+
+
+def test_memory_that_runs_out_waits_for_the_other_streams() -> None:
+    """Before it gives up, the allocator waits for all that is still read."""
+    allocator = CachingAllocator(capacity_bytes=50 * MIB)
+    allocator.free(allocator.malloc(30 * MIB), lag=2)
+    allocator.malloc(40 * MIB)
+    assert (allocator.reserved_bytes, allocator.num_retries) == (40 * MIB, 1)
+
+
 def test_release_cached_gives_back_whole_segments_only() -> None:
     """A segment with one live block stays."""
     allocator = CachingAllocator()

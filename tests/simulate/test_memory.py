@@ -20,6 +20,7 @@ from launchkit.program import (
     Size,
     Stage,
     StepProgram,
+    Stream,
     TensorRef,
     local,
 )
@@ -96,6 +97,28 @@ def test_a_second_step_can_reserve_more() -> None:
     )
     reading = simulate_memory(small_states, POINT, device_kind=DeviceKind.CUDA)
     assert (reading.reserved_first_step_bytes, reading.reserved_peak_bytes) == (100 * MIB, 140 * MIB)
+
+
+@pytest.mark.parametrize(("lag", "reserved_mib"), [(0, 120), (1, 120), (2, 150)])
+def test_gathered_weights_have_blocks_of_their_own_until_they_are_read(lag: int, reserved_mib: int) -> None:
+    """Beside 30 MiB of weights three gathers follow each other, and a temporary that cannot use their 30 MiB blocks.
+    With a lag of two the second gather begins before the first one's block is handed out again."""
+    size, other = Size.constant(30 * MIB), Size.constant(60 * MIB)
+    gather = Alloc(0, size, Owner.GATHERED_WEIGHTS, stream=Stream.GATHER, lag=lag)
+    program = replace(
+        tiny_program(),
+        stages=(
+            Stage(name="gathers", phase=Phase.FORWARD, layers=(0, 0, 0), stack="layers"),
+            Stage(name="rest", phase=Phase.BACKWARD, layers=(1,)),
+        ),
+        sections=(
+            section(gather, Free(local("gathers", 0), size)),
+            section(Alloc(0, other, Owner.TEMPORARIES), Free(local("rest", 0), other)),
+        ),
+        persistent=(Persistent(size, Owner.WEIGHTS),),
+    )
+    reading = simulate_memory(program, POINT, device_kind=DeviceKind.CUDA)
+    assert (reading.reserved_peak_bytes, reading.allocated_peak_bytes) == (reserved_mib * MIB, 90 * MIB)
 
 
 def test_a_first_step_is_run_once() -> None:

@@ -12,7 +12,19 @@ from typing import Any
 
 import pytest
 
-from launchkit.program import Alloc, Anchor, CollectiveKind, Free, Owner, Section, Size, StepProgram, TensorRef, Term
+from launchkit.program import (
+    Alloc,
+    Anchor,
+    CollectiveKind,
+    Free,
+    Owner,
+    Section,
+    Size,
+    StepProgram,
+    Stream,
+    TensorRef,
+    Term,
+)
 from launchkit.scenario import Compute, DeviceKind, Sharding
 from launchkit.simulate.expand import expand
 from launchkit.strategies import fsdp1
@@ -80,6 +92,19 @@ def test_gathered_weights_follow_prefetch_and_resharding(settings: dict[str, Any
 )
 def test_gradients_are_reduced_through_flat_buffers(settings: dict[str, Any], expected: int) -> None:
     assert most(rewritten(**settings), Owner.COMMUNICATION) == expected
+
+
+def test_what_other_streams_make_and_read() -> None:
+    """Gathered weights wait for the computation, the flat gradient for its reduction too; nothing else lags."""
+    mixed = rewritten(precision="bf16", traced=program(itemsize=2))
+    made = {(event.owner, event.stream, event.lag) for event in expand(mixed, POINT) if event.delta_bytes > 0}
+    assert {row for row in made if row[1] or row[2]} == {
+        (Owner.COMMUNICATION, Stream.SHARD, 2),
+        (Owner.GATHERED_WEIGHTS, Stream.GATHER, 2),
+        (Owner.COMMUNICATION, Stream.COMPUTE, 3),
+        (Owner.COMMUNICATION, Stream.REDUCE, 0),
+        (Owner.GRADIENTS, Stream.REDUCE, 0),
+    }
 
 
 def test_all_gradients_of_a_unit_live_until_they_are_flattened() -> None:

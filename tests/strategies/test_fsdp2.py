@@ -28,6 +28,7 @@ from launchkit.program import (
     Size,
     Stage,
     StepProgram,
+    Stream,
     TensorRef,
 )
 from launchkit.scenario import Compute, DeviceKind
@@ -167,6 +168,17 @@ def test_gathered_weights_follow_the_units_and_resharding(settings: dict[str, An
 )
 def test_communication_buffers_overlap_as_the_engine_frees_them(settings: dict[str, Any], expected: int) -> None:
     assert most(rewritten(**settings), Owner.COMMUNICATION) == expected
+
+
+def test_what_other_streams_make() -> None:
+    """The gather's buffers and what a reduction puts out; copies and its input are made where the step computes."""
+    made = [event for event in expand(rewritten(precision="bf16"), POINT) if event.delta_bytes > 0]
+    assert {(event.owner, event.stream) for event in made if event.stream} == {
+        (Owner.COMMUNICATION, Stream.GATHER),
+        (Owner.COMMUNICATION, Stream.REDUCE),
+        (Owner.GRADIENTS, Stream.REDUCE),
+    }
+    assert not any(event.lag for event in made)
 
 
 @pytest.mark.parametrize(
