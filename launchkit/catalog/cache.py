@@ -4,8 +4,10 @@
 
     <cache>/traces/<fingerprint>/<toolchain>/profile.json
     <cache>/traces/<fingerprint>/<toolchain>/<trace key>.json.gz
+    <cache>/traces/<fingerprint>/<toolchain>/<trace key>.refused.json    why there is no program
 
-``toolchain`` is a digest of the versions that traced. A changed version looks elsewhere, so nothing stale is read.
+``toolchain`` is a digest of the versions that traced. A changed version looks elsewhere, so nothing stale is read: what
+was refused because a package was missing is tried again once it is there.
 """
 
 from __future__ import annotations
@@ -21,12 +23,13 @@ from pathlib import Path
 
 import launchkit
 from launchkit.catalog.codec import SCHEMA_VERSION, ProgramFile, encode, profile_from_json
-from launchkit.errors import ProgramError
+from launchkit.errors import LaunchkitError, MissingExtraError, ModelConfigError, ProgramError, TraceError
 from launchkit.model import ModelProfile
 from launchkit.program import StepProgram
 from launchkit.scenario import TraceKey
 
-TRACED_WITH = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "liger-kernel")
+TRACED_WITH = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "liger-kernel", "trl", "deepspeed")
+_REFUSALS = {kind.__name__: kind for kind in (TraceError, ModelConfigError, MissingExtraError)}
 
 
 def cache_directory() -> Path:
@@ -83,6 +86,13 @@ class TraceCache:
     def program_path(self, key: TraceKey) -> Path:
         return self.directory / f"{key.text.replace('/', '_')}.json.gz"
 
+    def refusal_path(self, key: TraceKey) -> Path:
+        return self.directory / f"{key.text.replace('/', '_')}.refused.json"
+
+    def holds(self, key: TraceKey) -> bool:
+        """Whether the program of ``key`` lies here, or why there is none."""
+        return self.program_path(key).is_file() or self.refusal_path(key).is_file()
+
     def load_profile(self) -> ModelProfile | None:
         """The cached profile, or None."""
         try:
@@ -102,6 +112,21 @@ class TraceCache:
 
     def store_program(self, key: TraceKey, program: StepProgram, *, profile: ModelProfile) -> None:
         self._write(self.program_path(key), encode(profile, {key.text: program}))
+
+    def load_refusal(self, key: TraceKey) -> LaunchkitError | None:
+        """Why this toolchain traces no program of ``key``, or None where nobody tried."""
+        try:
+            found = json.loads(self.refusal_path(key).read_bytes())
+            return _REFUSALS[found["kind"]](found["message"]) if found["key"] == key.text else None
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def store_refusal(self, key: TraceKey, reason: LaunchkitError) -> None:
+        """Remembers ``reason`` if it is one that another try would find again."""
+        kind = type(reason).__name__
+        if kind in _REFUSALS:
+            found = {"key": key.text, "kind": kind, "message": str(reason)}
+            self._write(self.refusal_path(key), json.dumps(found).encode())
 
     def _write(self, path: Path, data: bytes) -> None:
         with contextlib.suppress(OSError):

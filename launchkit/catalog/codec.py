@@ -274,6 +274,8 @@ class _Writer:
         allocated: dict[int, Size] = {}
         for event in events:
             if isinstance(event, Alloc):
+                if event.stream or event.lag:
+                    raise ProgramError("a strategy's program is not kept in a file; encode the one that was traced")
                 allocated[event.slot] = event.size
                 rows.append([event.slot, self.size(event.size), OWNER_INDEX[event.owner], event.parameter])
             elif isinstance(event, FreeAll):

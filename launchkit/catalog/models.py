@@ -7,7 +7,8 @@ traced on demand and remembered in the user's cache. Planning a catalogued model
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
@@ -188,7 +189,7 @@ class TracedModel:
             self._workers = TraceWorkers(self.config, profile=self.profile, keys=missing, num_processes=num_processes)
 
     def _is_at_hand(self, key: TraceKey) -> bool:
-        return self._ships(key) or key.text in self._programs or self._cache.program_path(key).is_file()
+        return self._ships(key) or key.text in self._programs or self._cache.holds(key)
 
     def _ships(self, key: TraceKey) -> bool:
         return self._shipped is not None and key.text in self._shipped
@@ -225,14 +226,35 @@ class TracedModel:
         cached = self._cache.load_program(key)
         if cached is not None:
             return cached
+        refusal = self._cache.load_refusal(key)
+        if refusal is not None:
+            raise refusal
+        program = self._trace(key)
+        self._is_tracing = True
+        self._cache.store_program(key, program, profile=self.profile)
+        return program
+
+    def _trace(self, key: TraceKey) -> StepProgram:
+        """By a worker that was asked to, else here."""
+        with self._remembering_refusals(key):
+            program = self._traced_by_worker(key)
+        if program is not None:
+            return program
         try:
             from launchkit.trace import trace_model  # lazy: imports torch and transformers
         except ImportError as error:
             raise _needs_tracing() from error
-        program = self._traced_by_worker(key) or trace_model(dict(self.config), key, progress=self._progress)
-        self._is_tracing = True
-        self._cache.store_program(key, program, profile=self.profile)
-        return program
+        with self._remembering_refusals(key):
+            traced: StepProgram = trace_model(dict(self.config), key, progress=self._progress)
+        return traced
+
+    @contextmanager
+    def _remembering_refusals(self, key: TraceKey) -> Iterator[None]:
+        try:
+            yield
+        except LaunchkitError as reason:
+            self._cache.store_refusal(key, reason)
+            raise
 
     def _traced_by_worker(self, key: TraceKey) -> StepProgram | None:
         """What a worker answers; None where none was asked, or it was lost. Raises what the worker's trace raised."""

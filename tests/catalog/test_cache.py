@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from launchkit.catalog.cache import TraceCache, cache_directory, toolchain_versions, write_atomically
+from launchkit.errors import LaunchkitError, MissingExtraError, OutOfMemoryError, TraceError
 from launchkit.scenario import Attention, Checkpointing, Compute, DeviceKind, Loss, Method, TraceKey, Trainer
 from tests.builders import profile, smallest_program
 
@@ -89,6 +90,30 @@ def test_damage_counts_as_absence(cache: TraceCache, data: bytes) -> None:
     (cache.directory / "profile.json").write_bytes(data)
     assert cache.load_program(KEY) is None
     assert cache.load_profile() is None
+
+
+@pytest.mark.parametrize("reason", [TraceError("no such op; use --attention eager"), MissingExtraError("not here")])
+def test_why_there_is_no_program_is_found(cache: TraceCache, tmp_path: Path, reason: LaunchkitError) -> None:
+    cache.store_refusal(KEY, reason)
+    found = TraceCache("f", directory=tmp_path, versions=VERSIONS).load_refusal(KEY)
+    assert (type(found), str(found)) == (type(reason), str(reason))
+    assert cache.holds(KEY)
+    assert cache.load_program(KEY) is None
+    assert cache.load_refusal(replace(KEY, single_sequence=True)) is None
+
+
+@pytest.mark.parametrize("version", ["0.50.2", None])
+def test_a_package_that_has_come_or_changed_is_asked_again(tmp_path: Path, version: str | None) -> None:
+    before = VERSIONS | ({} if version is None else {"bitsandbytes": "0.50.1"})
+    TraceCache("f", directory=tmp_path, versions=before).store_refusal(KEY, MissingExtraError("not here"))
+    now = TraceCache("f", directory=tmp_path, versions=VERSIONS | {"bitsandbytes": version or "0.50.2"})
+    assert now.load_refusal(KEY) is None
+    assert not now.holds(KEY)
+
+
+def test_what_another_try_may_not_find_again_is_not_remembered(cache: TraceCache) -> None:
+    cache.store_refusal(KEY, OutOfMemoryError("not here"))
+    assert not cache.holds(KEY)
 
 
 def test_a_cache_that_cannot_be_written_stops_nothing(tmp_path: Path) -> None:

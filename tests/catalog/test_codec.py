@@ -36,6 +36,7 @@ from launchkit.program import (
     Size,
     Stage,
     StepProgram,
+    Stream,
     TensorRef,
     Term,
     Tiles,
@@ -72,7 +73,7 @@ owners = st.sampled_from(Owner)
 moments = st.sampled_from(Moment)
 refs = st.builds(TensorRef, names, st.sampled_from(Anchor), st.integers(-3, 3), small)
 events: st.SearchStrategy[Event] = st.one_of(
-    st.builds(Alloc, small, sizes, owners, st.integers(-1, 9)),
+    st.builds(Alloc, small, sizes, owners, st.integers(-1, 9), st.just(Stream.COMPUTE), st.just(0)),
     st.builds(Free, refs, sizes),
     st.builds(FreeAll, owners),
 )
