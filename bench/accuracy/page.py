@@ -63,6 +63,9 @@ CAUSES = {
     "not 0.4); together 2.1 of the 3.4 GiB that hfdoc-bertl-bs4 lacks, the rest not known",
 }
 UNEXPLAINED = "not known"
+FUSED_LOSS = (
+    "the Triton loss and norms of others, imitated: about one more block as large as the fp32 logits is reserved"
+)
 
 INTRODUCTION = """\
 # Predicted beside measured
@@ -85,7 +88,9 @@ context.
 *reserved* are torch's counters, *device* is what the driver counts, context included. A run is *like with like* where
 it executed the code that is traced, which is transformers' under torch 2. Where that was an older version or came with
 kernels of its own, the step is traced with the habits of that code, each read in its source (`bench/accuracy/past.py`;
-`habits` of a row); today's versions have most of them no more. Apart from these stand
+`habits` of a row); today's versions have most of them no more. Where the loss was a Triton kernel, what the
+driver showed is told apart: the tensors are those of the kernel, the order of its blocks is not known. Apart from these
+stand
 
 - other implementations of the same models (litgpt and others): the kernels of their steps differ;
 - runs under torch 1 (the transformers documentation's on a V100): it set gradients to zero between steps instead of
@@ -224,12 +229,17 @@ def range_check(rows: Sequence[Row]) -> str:
     """How many reserved and device figures lie inside the printed range, and how wide it is."""
     ranged = [row for row in rows if row.is_measured and row.metric in RANGED]
     lines = []
-    for (group, metric), members in grouped(ranged, lambda row: (row.group, row.metric)).items():
+    for (group, metric), members in grouped(ranged, lambda row: (kernels_of(row), row.metric)).items():
         inside = sum(is_inside(row) for row in members)
         widths = [100 * (row.high_bytes - row.low_bytes) / (2 * row.predicted_bytes) for row in members]
         width = f"± {statistics.median(widths):.1f} %", f"± {max(widths):.1f} %"
         lines.append((group, metric, str(len(members)), f"{inside} ({100 * inside / len(members):.0f} %)", *width))
     return table(("runs", "metric", "rows", "inside the range", "median width", "widest"), lines)
+
+
+def kernels_of(row: Row) -> str:
+    """The code that a row's run executed, and whether its loss was a kernel of others, which is imitated here."""
+    return f"{row.group}, a fused loss imitated" if "fused_loss" in row.habits else row.group
 
 
 def is_inside(row: Row) -> bool:
@@ -269,7 +279,7 @@ def misses(evidence: Evidence) -> str:
         if abs(item.own_error_percent) > CELL_MISS_PERCENT
     ]
     lines += [
-        (item.id, f"{item.own_error_percent:+.1f} %", cause(item.id))
+        (item.id, f"{item.own_error_percent:+.1f} %", cause_of_run(evidence.row_by_id[item.id]))
         for item in evidence.published
         if is_miss(item, evidence.row_by_id[item.id])
     ]
@@ -283,6 +293,10 @@ def is_miss(item: Comparison, row: Row) -> bool:
 
 def cause(name: str) -> str:
     return next((text for prefix, text in CAUSES.items() if name.startswith(prefix)), UNEXPLAINED)
+
+
+def cause_of_run(row: Row) -> str:
+    return FUSED_LOSS if row.metric in RANGED and "fused_loss" in row.habits else cause(row.id)
 
 
 def not_compared(rows: Sequence[Row]) -> str:

@@ -17,8 +17,9 @@ from launchkit.simulate.memory import MemoryReading
 from launchkit.units import MIB
 
 # Shares of the reserved peak that are allowed for above and below it. Traced models are within 2 % of the real
-# allocator in what they allocate, but the cache of a real run fills differently: published runs (A100, 1 s samples)
-# held from 6 % less to 5 % more than the model's reserved peak and a context. The low end stays near what is allocated.
+# allocator in what they allocate, but the cache of a real run fills differently: nine tenths of the published runs of
+# transformers' own kernels (A100, 1 s samples) held from 5 % less to 9 % more than the model's reserved peak and a
+# context, the others up to 7 % less or, under FSDP, 15 % more. The low end stays near what is allocated.
 MEMORY_MODEL_ERROR = 0.05
 RESERVED_BELOW = 0.07
 ALLOCATED_BELOW = 0.02
