@@ -301,6 +301,17 @@ class Training:
         bf16 throughout. Adapters are few, and keep fp32 ones."""
         return self.method is Method.FULL and self.precision in (Precision.BF16_PARAMS, Precision.BF16_PURE)
 
+    def must_reenter(self, kind: StrategyKind) -> bool:
+        """Whether checkpoints are re-entered under a strategy whatever is asked for: under ZeRO-3 beside 4-bit weights,
+        whose metadata change when they are gathered, which non-reentrant checkpointing takes for an error; and there
+        with TRL's adapters, for which it sets ``use_reentrant`` itself (trl 1.16 ``SFTTrainer``)."""
+        adapts = self.method is Method.QLORA or (self.method is Method.LORA and self.trainer is Trainer.TRL)
+        return adapts and kind is StrategyKind.ZERO3 and self.checkpointing is not Checkpointing.NONE
+
+    def reenters(self, kind: StrategyKind) -> bool:
+        """Whether checkpoints are computed again by a backward pass within the backward pass (``use_reentrant``)."""
+        return self.checkpointing is Checkpointing.REENTRANT or self.must_reenter(kind)
+
     @property
     def flattens_batch(self) -> bool:
         """Whether a micro-batch becomes one long row, in which a mask of tokens by tokens keeps sequences apart.

@@ -1,4 +1,4 @@
-"""Which program of a model serves a key: one where the step is the same, another where it is not."""
+"""Which program of a model serves a key, and what a scenario's settings imply."""
 
 from __future__ import annotations
 
@@ -6,7 +6,18 @@ from typing import Any
 
 import pytest
 
-from launchkit.scenario import Attention, Checkpointing, Compute, DeviceKind, Loss, Method, TraceKey, Trainer
+from launchkit.scenario import (
+    Attention,
+    Checkpointing,
+    Compute,
+    DeviceKind,
+    Loss,
+    Method,
+    StrategyKind,
+    TraceKey,
+    Trainer,
+)
+from tests.builders import scenario
 
 
 def key(**overrides: Any) -> TraceKey:
@@ -55,3 +66,21 @@ def test_what_serves(asked: dict[str, Any], served: dict[str, Any]) -> None:
 def test_names_of_programs_that_ship_do_not_change() -> None:
     assert key().text == "cuda/full/autocast-bf16/full/sdpa/plain/loop/bn"
     assert key(evaluation=True, packed=True).text == f"{key().text}/evaluation/packed"
+
+
+@pytest.mark.parametrize(
+    ("training", "kind", "expected"),
+    [
+        ({"checkpointing": "reentrant"}, "single", True),
+        ({"checkpointing": "full"}, "zero3", False),
+        ({"checkpointing": "full", "method": "qlora"}, "zero3", True),
+        ({"checkpointing": "full", "method": "qlora"}, "ddp", False),
+        ({"checkpointing": "none", "method": "qlora"}, "zero3", False),
+        ({"checkpointing": "full", "method": "lora"}, "zero3", False),
+        ({"checkpointing": "full", "method": "lora", "trainer": "trl"}, "zero3", True),
+        ({"checkpointing": "full", "method": "lora", "trainer": "trl"}, "zero2", False),
+    ],
+)
+def test_whose_checkpoints_are_re_entered(training: dict[str, Any], kind: str, expected: bool) -> None:
+    """Asked for, or under ZeRO-3 what gathering or TRL does not leave a choice."""
+    assert scenario(strategy=kind, **training).training.reenters(StrategyKind(kind)) is expected

@@ -141,11 +141,8 @@ def adapter_parts(training: Training) -> dict[str, object]:
 
 
 def reenters(candidate: Candidate) -> bool:
-    """Where it is asked for, and where it must: 4-bit weights gathered by ZeRO-3 change their metadata, which
-    non-reentrant checkpointing takes for an error."""
     scenario = candidate.scenario
-    must = scenario.training.method is Method.QLORA and scenario.strategy.kind is StrategyKind.ZERO3
-    return must or scenario.training.checkpointing is Checkpointing.REENTRANT
+    return scenario.training.reenters(scenario.strategy.kind)
 
 
 def checkpointing_arguments(candidate: Candidate) -> dict[str, object]:

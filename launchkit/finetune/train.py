@@ -130,8 +130,7 @@ def _argument_values(job: FineTuneJob) -> dict[str, Any]:
 
 
 def _checkpointing_arguments(job: FineTuneJob) -> dict[str, Any]:
-    checkpointing = job.training.checkpointing
-    return {"use_reentrant": checkpointing is Checkpointing.REENTRANT, **checkpointing.trainer_arguments}
+    return {"use_reentrant": job.training.reenters(job.strategy), **job.training.checkpointing.trainer_arguments}
 
 
 def _trainer(

@@ -17,7 +17,6 @@ from launchkit.scenario import (
     Scenario,
     Strategy,
     TraceKey,
-    Trainer,
     Training,
 )
 from launchkit.strategies import zero3, zero_flat
@@ -51,16 +50,9 @@ def trace_key(training: Training, strategy: Strategy, device: DeviceKind, *, sin
     casts = training.method is not Method.FULL and key.compute is not Compute.FP32
     some_adapted = training.method is Method.LORA and training.lora_targets != ALL_LINEAR
     own_linear = strategy.kind.zero_stage == 3 and strategy.zero.memory_efficient_linear
-    if _must_reenter(training, strategy):
+    if training.must_reenter(strategy.kind):
         key = replace(key, checkpointing=Checkpointing.REENTRANT)
     return replace(key, cast_adapters=casts, keeps_linear_inputs=some_adapted and own_linear)
-
-
-def _must_reenter(training: Training, strategy: Strategy) -> bool:
-    """TRL sets ``use_reentrant`` for adapters under stage 3, whatever was asked for (trl 1.16 ``SFTTrainer``)."""
-    has_adapter, stage = training.method is not Method.FULL, strategy.kind.zero_stage
-    recomputes = training.checkpointing is not Checkpointing.NONE
-    return training.trainer is Trainer.TRL and has_adapter and stage == 3 and recomputes
 
 
 def refusal(scenario: Scenario, profile: ModelProfile, cluster: Cluster) -> str | None:
@@ -70,10 +62,12 @@ def refusal(scenario: Scenario, profile: ModelProfile, cluster: Cluster) -> str 
     grouped = _group_refusal(scenario, stage, num_ranks=cluster.num_gpus)
     if grouped is not None:
         return grouped
-    if _must_reenter(scenario.training, scenario.strategy) and scenario.training.checkpointing not in _REENTERED:
+    training = scenario.training
+    if training.must_reenter(scenario.strategy.kind) and training.checkpointing not in _REENTERED:
+        whose = "4-bit weights" if training.method is Method.QLORA else "TRL's adapters"
         return (
-            f"TRL re-enters the checkpoints of adapters under ZeRO-3, and --checkpointing "
-            f"{scenario.training.checkpointing} cannot be; use --checkpointing full"
+            f"under ZeRO-3 the checkpoints of {whose} are re-entered, and --checkpointing {training.checkpointing} "
+            "cannot be; use --checkpointing full"
         )
     if offload.params and stage != 3:
         return f"--offload {offload} moves parameters, which ZeRO-{stage} does not shard; use --strategy zero3"

@@ -217,7 +217,7 @@ def test_trl_has_habits_with_adapters(overrides: dict[str, Any], casts: bool, ch
         (
             {"checkpointing": "selective", "strategy": "zero3", "method": "lora", "trainer": "trl", "loss": "chunked"},
             {},
-            "TRL re-enters the checkpoints of adapters under ZeRO-3, and --checkpointing selective cannot be",
+            "under ZeRO-3 the checkpoints of TRL's adapters are re-entered, and --checkpointing selective cannot be",
         ),
         ({"checkpointing": "offload", "strategy": "hsdp"}, {}, "does not exist under --strategy hsdp; use --check"),
         ({"attention": "flash_attention_2"}, {"compute_capability": (7, 5)}, "use --attention sdpa"),
