@@ -26,7 +26,7 @@ from launchkit.model import ModelProfile
 from launchkit.program import StepProgram
 from launchkit.scenario import TraceKey
 
-TRACED_WITH = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "liger-kernel")
+TRACED_WITH = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "liger-kernel", "torchao")
 
 
 def cache_directory() -> Path:

@@ -167,7 +167,9 @@ class ProgramFile:
             events=self._events(data["events"]),
             group=data["group"],
             uses=tuple(data["uses"]),
-            kernels=tuple(Kernel(count, size(flops), size(n), bool(tc)) for count, flops, n, tc in data["kernels"]),
+            kernels=tuple(
+                Kernel(count, size(flops), size(n), *map(bool, kind)) for count, flops, n, *kind in data["kernels"]
+            ),
             collectives=tuple(
                 Collective(KINDS[kind], size(n), MOMENTS[moment], GROUPS[group])
                 for kind, n, moment, group in data["collectives"]
@@ -260,7 +262,10 @@ class _Writer:
                 "group": section.group,
                 "uses": section.uses,
                 "events": self._events(section.events),
-                "kernels": [[k.count, size(k.flops), size(k.num_bytes), int(k.tensor_cores)] for k in section.kernels],
+                "kernels": [
+                    [k.count, size(k.flops), size(k.num_bytes), int(k.tensor_cores), *([1] if k.float8 else [])]
+                    for k in section.kernels
+                ],
                 "collectives": [
                     [KINDS.index(c.kind), size(c.num_bytes), MOMENTS.index(c.moment), GROUPS.index(c.group)]
                     for c in section.collectives
