@@ -65,6 +65,8 @@ MOMENTS = tuple(Moment)
 GROUPS = tuple(Group)
 OWNER_INDEX = {owner: index for index, owner in enumerate(OWNERS)}
 
+_TENSOR_CORES, _FLOAT8 = 1, 2  # marks of a kernel
+
 _TERM_WIDTH, _TILES_WIDTH = len(Term._fields), len(Tiles._fields)
 
 
@@ -168,7 +170,8 @@ class ProgramFile:
             group=data["group"],
             uses=tuple(data["uses"]),
             kernels=tuple(
-                Kernel(count, size(flops), size(n), *map(bool, kind)) for count, flops, n, *kind in data["kernels"]
+                Kernel(count, size(flops), size(n), bool(marks & _TENSOR_CORES), bool(marks & _FLOAT8))
+                for count, flops, n, marks in data["kernels"]
             ),
             collectives=tuple(
                 Collective(KINDS[kind], size(n), MOMENTS[moment], GROUPS[group])
@@ -263,7 +266,7 @@ class _Writer:
                 "uses": section.uses,
                 "events": self._events(section.events),
                 "kernels": [
-                    [k.count, size(k.flops), size(k.num_bytes), int(k.tensor_cores), *([1] if k.float8 else [])]
+                    [k.count, size(k.flops), size(k.num_bytes), k.tensor_cores * _TENSOR_CORES | k.float8 * _FLOAT8]
                     for k in section.kernels
                 ],
                 "collectives": [

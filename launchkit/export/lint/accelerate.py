@@ -9,6 +9,7 @@ from launchkit.export.lint.findings import (
     Config,
     Finding,
     Findings,
+    Severity,
     choice,
     is_true,
     section_of,
@@ -159,7 +160,7 @@ _GATHER = "enable_fsdp_float8_all_gather"
 
 def _fp8(config: Config) -> Findings:
     section = {str(key).removeprefix("fp8_"): value for key, value in section_of(config, "fp8_config").items()}
-    yield from choice(section, "fp8_config.backend", ("AO", "TE", "MSAMP"))
+    yield from _backend(section)
     if config.get("mixed_precision") == "fp8" and str(section.get("backend")).upper() == "AO":
         yield from _torchao(config, section)
     for key in section_of(config, "fp8_config"):
@@ -167,6 +168,19 @@ def _fp8(config: Config) -> Findings:
         if old in _OLD_FP8_NAMES:
             problem = "is the questionnaire's name, which the launcher ignores"
             yield Finding(path=f"fp8_config.{key}", problem=problem, fix=f"write {_OLD_FP8_NAMES[old]}")
+
+
+def _backend(section: Config) -> Findings:
+    """Source: accelerate 1.15 ``FP8BackendType``, ``_prepare_msamp``."""
+    backend = str(section.get("backend", "")).upper()
+    if backend == "MSAMP":
+        problem, fix = "is MS-AMP, which accelerate is about to drop", "write AO"
+        yield Finding(path="fp8_config.backend", problem=problem, fix=fix, severity=Severity.WARNING)
+    elif backend == "TE":
+        problem = "is Transformer Engine, whose memory is not planned: --precision fp8 counts torchao's"
+        yield Finding(path="fp8_config.backend", problem=problem, fix="write AO", severity=Severity.WARNING)
+    elif backend not in ("", "AO", "NO"):
+        yield from choice(section, "fp8_config.backend", ("AO", "TE", "MSAMP"))
 
 
 def _torchao(config: Config, section: Config) -> Findings:
