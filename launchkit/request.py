@@ -408,6 +408,10 @@ def _strategy(request: Request, model: ModelProfile, cluster: Cluster) -> Strate
         raise IllegalScenarioError(
             f"--fsdp-sharding {request.fsdp_sharding} says nothing under --strategy {kind}; add --strategy fsdp2"
         )
+    if request.fp8_all_gather is not None and not (kind.is_fsdp and request.precision is Precision.FP8):
+        raise IllegalScenarioError(
+            "--fp8-all-gather is about weights that FSDP2 gathers for fp8; add --strategy fsdp2 --precision fp8"
+        )
     sharding = request.fsdp_sharding or default
     fsdp = FsdpSettings(
         sharding=sharding,

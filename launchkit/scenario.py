@@ -348,6 +348,15 @@ class Scenario:
     batch: Batch = field(default_factory=Batch)
     state: State = State.STEADY
 
+    @property
+    def loads_on_first_rank(self) -> bool:
+        """Whether FSDP's ranks wait for the first one's weights (``cpu_ram_efficient_loading``): not for 4-bit ones,
+        which it alone would quantise while the others wait for shapes that never come; nor for torchao's, which
+        accelerate 1.15 refuses it with."""
+        training = self.training
+        is_possible = training.method is not Method.QLORA and training.precision is not Precision.FP8
+        return is_possible and self.strategy.fsdp.cpu_ram_efficient_loading
+
 
 class Compute(StrEnum):
     """What dtype a block really computes in, which is what a trace depends on (not the precision's name)."""

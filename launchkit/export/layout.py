@@ -199,19 +199,13 @@ def fsdp_layout(candidate: Candidate, cluster: Cluster) -> FsdpLayout:
         version=1 if kind is StrategyKind.FSDP else 2,
         sharding=fsdp.sharding,
         offload_params=scenario.strategy.offloads_params,
-        cpu_ram_efficient_loading=fsdp.cpu_ram_efficient_loading and _loads_on_one_rank(scenario),
+        cpu_ram_efficient_loading=scenario.loads_on_first_rank,
         activation_checkpointing=scenario.training.checkpointing is Checkpointing.FULL,
         state_dict_type="FULL_STATE_DICT" if fsdp.full_state_dict else "SHARDED_STATE_DICT",
         wrap_classes=",".join(candidate.model.block_classes),
         num_replicas=mesh["dp_replicate"],
         shard_size=mesh["dp_shard"],
     )
-
-
-def _loads_on_one_rank(scenario: Scenario) -> bool:
-    """Not 4-bit weights, which rank 0 alone would quantise while the others wait for shapes that never come; nor
-    torchao's, which accelerate refuses it with."""
-    return scenario.training.method is not Method.QLORA and scenario.training.precision is not Precision.FP8
 
 
 def is_split_by_transformers(candidate: Candidate) -> bool:

@@ -198,6 +198,7 @@ class Search:
             strategy=StrategyKind.SINGLE,
             offload=None,
             fsdp_sharding=None,
+            fp8_all_gather=None,
             zero_settings=None,
             micro_batch=None,
             global_batch=None,

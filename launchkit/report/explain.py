@@ -252,8 +252,8 @@ TERMS: tuple[Term, ...] = (
         "weights, gradients and states in bf16 with autocast on, bf16-pure without it. fp16's loss scaling works in "
         "place, and TF32 only shortens the products of fp32: neither changes a byte. fp8 is bf16 whose linear layers, "
         "all but the first and the last, are torchao's, as accelerate and Axolotl put them in: activations are kept in "
-        "bf16, and each product casts both factors to 8 bits. FSDP2 gathers weights in 8 bits, without --fp8-all-gather "
-        "in 16. It takes compute capability 8.9; Transformer Engine's and MS-AMP's fp8 are not planned.",
+        "bf16, and each product casts both factors to 8 bits. FSDP2 gathers weights in 8 bits, or in 16 with "
+        "--no-fp8-all-gather. It takes compute capability 8.9; Transformer Engine's and MS-AMP's fp8 are not planned.",
         also=("bf16", "fp16", "bf16-params", "bf16-pure", "fp32", "fp8"),
     ),
     Term(
