@@ -162,6 +162,12 @@ TRAPS: list[tuple[Tool, dict[str, Any], str, str]] = [
     ),
     (
         Tool.ACCELERATE,
+        {"distributed_type": "NO", "num_processes": 1, "fsdp_config": None, "mixed_precision": "fp8"},
+        "fp8_config.enable_fsdp_float8_all_gather",
+        "write false",
+    ),
+    (
+        Tool.ACCELERATE,
         {"fsdp_config": FSDP2, "mixed_precision": "fp8", "fp8_config": {"backend": "AO"}},
         "fsdp_config.fsdp_cpu_ram_efficient_loading",
         "is refused with torchao's fp8",

@@ -161,7 +161,8 @@ _GATHER = "enable_fsdp_float8_all_gather"
 def _fp8(config: Config) -> Findings:
     section = {str(key).removeprefix("fp8_"): value for key, value in section_of(config, "fp8_config").items()}
     yield from _backend(section)
-    if config.get("mixed_precision") == "fp8" and str(section.get("backend")).upper() == "AO":
+    # Without a backend accelerate takes torchao where it is installed.
+    if config.get("mixed_precision") == "fp8" and str(section.get("backend", "AO")).upper() in ("AO", "NO"):
         yield from _torchao(config, section)
     for key in section_of(config, "fp8_config"):
         old = str(key).removeprefix("fp8_")
