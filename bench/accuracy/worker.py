@@ -67,7 +67,7 @@ def build_model(cell: Cell) -> nn.Module:
         model = quantised(model, cell, dtype=dtype)
     if cell.method != "full":
         model = with_adapter(model, cell)
-    if cell.precision == "fp8":
+    if cell.precision == "fp8" and cell.trainer == "loop":  # elsewhere accelerate does it
         convert_linears(model, cell)
     if cell.checkpointing != "none":
         enable_checkpointing(model, cell)
@@ -82,6 +82,17 @@ def convert_linears(model: nn.Module, cell: Cell) -> None:
 
     config = Float8LinearConfig(pad_inner_dim=True, enable_fsdp_float8_all_gather=cell.gathers_float8)
     convert_model_to_fp8_ao(model, config=config)
+
+
+def float8_variables(cell: Cell) -> dict[str, str]:
+    """What ``accelerate launch`` would say of it in the environment."""
+    if cell.precision != "fp8":
+        return {}
+    return {
+        "ACCELERATE_MIXED_PRECISION": "fp8",
+        "ACCELERATE_FP8_BACKEND": "AO",
+        "ACCELERATE_FP8_ENABLE_FSDP_FLOAT8_ALL_GATHER": str(cell.gathers_float8),
+    }
 
 
 def scale_ahead(cell: Cell, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -534,6 +545,7 @@ def shard_through_accelerate(cell: Cell, model: nn.Module) -> None:
         "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
         "FSDP_TRANSFORMER_CLS_TO_WRAP": ",".join(wrapped_classes(cell, model)),
         "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+        **float8_variables(cell),
     }
 
 
@@ -606,6 +618,7 @@ def run_trainer(cell: Cell) -> list[int]:
     if is_zero:
         uncompiled_deepspeed()
         outlive_gloo()
+    os.environ |= float8_variables(cell)
     model = build_model(cell)
     is_sharded = cell.strategy in FSDP_VARIABLES
     if cell.tp > 1:
