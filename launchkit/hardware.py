@@ -108,7 +108,7 @@ class Gpu:
     def supports_fp8(self) -> bool:
         """Whether ``torch._scaled_mm`` runs: compute capability 8.9 or later, or MI300 or later.
 
-        Source: torch 2.13 ``ScaledBlas.cpp``, ``scaled_mm_arch_allowed``.
+        Source: pytorch ``ScaledBlas.cpp``, ``scaled_mm_arch_allowed``.
         """
         if self.backend is Backend.ROCM:
             return self.fp8_flops_per_s > 0

@@ -3,8 +3,8 @@
 Nothing of them is imitated: torchao's own autograd function runs on the fake tensors, casts, scales and padding
 included, and ``torch._scaled_mm`` at its end takes no more than its output on CUDA as well: it runs in cuBLASLt's
 workspace, which is cuBLAS's. Source: torchao 0.18 ``float8/float8_linear.py``, ``float8_ops.py``; accelerate 1.15
-``utils/ao.py``, ``AORecipeKwargs``; torch 2.13 ``aten/src/ATen/native/cuda/ScaledBlas.cpp`` (``_scaled_mm_cuda``) and
-``torch.backends.cuda.cublaslt_workspace_size``.
+``utils/ao.py``, ``AORecipeKwargs``; pytorch ``aten/src/ATen/native/cuda/ScaledBlas.cpp`` (``_scaled_mm_cuda``) and
+torch 2.13 ``torch.backends.cuda.cublaslt_workspace_size``.
 """
 
 from __future__ import annotations

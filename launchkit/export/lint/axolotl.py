@@ -143,7 +143,7 @@ def _fsdp2(config: Config, fsdp: Config) -> Findings:
 
 
 def _fp8(config: Config) -> Findings:
-    """Source: Axolotl 0.19 ``additional_accelerator_args``; accelerate 1.15 ``Accelerator.__init__``."""
+    """Source: Axolotl's ``additional_accelerator_args``; accelerate 1.15 ``Accelerator.__init__``."""
     if not is_true(config.get("fp8")):
         return
     fsdp = {str(key).removeprefix("fsdp_"): value for key, value in section_of(config, "fsdp_config").items()}
