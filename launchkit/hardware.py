@@ -104,6 +104,16 @@ class Gpu:
     def supports_bf16(self) -> bool:
         return self.bf16_flops_per_s > 0
 
+    @property
+    def supports_fp8(self) -> bool:
+        """Whether ``torch._scaled_mm`` runs: compute capability 8.9 or later, or MI300 or later.
+
+        Source: pytorch ``ScaledBlas.cpp``, ``scaled_mm_arch_allowed``.
+        """
+        if self.backend is Backend.ROCM:
+            return self.fp8_flops_per_s > 0
+        return self.backend is Backend.CUDA and self.compute_capability >= (8, 9)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Node:

@@ -184,12 +184,13 @@ Event = Alloc | Free | FreeAll
 
 class Kernel(NamedTuple):
     """``count`` launches alike: FLOPs and bytes moved by each. ``tensor_cores`` when it is a matrix product or
-    attention in the compute dtype, else it is bound by memory traffic."""
+    attention in the compute dtype, else it is bound by memory traffic. ``float8`` when it is one of 8-bit factors."""
 
     count: int  # type: ignore[assignment]  # hides tuple.count, which nothing here uses
     flops: Size
     num_bytes: Size
     tensor_cores: bool
+    float8: bool = False
 
 
 class CollectiveKind(StrEnum):

@@ -55,6 +55,7 @@ class Request:
     cp: int | None = None
     sp: int | None = None
     fsdp_sharding: Sharding | None = None
+    fp8_all_gather: bool | None = None
     offload: Offload | None = None
     zero_settings: str | None = None
     method: Method | None = None
@@ -171,6 +172,7 @@ FLAGS: tuple[Flag, ...] = (
     Flag(name="cp", kind=int, default=1, help="ranks that share each sequence, in a ring (context parallel, FSDP2)"),
     Flag(name="sp", kind=int, default=1, help="ranks that share each sequence and its heads (Ulysses, DeepSpeed)"),
     Flag(name="fsdp_sharding", kind=Sharding, help="what FSDP shards [full_shard; hsdp: hybrid_shard]"),
+    Flag(name="fp8_all_gather", kind=bool, default=True, help="under fp8, FSDP2 casts weights before it gathers them"),
     Flag(name="offload", kind=Offload, default="none", help="what is kept off the GPU"),
     Flag(
         name="zero_settings",
@@ -316,6 +318,7 @@ def scenario_flags(scenario: Scenario, *, cluster: Cluster) -> dict[str, str | i
         "strategy": strategy.kind,
         **{name: getattr(strategy.split, name) for name in _SPLITS},
         "fsdp_sharding": strategy.fsdp.sharding if strategy.kind.is_fsdp else None,
+        "fp8_all_gather": strategy.fsdp.float8_all_gather if _gathers_for_float8(scenario) else None,
         "offload": strategy.offload,
         "zero_settings": (zero_settings_text(strategy.zero) or None) if strategy.kind.zero_stage else None,
         "method": training.method,
@@ -340,6 +343,10 @@ def scenario_flags(scenario: Scenario, *, cluster: Cluster) -> dict[str, str | i
         "state": scenario.state,
     }
     return {name: _plain(value) for name, value in values.items()}
+
+
+def _gathers_for_float8(scenario: Scenario) -> bool:
+    return scenario.training.precision is Precision.FP8 and scenario.strategy.kind.is_fsdp
 
 
 def _trainer_and_loss(request: Request) -> tuple[Trainer, Loss]:
@@ -401,8 +408,16 @@ def _strategy(request: Request, model: ModelProfile, cluster: Cluster) -> Strate
         raise IllegalScenarioError(
             f"--fsdp-sharding {request.fsdp_sharding} says nothing under --strategy {kind}; add --strategy fsdp2"
         )
+    if request.fp8_all_gather is not None and not (kind.is_fsdp and request.precision is Precision.FP8):
+        raise IllegalScenarioError(
+            "--fp8-all-gather is about weights that FSDP2 gathers for fp8; add --strategy fsdp2 --precision fp8"
+        )
     sharding = request.fsdp_sharding or default
-    fsdp = FsdpSettings(sharding=sharding, offload_params=kind.is_fsdp and offload.params)
+    fsdp = FsdpSettings(
+        sharding=sharding,
+        offload_params=kind.is_fsdp and offload.params,
+        float8_all_gather=_value(request, "fp8_all_gather", bool),
+    )
     return Strategy(
         kind=kind,
         split=split,

@@ -18,7 +18,8 @@ class Method(StrEnum):
 
 class Precision(StrEnum):
     """Where each format is held. ``bf16`` and ``fp16`` are mixed precision with fp32 held somewhere: fp32 weights
-    under autocast (single, ddp), fp32 shards with 16-bit compute (fsdp), 16-bit weights with an fp32 master (zero)."""
+    under autocast (single, ddp), fp32 shards with 16-bit compute (fsdp), 16-bit weights with an fp32 master (zero).
+    ``fp8`` is bf16 whose linear layers make their products of 8-bit copies (torchao's, under accelerate)."""
 
     FP32 = "fp32"
     FP16 = "fp16"
@@ -155,7 +156,8 @@ class DdpSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class FsdpSettings:
-    """What FSDP1 and FSDP2 are told. ``full_state_dict`` chooses FULL_ over SHARDED_STATE_DICT when saving."""
+    """What FSDP1 and FSDP2 are told. ``full_state_dict`` chooses FULL_ over SHARDED_STATE_DICT when saving;
+    ``float8_all_gather`` is torchao's, which counts under ``--precision fp8`` only and is on in accelerate's recipe."""
 
     sharding: Sharding = Sharding.FULL_SHARD
     offload_params: bool = False
@@ -166,6 +168,7 @@ class FsdpSettings:
     forward_prefetch: bool = False
     use_orig_params: bool = True
     shard_group_size: int = 0  # ranks per shard group under hybrid sharding; 0: one node
+    float8_all_gather: bool = True  # weights are cast to 8 bits before they are gathered
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -356,6 +359,15 @@ class Scenario:
     batch: Batch = field(default_factory=Batch)
     state: State = State.STEADY
 
+    @property
+    def loads_on_first_rank(self) -> bool:
+        """Whether FSDP's ranks wait for the first one's weights (``cpu_ram_efficient_loading``): not for 4-bit ones,
+        which it alone would quantise while the others wait for shapes that never come; nor for torchao's, which
+        accelerate 1.15 refuses it with."""
+        training = self.training
+        is_possible = training.method is not Method.QLORA and training.precision is not Precision.FP8
+        return is_possible and self.strategy.fsdp.cpu_ram_efficient_loading
+
 
 class Compute(StrEnum):
     """What dtype a block really computes in, which is what a trace depends on (not the precision's name)."""
@@ -366,10 +378,17 @@ class Compute(StrEnum):
     BF16 = "bf16"  # bf16 weights, no autocast
     BF16_AUTOCAST = "bf16-autocast"  # bf16 weights, autocast on
     FP16 = "fp16"  # fp16 weights, no autocast
+    AUTOCAST_FP8 = "autocast-fp8"  # fp32 weights under bf16 autocast, products of linear layers in 8 bits
+    FP8_AUTOCAST = "fp8-autocast"  # the same on bf16 weights
 
     @property
     def is_autocast(self) -> bool:
-        return self in (Compute.AUTOCAST_BF16, Compute.AUTOCAST_FP16, Compute.BF16_AUTOCAST)
+        return self.is_float8 or self in (Compute.AUTOCAST_BF16, Compute.AUTOCAST_FP16, Compute.BF16_AUTOCAST)
+
+    @property
+    def is_float8(self) -> bool:
+        """Whether linear layers are torchao's, which cast what they multiply to 8 bits."""
+        return self in (Compute.AUTOCAST_FP8, Compute.FP8_AUTOCAST)
 
 
 _SAME_BYTES = {Compute.AUTOCAST_FP16: Compute.AUTOCAST_BF16, Compute.FP16: Compute.BF16}
@@ -408,6 +427,8 @@ class TraceKey:
     tp: int = 1  # ranks that share each matrix
     cp: int = 1  # ranks that share each sequence, keys and values going round
     sp: int = 1  # ranks that share each sequence, and heads in its attention
+    pads_float8: bool = False  # torchao pads the inner dimension of each product, as accelerate's recipe has it
+    gathers_float8: bool = False  # weights of torchao's layers arrive in 8 bits
 
     @property
     def split(self) -> Split:
@@ -488,5 +509,9 @@ class TraceKey:
             parts.append("images")
         if self.keeps_linear_inputs:
             parts.append("inputs")
+        if self.pads_float8:
+            parts.append("padded")
+        if self.gathers_float8:
+            parts.append("gathered")
         parts += [f"{name}{size}" for name, size in (("tp", self.tp), ("cp", self.cp), ("sp", self.sp)) if size > 1]
         return "/".join(str(part) for part in parts)

@@ -95,6 +95,8 @@ def test_batches_are_split(flags: dict[str, str | int], expected: Batch) -> None
     [
         ({"global_batch": 3, "strategy": "ddp"}, "--global-batch 3 is no multiple of --micro-batch 1 × 2 GPUs; use"),
         ({"global_batch": 1, "micro_batch": 4}, "use --global-batch 4"),
+        ({"fp8_all_gather": "false", "precision": "fp8"}, "that FSDP2 gathers for fp8; add --strategy fsdp2"),
+        ({"fp8_all_gather": "true", "strategy": "fsdp2"}, "that FSDP2 gathers for fp8; add --strategy fsdp2"),
         ({"fsdp_sharding": "full_shard"}, "--fsdp-sharding full_shard says nothing under --strategy single"),
     ],
 )
@@ -147,6 +149,7 @@ def test_attention_is_one_the_model_has(
     [
         {},
         {"strategy": "fsdp", "fsdp_sharding": "no_shard", "method": "lora", "lora_rank": 8},
+        {"strategy": "fsdp2", "precision": "fp8", "fp8_all_gather": "false"},
         {"strategy": "zero2", "offload": "optimizer", "trainer": "loop", "global_batch": 64, "micro_batch": 2},
         {"strategy": "hsdp", "checkpointing": "full", "packing": True, "compile": True, "state": "first"},
     ],

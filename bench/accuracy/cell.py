@@ -19,7 +19,7 @@ class Cell:
     ``evaluation_micro_batch`` the trainer evaluates two batches of it behind the last step. Packed rows hold two
     sequences each. ``zero`` are keys of DeepSpeed's ``zero_optimization`` beside the stage, ``offload`` is DeepSpeed's;
     what ``zero`` does not name has DeepSpeed's own default, or accelerate's where it says ``auto``. ``tp`` processes
-    share each matrix, ``sp`` each sequence.
+    share each matrix, ``sp`` each sequence. ``float8_all_gather`` counts for FSDP2 in ``fp8``.
     """
 
     name: str
@@ -54,11 +54,17 @@ class Cell:
     zero: Mapping[str, Any] = field(default_factory=dict)
     tp: int = 1
     sp: int = 1
+    float8_all_gather: bool = True
 
     @property
     def is_mixed(self) -> bool:
         """Whether parts of the step compute in bf16 on parameters held in fp32."""
-        return self.precision == "bf16"
+        return self.precision in ("bf16", "fp8")
+
+    @property
+    def gathers_float8(self) -> bool:
+        """Whether torchao's weights are cast before they are gathered."""
+        return self.precision == "fp8" and self.strategy in ("fsdp2", "hsdp") and self.float8_all_gather
 
     @property
     def fingerprint(self) -> str:

@@ -17,6 +17,7 @@ LLAMA: dict[str, Any] = {
     "vocab_size": 2048,
 }
 TIED: dict[str, Any] = LLAMA | {"model_type": "qwen2", "tie_word_embeddings": True}
+SIXTEENS: dict[str, Any] = LLAMA | {"intermediate_size": 352}  # every matrix has sides that 16 divides
 QWEN3: dict[str, Any] = LLAMA | {"model_type": "qwen3", "head_dim": 32, "vocab_size": 4096}
 UNEVEN: dict[str, Any] = LLAMA | {"hidden_size": 120, "intermediate_size": 331, "vocab_size": 2047}
 GPT2: dict[str, Any] = {"model_type": "gpt2", "n_embd": 128, "n_layer": 5, "n_head": 4, "vocab_size": 2048}
@@ -57,6 +58,10 @@ SINGLE = (
     Cell(name="single-bf16-checkpointing", config=LLAMA, precision="bf16", checkpointing="full"),
     Cell(name="single-bf16-params", config=LLAMA, precision="bf16-params"),
     Cell(name="single-bf16-pure", config=LLAMA, precision="bf16-pure"),
+    Cell(name="single-fp8", config=SIXTEENS, precision="fp8"),
+    Cell(name="single-hf-fp8", config=SIXTEENS, trainer="hf", precision="fp8"),
+    Cell(name="single-fp8-padded", config=SIXTEENS, precision="fp8", seq_len=60),
+    Cell(name="single-fp8-checkpointing", config=SIXTEENS, precision="fp8", checkpointing="full"),
     Cell(name="single-lora-bf16", config=LLAMA, method="lora", precision="bf16"),
     Cell(name="single-lora-bf16-pure", config=LLAMA, method="lora", precision="bf16-pure"),
     Cell(name="single-lora-fp32-checkpointing", config=LLAMA, method="lora", checkpointing="full"),
@@ -87,6 +92,7 @@ DDP = (
     Cell(name="ddp-bf16", config=LLAMA, strategy="ddp", num_processes=2, precision="bf16"),
     Cell(name="ddp-trl-fp32", config=LLAMA, trainer="trl", strategy="ddp", num_processes=2),
     Cell(name="ddp-wide-fp32", config=WIDE, strategy="ddp", num_processes=2, seq_len=16),
+    Cell(name="ddp-fp8", config=SIXTEENS, strategy="ddp", num_processes=2, precision="fp8"),
     Cell(name="ddp-lora-bf16", config=LLAMA, strategy="ddp", num_processes=2, method="lora", precision="bf16"),
 )
 
@@ -119,6 +125,9 @@ FSDP2 = (
     Cell(name="fsdp2-fp32", config=LLAMA, **_FSDP),
     Cell(name="fsdp2-fp32-checkpointing", config=LLAMA, checkpointing="full", **_FSDP),
     Cell(name="fsdp2-bf16", config=LLAMA, precision="bf16", **_FSDP),
+    Cell(name="fsdp2-fp8", config=SIXTEENS, precision="fp8", **_FSDP),
+    Cell(name="fsdp2-hf-fp8", config=SIXTEENS, trainer="hf", precision="fp8", **_FSDP),
+    Cell(name="fsdp2-fp8-bf16-gather", config=SIXTEENS, precision="fp8", float8_all_gather=False, **_FSDP),
     Cell(name="fsdp2-bf16-checkpointing", config=LLAMA, precision="bf16", checkpointing="full", **_FSDP),
     Cell(name="fsdp2-lora-bf16", config=LLAMA, method="lora", precision="bf16", **_FSDP),
     Cell(

@@ -74,7 +74,12 @@ def predicted(model: str, request: Request, cell: Cell, *, state: str) -> Estima
     scenario = resolve(request, model=source.profile, cluster=cluster).scenario
     hook = CommHook(cell.ddp.get("comm_hook", CommHook.NONE))
     ddp = replace(scenario.strategy.ddp, **{**cell.ddp, "comm_hook": hook})
-    fsdp = replace(scenario.strategy.fsdp, use_orig_params=cell.use_orig_params, shard_group_size=cell.shard_group_size)
+    fsdp = replace(
+        scenario.strategy.fsdp,
+        use_orig_params=cell.use_orig_params,
+        shard_group_size=cell.shard_group_size,
+        float8_all_gather=cell.float8_all_gather,
+    )
     scenario = replace(scenario, strategy=replace(scenario.strategy, ddp=ddp, fsdp=fsdp))
     if state == "evaluation":
         bench = Bench(source=source, cluster=cluster)

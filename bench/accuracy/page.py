@@ -58,6 +58,7 @@ _ONEDNN = {
 
 # Why rows miss, by the beginning of their id, as far as it is known.
 CAUSES = {
+    "single-fp8-checkpointing": "fp32 copies within the CPU's 8-bit product; 0.00 % without",
     **{name: f"oneDNN's scratch within one operator, on CPUs alone; {off} % without" for name, off in _ONEDNN.items()},
     "hfdoc-": "torch 1: zeroed gradients stay allocated (1.2 GiB in fp32), the context holds every kernel (1.3 GiB, "
     "not 0.4); together 2.1 of the 3.4 GiB that hfdoc-bertl-bs4 lacks, the rest not known",

@@ -67,10 +67,40 @@ def build_model(cell: Cell) -> nn.Module:
         model = quantised(model, cell, dtype=dtype)
     if cell.method != "full":
         model = with_adapter(model, cell)
+    if cell.precision == "fp8" and cell.trainer == "loop":  # elsewhere accelerate does it
+        convert_linears(model, cell)
     if cell.checkpointing != "none":
         enable_checkpointing(model, cell)
     trained: nn.Module = model.train()
     return trained
+
+
+def convert_linears(model: nn.Module, cell: Cell) -> None:
+    """accelerate's recipe of torchao's layers. Their products run for real: ``torch._scaled_mm`` has a CPU kernel."""
+    from accelerate.utils.ao import convert_model_to_fp8_ao
+    from torchao.float8 import Float8LinearConfig
+
+    config = Float8LinearConfig(pad_inner_dim=True, enable_fsdp_float8_all_gather=cell.gathers_float8)
+    convert_model_to_fp8_ao(model, config=config)
+
+
+def float8_variables(cell: Cell) -> dict[str, str]:
+    """What ``accelerate launch`` would say of it in the environment."""
+    if cell.precision != "fp8":
+        return {}
+    return {
+        "ACCELERATE_MIXED_PRECISION": "fp8",
+        "ACCELERATE_FP8_BACKEND": "AO",
+        "ACCELERATE_FP8_ENABLE_FSDP_FLOAT8_ALL_GATHER": str(cell.gathers_float8),
+    }
+
+
+def scale_ahead(cell: Cell, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """What accelerate hangs behind the optimizer's step: the scales of all weights, in one message."""
+    if cell.gathers_float8:
+        from torchao.float8 import precompute_float8_dynamic_scale_for_fsdp
+
+        optimizer.register_step_post_hook(lambda *_, **__: precompute_float8_dynamic_scale_for_fsdp(model))
 
 
 def loads_narrow(cell: Cell) -> bool:
@@ -158,7 +188,7 @@ def build_optimizer(cell: Cell, model: nn.Module) -> torch.optim.Optimizer:
 def autocast(cell: Cell) -> contextlib.AbstractContextManager[Any]:
     """Autocast where ``--trainer loop`` has it: mixed precision without an engine that casts by itself."""
     engine_casts = cell.strategy in FSDP or cell.strategy.startswith("zero")
-    on = cell.precision == "bf16-params" or (cell.is_mixed and not engine_casts)
+    on = cell.precision in ("bf16-params", "fp8") or (cell.is_mixed and not engine_casts)
     return torch.autocast("cpu", dtype=torch.bfloat16) if on else contextlib.nullcontext()
 
 
@@ -289,7 +319,7 @@ def resident_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
     storages = {}
     for tensor in tensors:
         local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-        storage = local.untyped_storage()
+        storage = getattr(local, "_tensor", local).untyped_storage()  # torchao wraps what it casts before gathering
         storages[storage._cdata] = storage.nbytes()
     return sum(storages.values()) + reducer_bytes(model)
 
@@ -317,6 +347,7 @@ def run_loop(cell: Cell) -> list[int]:
     elif cell.tp > 1:
         split(cell, model)
     optimizer = build_optimizer(cell, model)
+    scale_ahead(cell, model, optimizer)
     data = task_batches(cell, config)
     resident = []
     for step in range(cell.num_steps):
@@ -514,6 +545,7 @@ def shard_through_accelerate(cell: Cell, model: nn.Module) -> None:
         "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
         "FSDP_TRANSFORMER_CLS_TO_WRAP": ",".join(wrapped_classes(cell, model)),
         "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+        **float8_variables(cell),
     }
 
 
@@ -586,6 +618,7 @@ def run_trainer(cell: Cell) -> list[int]:
     if is_zero:
         uncompiled_deepspeed()
         outlive_gloo()
+    os.environ |= float8_variables(cell)
     model = build_model(cell)
     is_sharded = cell.strategy in FSDP_VARIABLES
     if cell.tp > 1:

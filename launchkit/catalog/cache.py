@@ -28,7 +28,17 @@ from launchkit.model import ModelProfile
 from launchkit.program import StepProgram
 from launchkit.scenario import TraceKey
 
-TRACED_WITH = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "liger-kernel", "trl", "deepspeed")
+TRACED_WITH = (
+    "torch",
+    "transformers",
+    "peft",
+    "accelerate",
+    "bitsandbytes",
+    "liger-kernel",
+    "trl",
+    "deepspeed",
+    "torchao",
+)
 _REFUSALS = {kind.__name__: kind for kind in (TraceError, ModelConfigError, MissingExtraError)}
 
 

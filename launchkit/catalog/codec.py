@@ -65,6 +65,8 @@ MOMENTS = tuple(Moment)
 GROUPS = tuple(Group)
 OWNER_INDEX = {owner: index for index, owner in enumerate(OWNERS)}
 
+_TENSOR_CORES, _FLOAT8 = 1, 2  # marks of a kernel
+
 _TERM_WIDTH, _TILES_WIDTH = len(Term._fields), len(Tiles._fields)
 
 
@@ -167,7 +169,10 @@ class ProgramFile:
             events=self._events(data["events"]),
             group=data["group"],
             uses=tuple(data["uses"]),
-            kernels=tuple(Kernel(count, size(flops), size(n), bool(tc)) for count, flops, n, tc in data["kernels"]),
+            kernels=tuple(
+                Kernel(count, size(flops), size(n), bool(marks & _TENSOR_CORES), bool(marks & _FLOAT8))
+                for count, flops, n, marks in data["kernels"]
+            ),
             collectives=tuple(
                 Collective(KINDS[kind], size(n), MOMENTS[moment], GROUPS[group])
                 for kind, n, moment, group in data["collectives"]
@@ -260,7 +265,10 @@ class _Writer:
                 "group": section.group,
                 "uses": section.uses,
                 "events": self._events(section.events),
-                "kernels": [[k.count, size(k.flops), size(k.num_bytes), int(k.tensor_cores)] for k in section.kernels],
+                "kernels": [
+                    [k.count, size(k.flops), size(k.num_bytes), k.tensor_cores * _TENSOR_CORES | k.float8 * _FLOAT8]
+                    for k in section.kernels
+                ],
                 "collectives": [
                     [KINDS.index(c.kind), size(c.num_bytes), MOMENTS.index(c.moment), GROUPS.index(c.group)]
                     for c in section.collectives

@@ -7,6 +7,7 @@ from launchkit.export.layout import (
     FsdpLayout,
     autocast_format,
     check_expressible,
+    float8_section,
     fsdp_layout,
     is_split_by_transformers,
     mesh_section,
@@ -46,8 +47,8 @@ def accelerate_config(
         config["parallelism_config"] = {f"parallelism_config_{key}": value for key, value in mesh.items()}
     if scenario.strategy.kind.zero_stage:
         config["deepspeed_config"] = _deepspeed_section(candidate, cluster, deepspeed_file=deepspeed_file)
-    if autocast_format(scenario) == "fp8":
-        config["fp8_config"] = {"backend": "AO"}
+    if float8 := float8_section(candidate):
+        config["fp8_config"] = float8
     if scenario.training.compile:
         config["dynamo_config"] = {"dynamo_backend": "INDUCTOR"}
     return config

@@ -16,6 +16,7 @@ from launchkit.export.layout import (
     clip_norm,
     ddp_arguments,
     fsdp_layout,
+    gathers_float8,
     lora_target_modules,
     reenters,
 )
@@ -58,7 +59,7 @@ _PRECISION_KEYS: dict[str, dict[str, object]] = {
     "no": {"bf16": False, "fp16": False},
     "fp16": {"bf16": False, "fp16": True},
     "bf16": {"bf16": True, "fp16": False},
-    "fp8": {"bf16": True, "fp16": False, "fp8": True},
+    "fp8": {"bf16": True, "fp16": False, "fp8": True},  # which then wins: Axolotl hands accelerate its recipe
 }
 
 
@@ -96,6 +97,7 @@ def axolotl_config(
         "lr_scheduler": recipe.lr_scheduler,
         "max_grad_norm": clip_norm(candidate),
         **_PRECISION_KEYS[autocast_format(candidate.scenario)],
+        **({"fp8_enable_fsdp_float8_all_gather": True} if gathers_float8(candidate) else {}),
         "tf32": cluster.gpu.tf32_flops_per_s > 0,
         "attn_implementation": training.attention.value,
         **_LOSS_KEYS[training.loss],
@@ -108,7 +110,7 @@ def axolotl_config(
 def axolotl_notes(candidate: Candidate) -> tuple[str, ...]:
     """What Axolotl does otherwise than the plan assumed, in the direction of less memory."""
     scenario = candidate.scenario
-    if scenario.training.precision is Precision.BF16 and scenario.strategy.kind in UNSHARDED:
+    if scenario.training.precision in (Precision.BF16, Precision.FP8) and scenario.strategy.kind in UNSHARDED:
         return ("Axolotl loads the weights in bf16; the plan counted fp32 weights under autocast, so this takes less.",)
     return ()
 

@@ -98,6 +98,29 @@ def autocast_format(scenario: Scenario) -> str:
     return "bf16" if precision is Precision.BF16_PARAMS and not upcasts else "no"
 
 
+def gathers_float8(candidate: Candidate) -> bool:
+    """Whether torchao's weights are cast before FSDP2 gathers them."""
+    strategy = candidate.scenario.strategy
+    is_float8 = candidate.scenario.training.precision is Precision.FP8
+    return is_float8 and strategy.kind.is_fsdp and strategy.fsdp.float8_all_gather
+
+
+def float8_section(candidate: Candidate) -> dict[str, object]:
+    """Accelerate's ``fp8_config``; nothing without fp8.
+
+    Its all-gather is on unless it is turned off, and where nothing is gathered it must be: it makes parameters anew,
+    and an optimizer that was there before keeps the old ones, so that the converted layers never train (accelerate 1.15
+    ``_prepare_ao``, torchao 0.18 ``Float8Linear.from_float``).
+    """
+    if candidate.scenario.training.precision is not Precision.FP8:
+        return {}
+    return {
+        "backend": "AO",
+        "enable_fsdp_float8_all_gather": gathers_float8(candidate),
+        "pad_inner_dim": True,
+    }
+
+
 def attention_modules(model_type: str) -> tuple[str, ...]:
     """The linear layers of the attention of ``model_type``, as PEFT's ``target_modules`` names them."""
     return _ATTENTION_MODULES.get(model_type, _USUAL_ATTENTION_MODULES)
@@ -173,8 +196,7 @@ def fsdp_layout(candidate: Candidate, cluster: Cluster) -> FsdpLayout:
         version=1 if kind is StrategyKind.FSDP else 2,
         sharding=fsdp.sharding,
         offload_params=scenario.strategy.offloads_params,
-        # Only rank 0 quantises then, and the other ranks wait for shapes that never come.
-        cpu_ram_efficient_loading=fsdp.cpu_ram_efficient_loading and scenario.training.method is not Method.QLORA,
+        cpu_ram_efficient_loading=scenario.loads_on_first_rank,
         activation_checkpointing=scenario.training.checkpointing is Checkpointing.FULL,
         state_dict_type="FULL_STATE_DICT" if fsdp.full_state_dict else "SHARDED_STATE_DICT",
         wrap_classes=",".join(candidate.model.block_classes),
@@ -303,6 +325,23 @@ def _has_fp8_zero(candidate: Candidate, cluster: Cluster) -> bool:
     return bool(scenario.strategy.kind.zero_stage) and scenario.training.precision is Precision.FP8
 
 
+def _has_adapter_under_fp8(candidate: Candidate, cluster: Cluster) -> bool:
+    training = candidate.scenario.training
+    return training.precision is Precision.FP8 and training.method is not Method.FULL
+
+
+def _has_fp8_elsewhere(candidate: Candidate, cluster: Cluster) -> bool:
+    """Under an engine that torchao's layers are not planned with."""
+    scenario = candidate.scenario
+    strategy = scenario.strategy
+    is_other = strategy.kind is StrategyKind.FSDP or strategy.split.num_ranks > 1 or strategy.offloads_params
+    return scenario.training.precision is Precision.FP8 and is_other
+
+
+def _has_fp8_on_cpu(candidate: Candidate, cluster: Cluster) -> bool:
+    return candidate.scenario.training.precision is Precision.FP8 and cluster.gpu.backend is Backend.CPU
+
+
 def _has_offloaded_bf16_states(candidate: Candidate, cluster: Cluster) -> bool:
     scenario = candidate.scenario
     is_zero_offload = bool(scenario.strategy.kind.zero_stage) and scenario.strategy.offload.optimizer
@@ -341,6 +380,13 @@ _REFUSALS: tuple[_Refusal, ...] = (
     ),
     (_has_unnamed_blocks, "{name} needs the class of the model's blocks, and none is known", "use --strategy zero3"),
     (_has_fp8_zero, "{name} has no fp8", "use --precision bf16, or --strategy fsdp2"),
+    (_has_fp8_on_cpu, "fp8 is for GPUs, and there is none", "use --precision bf16"),
+    (_has_adapter_under_fp8, "accelerate's fp8 is for full fine-tunes", "use --precision bf16-params"),
+    (
+        _has_fp8_elsewhere,
+        "{name} does not go with torchao's fp8",
+        "use --precision bf16, or --strategy fsdp2 without offload and split",
+    ),
     (
         _has_offloaded_bf16_states,
         "{name} keeps fp32 optimizer states on the host",

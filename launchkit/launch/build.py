@@ -7,9 +7,10 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from launchkit.errors import IllegalScenarioError
 from launchkit.export.deepspeed import deepspeed_config
 from launchkit.export.layout import DEEPSPEED_FILE, num_nodes, num_processes
-from launchkit.hardware import Cluster
+from launchkit.hardware import Backend, Cluster
 from launchkit.launch.command import (
     DEFAULT_MASTER_PORT,
     Command,
@@ -28,6 +29,7 @@ from launchkit.launch.environment import (
 )
 from launchkit.launch.job import Data, fine_tune_job
 from launchkit.plan import Candidate
+from launchkit.scenario import Precision
 
 JOB_FILE = "job.json"
 MODEL_DIR = "model"
@@ -81,6 +83,8 @@ def build_command(
     candidate: Candidate, cluster: Cluster, *, target: BuiltIn | Script, run_dir: str, launcher: Launcher
 ) -> Command:
     """Everything that starts ``target`` as ``candidate`` was planned, in ``run_dir`` (absolute)."""
+    if candidate.scenario.training.precision is Precision.FP8 and cluster.gpu.backend is Backend.CPU:
+        raise IllegalScenarioError("--precision fp8 is launched on GPUs alone, and there is none; use --precision bf16")
     deepspeed_file = f"{run_dir}/{DEEPSPEED_FILE}" if candidate.scenario.strategy.kind.zero_stage else ""
     engine = choose_engine(
         candidate.scenario.strategy, preferred=launcher.engine, visible_devices=launcher.visible_devices

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from launchkit.export.layout import (
     FsdpLayout,
     autocast_format,
+    float8_section,
     fsdp_layout,
     is_split_by_transformers,
     mesh_section,
@@ -43,6 +44,7 @@ def strategy_environment(candidate: Candidate, cluster: Cluster, *, deepspeed_fi
         environment |= fsdp_environment(
             fsdp_layout(candidate, cluster), candidate, on_cpu=cluster.gpu.backend is Backend.CPU
         )
+    environment |= {f"ACCELERATE_FP8_{key.upper()}": str(value) for key, value in float8_section(candidate).items()}
     if mesh := mesh_section(candidate, cluster):
         environment["ACCELERATE_USE_PARALLELISM_CONFIG"] = "true"
         environment |= {f"PARALLELISM_CONFIG_{key.upper()}": str(value) for key, value in mesh.items()}

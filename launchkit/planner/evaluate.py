@@ -23,6 +23,7 @@ from launchkit.scenario import (
     Checkpointing,
     DeviceKind,
     Method,
+    Precision,
     Scenario,
     State,
     StrategyKind,
@@ -215,7 +216,7 @@ def judge(bench: Bench, scenario: Scenario) -> Candidate:
     return replace(
         candidate,
         estimate=replace(candidate.estimate, device_peak_low_bytes=_low_bytes(bench, candidate)),
-        notes=(*candidate.notes, *_compile_notes(scenario), *_warnings(bench, candidate)),
+        notes=(*candidate.notes, *_compile_notes(scenario), *_float8_notes(scenario), *_warnings(bench, candidate)),
     )
 
 
@@ -240,6 +241,15 @@ def _compile_notes(scenario: Scenario) -> tuple[str, ...]:
         "torch.compile: the peak is the eager step's, which a compiled one stays below; the low end of the range is "
         "what full checkpointing would take",
     )
+
+
+def _float8_notes(scenario: Scenario) -> tuple[str, ...]:
+    if scenario.training.precision is not Precision.FP8:
+        return ()
+    told = "fp8: traced through torchao's own layers, and checked against no GPU's memory or speed yet"
+    if scenario.training.compile:
+        return (f"{told}; the clock counts its casts as passes of their own, which --compile fuses",)
+    return (f"{told}; without --compile every cast makes copies in fp32 on its way",)
 
 
 def _warnings(bench: Bench, candidate: Candidate) -> Iterator[str]:

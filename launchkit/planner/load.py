@@ -98,7 +98,7 @@ def _quantised(job: LoadJob) -> int:
 
 def _scattered(job: LoadJob) -> int:
     """accelerate's FSDP2 brings over a weight at a time, whole, on every rank; the plain loop a unit at a time."""
-    whole = job.scenario.training.trainer is Trainer.LOOP or not job.scenario.strategy.fsdp.cpu_ram_efficient_loading
+    whole = job.scenario.training.trainer is Trainer.LOOP or not job.scenario.loads_on_first_rank
     arriving = job.sizes.largest_unit_bytes if whole else job.sizes.largest_tensor_bytes
     return _shards(job) + arriving
 

@@ -148,6 +148,8 @@ class Search:
             strategy = replace(_strategy(kind, offload), split=split)
             if request.fsdp_sharding is not None and kind.is_fsdp:
                 strategy = replace(strategy, fsdp=replace(strategy.fsdp, sharding=request.fsdp_sharding))
+            if request.fp8_all_gather is not None:
+                strategy = replace(strategy, fsdp=replace(strategy.fsdp, float8_all_gather=request.fp8_all_gather))
             if request.zero_settings is not None and kind.zero_stage:
                 zero = read_zero_settings(request.zero_settings, hidden_size=self._profile.hidden_size)
                 strategy = replace(strategy, zero=zero)
@@ -196,6 +198,7 @@ class Search:
             strategy=StrategyKind.SINGLE,
             offload=None,
             fsdp_sharding=None,
+            fp8_all_gather=None,
             zero_settings=None,
             micro_batch=None,
             global_batch=None,

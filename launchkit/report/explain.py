@@ -250,7 +250,10 @@ TERMS: tuple[Term, ...] = (
         text="bf16 and fp16 are mixed precision with fp32 held somewhere: fp32 weights under autocast (single, ddp), "
         "fp32 shards with 16-bit compute (fsdp), 16-bit weights with an fp32 master (zero). bf16-params holds "
         "weights, gradients and states in bf16 with autocast on, bf16-pure without it. fp16's loss scaling works in "
-        "place, and TF32 only shortens the products of fp32: neither changes a byte.",
+        "place, and TF32 only shortens the products of fp32: neither changes a byte. fp8 is bf16 whose linear layers, "
+        "all but the first and the last, are torchao's, as accelerate and Axolotl put them in: activations are kept in "
+        "bf16, and each product casts both factors to 8 bits. FSDP2 gathers weights in 8 bits, or in 16 with "
+        "--no-fp8-all-gather. It takes compute capability 8.9; Transformer Engine's and MS-AMP's fp8 are not planned.",
         also=("bf16", "fp16", "bf16-params", "bf16-pure", "fp32", "fp8"),
     ),
     Term(

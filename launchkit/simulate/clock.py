@@ -100,6 +100,8 @@ _PEAK_FIELDS: Mapping[Compute, str] = {
     Compute.BF16: "bf16_flops_per_s",
     Compute.BF16_AUTOCAST: "bf16_flops_per_s",
     Compute.FP16: "fp16_flops_per_s",
+    Compute.AUTOCAST_FP8: "bf16_flops_per_s",  # attention and the head; torchao's products have a peak of their own
+    Compute.FP8_AUTOCAST: "bf16_flops_per_s",
 }
 
 # Share of the payload that crosses each link of a ring of n ranks, times n / (n - 1).
@@ -266,6 +268,7 @@ class _Durations:
         efficiency = efficiency_of(gpu)
         ceiling = gpu.matmul_efficiency or DEFAULT_MATMUL_CEILING
         self.matmul_flops_per_s = peak_flops_per_s(job) * ceiling * efficiency.matmul
+        self.float8_flops_per_s = (gpu.fp8_flops_per_s or peak_flops_per_s(job)) * ceiling * efficiency.matmul
         self.vector_flops_per_s = (gpu.fp32_flops_per_s or peak_flops_per_s(job)) * efficiency.matmul
         self.memory_bytes_per_s = (gpu.memory_bandwidth_bytes_per_s or 1e11) * efficiency.memory
         self.copy_bytes_per_s = (gpu.pcie_bytes_per_s or ASSUMED_PCIE_BYTES_PER_S) * PCIE_COPY_EFFICIENCY
@@ -294,6 +297,8 @@ class _Durations:
 
     def _kernel(self, kernel: Kernel) -> float:
         flops_per_s = self.matmul_flops_per_s if kernel.tensor_cores else self.vector_flops_per_s
+        if kernel.float8:
+            flops_per_s = self.float8_flops_per_s
         compute = kernel.flops.at(self.point) / flops_per_s
         return max(compute, kernel.num_bytes.at(self.point) / self.memory_bytes_per_s)
 

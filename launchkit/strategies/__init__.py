@@ -18,6 +18,7 @@ from launchkit.scenario import (
     DeviceKind,
     Loss,
     Method,
+    Offload,
     Precision,
     Scenario,
     Strategy,
@@ -76,7 +77,7 @@ def refusal(scenario: Scenario, profile: ModelProfile, cluster: Cluster) -> str 
     find(scenario.training.optimizer)
     return (
         _pointless(scenario.training)
-        or _unmodelled(scenario.training)
+        or _float8_refusal(scenario, cluster)
         or _checkpointing_refusal(scenario, cluster)
         or _optimizer_refusal(scenario)
         or split.refusal(scenario, profile, cluster)
@@ -101,14 +102,40 @@ def _pointless(training: Training) -> str | None:
     return given and f"{given} says nothing under --method full; add --method lora"
 
 
-def _unmodelled(training: Training) -> str | None:
-    """What no trace stands for yet. An answer for something else would be worse than none."""
-    if training.precision is Precision.FP8:
-        return (
-            "--precision fp8 is not modelled: torchao's layers, accelerate's choice, hold weights and activations in "
-            "16 bits and make 8-bit copies for each product; use --precision bf16, whose peak is no higher"
-        )
-    return None
+def _float8_refusal(scenario: Scenario, cluster: Cluster) -> str | None:
+    """What torchao's layers, which accelerate puts in for fp8, do not go with. On a CPU they run, so that a trace can
+    be held against the real allocator; nothing is launched so.
+
+    Source: accelerate 1.15 ``state.py`` (``check_cuda_fp8_capability``), ``utils/ao.py``: every ``nn.Linear`` is
+    converted, whatever it holds, and torchao's backward makes every weight's gradient, trained or not.
+    """
+    training, strategy, gpu = scenario.training, scenario.strategy, cluster.gpu
+    if training.precision is not Precision.FP8:
+        return None
+    facts = {
+        f"{gpu.name} has no fp8; use --precision bf16, or a GPU of compute capability 8.9 or later": (
+            gpu.device_kind is not DeviceKind.CPU and not gpu.supports_fp8
+        ),
+        "accelerate's fp8 takes packed 4-bit layers for linear ones and fails; use --precision bf16-params": (
+            training.method is Method.QLORA
+        ),
+        "accelerate's fp8 makes gradients of frozen weights too, and drops them; use --precision bf16-params": (
+            training.method is Method.LORA
+        ),
+        "accelerate takes no fp8 beside DeepSpeed's file; use --strategy fsdp2, or --precision bf16": (
+            strategy.kind.zero_stage > 0
+        ),
+        "torchao's fp8 goes with FSDP2, not with the flat parameters of FSDP1; use --strategy fsdp2": (
+            strategy.kind is StrategyKind.FSDP
+        ),
+        f"--precision fp8 with {strategy.split.text} is not modelled; use --precision bf16": (
+            strategy.split.num_ranks > 1
+        ),
+        f"--precision fp8 with --offload {strategy.offload} is not modelled; use --precision bf16": (
+            strategy.offload is not Offload.NONE
+        ),
+    }
+    return next((fact for fact, holds in facts.items() if holds), None)
 
 
 def _checkpointing_refusal(scenario: Scenario, cluster: Cluster) -> str | None:
@@ -149,7 +176,7 @@ _WITHOUT_LOSS = {
     (Trainer.TRL, Loss.PLAIN): "TRL's trainer always computes its loss in chunks; use --loss chunked or --trainer hf",
     (Trainer.TRL, Loss.CCE): "TRL has no cut cross-entropy; use --loss chunked or --trainer axolotl",
 }
-_IN_16_BITS = (Compute.BF16, Compute.BF16_AUTOCAST, Compute.FP16)
+_IN_16_BITS = (Compute.BF16, Compute.BF16_AUTOCAST, Compute.FP16, Compute.FP8_AUTOCAST)
 
 
 def _head_refusal(scenario: Scenario, profile: ModelProfile, cluster: Cluster) -> str | None:

@@ -52,6 +52,7 @@ _T = TypeVar("_T", bound=Hashable)
 OPTIMIZER_STAGE = "optimizer"
 ROOT_GROUP = "root"
 HALF_BYTES = 2  # of an element in fp16 or bf16
+FLOAT8_BYTES = 1
 
 
 # Weights stay as they are and autocast casts in the forward pass: one GPU and DDP.
@@ -61,7 +62,7 @@ AUTOCAST_COMPUTE = {
     Precision.BF16: Compute.AUTOCAST_BF16,
     Precision.BF16_PARAMS: Compute.BF16_AUTOCAST,
     Precision.BF16_PURE: Compute.BF16,
-    Precision.FP8: Compute.AUTOCAST_BF16,
+    Precision.FP8: Compute.AUTOCAST_FP8,
 }
 
 
@@ -83,6 +84,7 @@ def make_trace_key(training: Training, compute: Compute, device: DeviceKind, *, 
         dora=training.dora and has_adapter,
         modules_to_save=training.lora_modules_to_save if has_adapter else "",
         images=training.images,
+        pads_float8=compute.is_float8 and training.trainer is not Trainer.AXOLOTL,
     )
 
 

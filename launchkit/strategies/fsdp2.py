@@ -5,7 +5,8 @@ unit, as torch 2.13 has it (``torch/distributed/fsdp/_fully_shard``, confirmed o
 
 - gather: shards are cast into a flat input where the compute dtype differs, all-gathered into one buffer, and copied
   out into a storage per parameter. In the forward pass the buffer lives until the next unit has been copied out (the
-  last one's until the root's forward ends); in the backward pass it dies at once.
+  last one's until the root's forward ends); in the backward pass it dies at once. Those of torchao's layers that go
+  in 8 bits are scaled and cast before, one after another.
 - after its forward the copies die, except those of a unit that is not resharded (the root's never are).
 - before its backward the unit is gathered again, if the prefetch has not done so: each unit's backward begins by
   gathering the next one's, so two are there at a time.
@@ -66,6 +67,7 @@ from launchkit.scenario import (
     Training,
 )
 from launchkit.strategies.base import (
+    FLOAT8_BYTES,
     HALF_BYTES,
     ROOT_GROUP,
     OptimizerStep,
@@ -89,7 +91,7 @@ _COMPUTE = {
     Precision.BF16: Compute.BF16_AUTOCAST,
     Precision.BF16_PARAMS: Compute.BF16_AUTOCAST,
     Precision.BF16_PURE: Compute.BF16,
-    Precision.FP8: Compute.BF16_AUTOCAST,
+    Precision.FP8: Compute.FP8_AUTOCAST,
 }
 _COMPUTE_IN_LOOP = _COMPUTE | {Precision.BF16: Compute.BF16}
 
@@ -98,7 +100,11 @@ def trace_key(training: Training, strategy: Strategy, device: DeviceKind, *, sin
     """Blocks run on gathered weights, so on 16-bit ones, adapters included, under mixed precision."""
     compute = _COMPUTE_IN_LOOP if training.trainer is Trainer.LOOP else _COMPUTE
     key = make_trace_key(training, compute[training.precision], device, single_sequence=single_sequence)
-    return replace(key, cast_adapters=training.method is not Method.FULL and _casts(training))
+    return replace(
+        key,
+        cast_adapters=training.method is not Method.FULL and _casts(training),
+        gathers_float8=key.compute.is_float8 and strategy.fsdp.float8_all_gather,
+    )
 
 
 def _casts(training: Training) -> bool:
@@ -288,6 +294,11 @@ class _Sharded(NamedTuple):
     def reduced_bytes(self) -> int:
         return self.numel * self.reduced_itemsize
 
+    @property
+    def is_float8(self) -> bool:
+        """Whether it is gathered in the 8 bits that its rank has cast it to, by torchao's ``fsdp_pre_all_gather``."""
+        return self.gathered_itemsize == FLOAT8_BYTES and self.stored_itemsize == FP32_BYTES
+
 
 @dataclass(frozen=True, kw_only=True)
 class _Unit:
@@ -319,8 +330,14 @@ class _Unit:
 
     @cached_property
     def recast_bytes(self) -> int:
-        """The part of ``cast_bytes`` whose dtype is another than that of the shards."""
-        return sum(p.sent_bytes for p in self.parameters if p.stored_itemsize != p.gathered_itemsize)
+        """The part of ``cast_bytes`` whose dtype is another than that of the shards, cast into one flat tensor."""
+        cast = (p for p in self.parameters if p.stored_itemsize != p.gathered_itemsize)
+        return sum(p.sent_bytes for p in cast if not p.is_float8)
+
+    @cached_property
+    def float8(self) -> tuple[_Sharded, ...]:
+        """What is cast to 8 bits, each into a tensor of its own, before the rest is cast."""
+        return tuple(p for p in self.parameters if p.is_float8)
 
     def sent_bytes(self, *, offloads: bool) -> int:
         """Bytes of the flat input that shards are cast (or fetched) into before they are gathered."""
@@ -349,8 +366,9 @@ def _sharded(parameter: Parameter, layout: Layout, *, in_block: bool) -> _Sharde
     dims = parameter.sizes(layout.rank) or (1,)
     shape = (divide_up(dims[0], layout.num_shards), *dims[1:])
     stored = layout.trainable_itemsize if parameter.trainable else layout.frozen_itemsize
-    gathered = layout.gathered_itemsize or parameter.itemsize
-    reduced = layout.reduced_itemsize or gathered
+    is_float8 = parameter.itemsize == FLOAT8_BYTES
+    gathered = FLOAT8_BYTES if is_float8 else layout.gathered_itemsize or parameter.itemsize
+    reduced = layout.reduced_itemsize or (layout.gathered_itemsize if is_float8 else gathered)
     numel = parameter.numel(layout.rank)
     shard = _Sharded(shape, parameter.trainable, stored or parameter.itemsize, gathered, reduced, 0, 0, 0, in_block)
     return shard._replace(
@@ -431,7 +449,9 @@ class _Slot(IntEnum):
     GRADIENT = 7
     NARROWED = 8
     SECOND_COPY = 9
-    COPIES = 10  # the first of one per parameter
+    SCALED = 10
+    CLAMPED = 11
+    COPIES = 12  # the first of one per parameter; those in 8 bits that are sent come behind them
 
 
 class _Gradient(NamedTuple):
@@ -541,12 +561,31 @@ class _Rewriter(ShardedProgram):
         """The all-gather's buffers. One rank alone gathers nothing and copies its shard out."""
         if self.layout.num_shards == 1 or not unit.parameters:
             return None
+        cast = self._cast_to_float8(unit, place, events)
         sent_bytes = unit.sent_bytes(offloads=self.layout.offloads)
-        flat = self.alloc(place, slot - 1, sent_bytes, events, stream=Stream.GATHER)
-        gathered = self.alloc(place, slot, unit.gathered_bytes, events, stream=Stream.GATHER)
+        flat = self._on_gather(place, slot - 1, sent_bytes, events)
+        gathered = self._on_gather(place, slot, unit.gathered_bytes, events)
         self.pass_through_wire(place, unit.gathered_bytes, events)
-        events.append(self.free(flat, place))
+        events.extend(self.free(live, place) for live in (*cast, flat))
         return gathered
+
+    def _on_gather(self, place: Place, slot: int, num_bytes: int, events: list[Event]) -> Live:
+        return self.alloc(place, slot, num_bytes, events, stream=Stream.GATHER)
+
+    def _cast_to_float8(self, unit: _Unit, place: Place, events: list[Event]) -> list[Live]:
+        """The shards in 8 bits, there until they are sent. While each is made, it exists in fp32 twice more: scaled,
+        and clamped.
+
+        Source: torchao 0.18 ``WeightWithDynamicFloat8CastTensor.fsdp_pre_all_gather``, ``_ToFloat8ConstrFunc``,
+        ``to_fp8_saturated``. Omits: the scales, 4 bytes each.
+        """
+        cast = []
+        first = _Slot.COPIES + len(unit.parameters)
+        for slot, parameter in enumerate(unit.float8, first):
+            wide = [self._on_gather(place, s, parameter.stored_bytes, events) for s in (_Slot.SCALED, _Slot.CLAMPED)]
+            cast.append(self._on_gather(place, slot, parameter.sent_bytes, events))
+            events.extend(self.free(live, place) for live in wide)
+        return cast
 
     def _copy_out(self, index: int, unit: _Unit, place: Place, events: list[Event]) -> None:
         first = self.first_slot + _Slot.COPIES
@@ -647,7 +686,8 @@ class _Rewriter(ShardedProgram):
         if self.layout.num_shards > 1 and unit.parameters:
             payload = Size.constant(unit.gathered_bytes)
             frame.collectives.append(Collective(CollectiveKind.ALL_GATHER, payload, Moment.BEFORE, self.layout.group))
-        moved = unit.stored_bytes + unit.cast_bytes + 2 * unit.gathered_bytes
+        scaled = 4 * sum(p.stored_bytes for p in unit.float8)  # written and read again, then clamped alike
+        moved = unit.stored_bytes + scaled + unit.cast_bytes + 2 * unit.gathered_bytes
         frame.kernels.append(Kernel(1, Size.constant(0), Size.constant(moved), False))
 
     def _clock_reduce(self, unit: _Unit, frame: Frame) -> None:

@@ -30,7 +30,6 @@ COMPUTE = {
     Precision.BF16: Compute.BF16,
     Precision.BF16_PARAMS: Compute.BF16,
     Precision.BF16_PURE: Compute.BF16,
-    Precision.FP8: Compute.BF16,
 }
 
 ALL_LINEAR = "all-linear"

@@ -37,6 +37,7 @@ from launchkit.program import (
 from launchkit.trace.build import Stack, surroundings
 from launchkit.trace.fit import Fitter
 from launchkit.trace.heads import VOCABULARY_TILE
+from launchkit.trace.kernels import SCALED_PRODUCT
 from launchkit.trace.loops import fold, fold_kernels
 from launchkit.trace.recorder import AllocRecord, KernelRecord, Log, Place
 
@@ -253,7 +254,7 @@ class _Numbered:
 
 
 def _read_kernels(logs: Sequence[Sequence[KernelRecord]], fitter: Fitter) -> dict[Place, tuple[Kernel, ...]]:
-    counted: dict[Place, dict[tuple[Size, Size, bool], int]] = {}
+    counted: dict[Place, dict[tuple[Size, Size, bool, bool], int]] = {}
     if len({len(records) for records in logs}) > 1:
         raise TraceError("the number of kernels differs between batch sizes or lengths")
     for records in zip(*logs, strict=True):
@@ -262,13 +263,10 @@ def _read_kernels(logs: Sequence[Sequence[KernelRecord]], fitter: Fitter) -> dic
             raise TraceError(f"the kernels differ between batch sizes or lengths in {first.place.stage}")
         flops = fitter.fit([r.flops for r in records], what=f"the FLOPs of {first.op}")
         moved = fitter.fit_traffic([r.num_bytes for r in records])
-        key = (flops, moved, bool(flops.terms))
+        key = (flops, moved, bool(flops.terms), first.op == SCALED_PRODUCT)
         place = counted.setdefault(first.place, {})
         place[key] = place.get(key, 0) + 1
-    return {
-        place: tuple(Kernel(count, flops, moved, cores) for (flops, moved, cores), count in kernels.items())
-        for place, kernels in counted.items()
-    }
+    return {place: tuple(Kernel(count, *kind) for kind, count in kernels.items()) for place, kernels in counted.items()}
 
 
 def _read_copies(logs: Sequence[Log], fitter: Fitter) -> dict[Place, tuple[Copy, ...]]:

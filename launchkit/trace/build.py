@@ -181,7 +181,7 @@ def layer_kinds(config: PreTrainedConfig, stack: nn.ModuleList) -> tuple[str, ..
     shapes: dict[str, int] = {}
     kinds = []
     for name, manner, block in zip(named, _manners(stack), stack, strict=True):
-        shape = repr([(n, tuple(p.shape)) for n, p in block.named_parameters()])
+        shape = repr([(n, tuple(p.shape), local(p).element_size()) for n, p in block.named_parameters()])
         kinds.append(f"{name}{manner}#{shapes.setdefault(shape, len(shapes))}")
     for layer in _second_to_share(kinds, getattr(text_config, "num_kv_shared_layers", 0) or 0):
         kinds[layer] = f"second {kinds[layer]}"

@@ -11,6 +11,8 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 
 aten = torch.ops.aten
 
+SCALED_PRODUCT = "aten::_scaled_mm"  # of 8-bit factors; torch's own registry has its FLOPs
+
 
 def flop_formulas() -> dict[Any, Callable[..., int]]:
     """Formulas by overload packet, called as torch's are: the operator's arguments and ``out_val``."""

@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 from launchkit.errors import TraceError
 from launchkit.program import CollectiveKind
 from launchkit.scenario import DeviceKind, TraceKey
+from launchkit.trace.float8 import is_float8, like_float8
 from launchkit.trace.recorder import AllocRecord, CollectiveRecord, FreeRecord, StepRecorder
 
 # The operators that send something, and whether the whole payload is what goes in or what comes out.
@@ -99,12 +100,16 @@ def _untie(model: nn.Module) -> None:
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
-    """What of ``tensor`` lies on this rank."""
-    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+    """What of ``tensor`` lies on this rank: its share of a split one, the 8-bit data of torchao's."""
+    if isinstance(tensor, DTensor):
+        return tensor._local_tensor
+    return tensor._data if is_float8(tensor) else tensor  # type: ignore[attr-defined,no-any-return]
 
 
 def like(whole: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
-    """``part`` as this rank's share of a tensor split as ``whole`` is; itself where that is not split."""
+    """``part`` as this rank's share of a tensor split as ``whole`` is, or wrapped as it; itself where it is neither."""
+    if is_float8(whole):
+        return like_float8(whole, part)
     return DTensor(part, whole._spec, requires_grad=False) if isinstance(whole, DTensor) else part
 
 

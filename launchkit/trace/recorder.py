@@ -21,6 +21,7 @@ from torch.utils.flop_counter import flop_registry
 
 from launchkit.program import CollectiveKind, Tiles
 from launchkit.trace.accumulate import as_the_engine_adds, holders_of_a_sole_gradient
+from launchkit.trace.float8 import float8_types
 from launchkit.trace.kernels import SUBSTITUTES, flop_formulas, scratch_bytes
 
 
@@ -143,6 +144,7 @@ class StepRecorder(TorchDispatchMode):
         self._numbers: dict[int, int] = {}
         self._next = 0
         self._sole = holders_of_a_sole_gradient()
+        self._wrappers = float8_types()  # an operator on those is none on a device, only what they make of it is
         self._flops: dict[Any, Callable[..., int]] = {**flop_registry, **flop_formulas()}
         for tensor in known:
             self._number_of(tensor.untyped_storage())
@@ -188,6 +190,8 @@ class StepRecorder(TorchDispatchMode):
     ) -> Any:
         if func is _DEVICE_OF:
             return args[0].fake_device  # two of three dispatches ask for nothing else
+        if not self._wrappers.isdisjoint(types):
+            return NotImplemented
         kwargs = kwargs or {}
         func = as_the_engine_adds(func, args, sole=self._sole)
         out = SUBSTITUTES.get(func, func)(*args, **kwargs)

@@ -16,6 +16,7 @@ from launchkit.scenario import Compute, TraceKey
 from launchkit.trace.build import Built
 from launchkit.trace.checkpointing import host_apart
 from launchkit.trace.compat import full_sequences, random_states
+from launchkit.trace.float8 import is_float8
 from launchkit.trace.inputs import make_batch
 from launchkit.trace.methods import unpacking_for_dora
 from launchkit.trace.parallel import RankRecorder, local
@@ -25,6 +26,8 @@ _AUTOCAST = {
     Compute.AUTOCAST_BF16: torch.bfloat16,
     Compute.BF16_AUTOCAST: torch.bfloat16,
     Compute.AUTOCAST_FP16: torch.float16,
+    Compute.AUTOCAST_FP8: torch.bfloat16,
+    Compute.FP8_AUTOCAST: torch.bfloat16,
 }
 
 Forward = Callable[[nn.Module, Mapping[str, torch.Tensor]], torch.Tensor]
@@ -104,7 +107,9 @@ def trace_step(built: Built, mode: FakeTensorMode, *, point: Point, key: TraceKe
     ):
         batch = make_batch(built, point, key)
         weights = [local(parameter) for parameter in parameters.values()]
-        recorder = _recorder(key, known=[*weights, *model.buffers(), *batch.values()], parameters=weights)
+        scales = [parameter._scale for parameter in parameters.values() if is_float8(parameter)]  # type: ignore[attr-defined]
+        known = [*weights, *scales, *model.buffers(), *batch.values()]
+        recorder = _recorder(key, known=known, parameters=weights)
         progress = Progress(recorder, built)
         try:
             with recorder:

@@ -39,6 +39,7 @@ from launchkit.trace.build import (
 )
 from launchkit.trace.checkpointing import enable_checkpointing
 from launchkit.trace.cuda import faithful_to_cuda
+from launchkit.trace.float8 import autocast_as_on_cuda, convert_linears
 from launchkit.trace.forward import forward_of
 from launchkit.trace.liger import liger_kernels
 from launchkit.trace.methods import WEIGHT_DTYPE, adapter_error, apply_method
@@ -140,6 +141,7 @@ def trace_model(config: Mapping[str, Any], key: TraceKey, *, progress: ProgressH
         points = trace_points(key, replace(lengths, stride=lengths.stride * key.split.num_pieces))
         if key.device is DeviceKind.CUDA:
             stack.enter_context(faithful_to_cuda())
+        stack.enter_context(autocast_as_on_cuda(key))
         stack.enter_context(kept_linear_inputs(key))
         stack.enter_context(liger_kernels(key, training_class(settings)[0], settings.model_type))
         num_ranks = key.split.num_ranks
@@ -194,6 +196,7 @@ def _build(settings: PreTrainedConfig, key: TraceKey, *, lora_rank: int, mesh: D
     whole: nn.Module = build_on_meta(model_class, settings, attention=key.attention, dtype=WEIGHT_DTYPE[key.compute])
     config = whole.config
     whole.train()
+    convert_linears(whole, key)
     stacks = cut(whole, config, first_apart=key.lora_targets not in _BEFORE_ATTENTION)
     if mesh is not None and key.tp > 1:
         split_weights(whole, mesh)
@@ -278,7 +281,7 @@ def _row(name: str, p: nn.Parameter, lora_rank: int) -> Parameter:
             packed_bytes=packed_bytes(numel),
             extra_bytes=scale_bytes(numel),
         )
-    return parameter(name, local(p).shape, p.element_size(), trainable=p.requires_grad, lora_rank=lora_rank)
+    return parameter(name, local(p).shape, local(p).element_size(), trainable=p.requires_grad, lora_rank=lora_rank)
 
 
 def _buffer_bytes(model: nn.Module, stacks: tuple[Stack, ...], prefix: str) -> tuple[int, ...]:

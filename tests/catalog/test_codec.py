@@ -82,7 +82,7 @@ sections = st.builds(
     events=st.lists(events, max_size=8).map(tuple),
     group=names,
     uses=st.lists(small, max_size=3).map(tuple),
-    kernels=st.lists(st.builds(Kernel, counts, sizes, sizes, st.booleans()), max_size=2).map(tuple),
+    kernels=st.lists(st.builds(Kernel, counts, sizes, sizes, st.booleans(), st.booleans()), max_size=2).map(tuple),
     collectives=st.lists(
         st.builds(Collective, st.sampled_from(CollectiveKind), sizes, moments, st.sampled_from(Group)), max_size=2
     ).map(tuple),

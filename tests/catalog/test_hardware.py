@@ -42,7 +42,7 @@ def test_a_device_is_physically_plausible(gpu: Gpu) -> None:
 @pytest.mark.parametrize("gpu", [gpu for gpu in TABLE.gpus if gpu.backend is Backend.CUDA], ids=lambda gpu: gpu.name)
 def test_bf16_and_fp8_follow_the_compute_capability(gpu: Gpu) -> None:
     assert gpu.supports_bf16 == (gpu.compute_capability >= (8, 0))
-    assert (gpu.fp8_flops_per_s > 0) == (gpu.compute_capability >= (8, 9))
+    assert (gpu.fp8_flops_per_s > 0) == (gpu.compute_capability >= (8, 9)) == gpu.supports_fp8
 
 
 @pytest.mark.parametrize(

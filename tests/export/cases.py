@@ -67,6 +67,8 @@ GOLDEN = [
     case("ddp-lora-2-nodes", strategy="ddp", method="lora", lora_targets="attention", num_nodes=2),
     case("fsdp1-shard-grad-op", strategy="fsdp", sharding="shard_grad_op", checkpointing="full"),
     case("fsdp2-full", strategy="fsdp2", checkpointing="full", loss="liger"),
+    case("ddp-fp8", strategy="ddp", precision="fp8"),
+    case("fsdp2-fp8", strategy="fsdp2", precision="fp8", checkpointing="full", compile=True),
     case("fsdp2-qlora-offload", strategy="fsdp2", method="qlora", offload="params", checkpointing="full"),
     case("hsdp-2-nodes", strategy="hsdp", num_nodes=2, checkpointing="full"),
     case("zero2-offload", strategy="zero2", offload="optimizer", checkpointing="full"),
@@ -90,10 +92,7 @@ def axolotl_cases() -> list[Case]:
             {"optimizer": name}
             for name in ("adamw_bnb_8bit", "paged_adamw_8bit", "adafactor", "sgd", "lion_32bit", "muon")
         ),
-        *(
-            {"precision": name}
-            for name in ("fp32", "fp16", "bf16-params", "bf16-pure")  # fp8 needs torchao there
-        ),
+        *({"precision": name} for name in ("fp32", "fp16", "bf16-params", "bf16-pure", "fp8")),
         *({"attention": name} for name in ("eager", "sdpa", "flash_attention_2")),
         *({"checkpointing": name} for name in ("none", "full", "selective")),
         {"packing": True, "attention": "flash_attention_2"},

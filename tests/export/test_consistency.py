@@ -172,6 +172,10 @@ INVALID = [
     ({"strategy": "hsdp", "shard_group_size": 3}, "equal shard groups"),
     ({"strategy": "fsdp", "limit_all_gathers": False}, "limit_all_gathers"),
     ({"strategy": "zero3", "precision": "fp8"}, "no fp8"),
+    ({"strategy": "fsdp", "precision": "fp8"}, "torchao's fp8"),
+    ({"strategy": "fsdp2", "precision": "fp8", "offload": "params"}, "torchao's fp8"),
+    ({"strategy": "ddp", "precision": "fp8", "method": "lora"}, "full fine-tunes"),
+    ({"strategy": "ddp", "precision": "fp8", "backend": "cpu"}, "for GPUs"),
     ({"strategy": "zero3", "precision": "bf16-pure", "offload": "optimizer"}, "optimizer states on the host"),
 ]
 

@@ -142,3 +142,22 @@ def test_the_built_in_refuses(scenario: dict[str, Any], model: dict[str, Any], m
     chosen = candidate(model=profile(**model), **scenario)
     with pytest.raises(IllegalScenarioError, match=message):
         build_command(chosen, cluster(num_gpus=1), target=BUILT_IN, run_dir="/r", launcher=LAUNCHER)
+
+
+@pytest.mark.parametrize(("strategy", "gathers"), [("ddp", "False"), ("fsdp2", "True")])
+def test_a_script_gets_accelerates_fp8_recipe(strategy: str, gathers: str) -> None:
+    """Whose all-gather would take the converted layers from the optimizer where nothing is gathered."""
+    command = build_command(
+        candidate(strategy=strategy, precision="fp8"), cluster(), target=SCRIPT, run_dir="/r", launcher=LAUNCHER
+    )
+    assert command.environment["ACCELERATE_MIXED_PRECISION"] == "fp8"
+    assert command.environment["ACCELERATE_FP8_BACKEND"] == "AO"
+    assert command.environment["ACCELERATE_FP8_ENABLE_FSDP_FLOAT8_ALL_GATHER"] == gathers
+    assert command.environment.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "false") == "false"
+
+
+def test_fp8_is_not_launched_on_a_cpu() -> None:
+    with pytest.raises(IllegalScenarioError, match="there is none; use --precision bf16"):
+        build_command(
+            candidate(precision="fp8"), cluster(backend="cpu"), target=SCRIPT, run_dir="/r", launcher=LAUNCHER
+        )

@@ -114,6 +114,16 @@ def test_a_kernel_runs_at_its_roof(kernel: Kernel, seconds: float) -> None:
     assert result.compute_seconds == result.seconds
 
 
+@pytest.mark.parametrize(("peak", "expected"), [(6e14, 6e14), (0.0, 3e14)])
+def test_products_of_8_bit_factors_have_their_own_peak(peak: float, expected: float) -> None:
+    """Where the table has none, bf16's."""
+    some = job(compute=Compute.AUTOCAST_FP8)
+    some = replace(some, cluster=replace(some.cluster, gpu=replace(some.cluster.gpu, fp8_flops_per_s=peak)))
+    product = Kernel(1, Size.constant(10**15), Size.constant(1), True, True)
+    step = simulate_time(program(section(0, kernels=(product,))), POINT, job=some)
+    assert step.seconds == pytest.approx(1e15 / (expected * 0.9 * AMPERE.matmul), rel=1e-3)
+
+
 def test_small_kernels_are_bound_by_the_host() -> None:
     """A thousand kernels of nothing take as long as it takes to launch them, less when compiled."""
     nothing = Kernel(1000, Size.constant(0), Size.constant(0), False)

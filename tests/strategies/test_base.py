@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from launchkit import strategies
 from launchkit.errors import IllegalScenarioError
 from launchkit.program import Alloc, Event, Free, Owner, Phase, Section, Size, Stage, local
-from launchkit.scenario import Attention, Compute, DeviceKind
+from launchkit.scenario import Attention, Compute, DeviceKind, Split
 from launchkit.strategies.base import (
     accumulate_gradients,
     arriving_gradients,
@@ -201,6 +201,9 @@ def test_trl_has_habits_with_adapters(overrides: dict[str, Any], casts: bool, ch
     assert key.checkpointing == checkpointing
 
 
+FP8_GPU = {"compute_capability": (8, 9)}
+
+
 @pytest.mark.parametrize(
     ("overrides", "hardware", "message"),
     [
@@ -211,7 +214,21 @@ def test_trl_has_habits_with_adapters(overrides: dict[str, Any], casts: bool, ch
         ({"loss": "chunked", "trainer": "axolotl"}, {}, "Axolotl compiles its chunked loss"),
         ({"loss": "liger"}, {"backend": "cpu"}, "--loss liger is made of kernels for GPUs; use --loss plain"),
         ({"loss": "cce", "strategy": "single", "precision": "bf16"}, {}, "use --precision bf16-params"),
-        ({"precision": "fp8"}, {}, "use --precision bf16, whose peak is no higher"),
+        ({"precision": "fp8"}, {"compute_capability": (8, 6)}, "has no fp8; use --precision bf16, or a GPU of compute"),
+        ({"precision": "fp8", "method": "lora"}, FP8_GPU, "makes gradients of frozen weights too, and drops them; use"),
+        ({"precision": "fp8", "method": "qlora"}, FP8_GPU, "takes packed 4-bit layers for linear ones"),
+        ({"precision": "fp8", "strategy": "zero3"}, FP8_GPU, "no fp8 beside DeepSpeed's file; use --strategy fsdp2"),
+        (
+            {"precision": "fp8", "strategy": "fsdp"},
+            FP8_GPU,
+            "goes with FSDP2, not with the flat parameters of FSDP1; u",
+        ),
+        ({"precision": "fp8", "split": Split(tp=2)}, FP8_GPU, "fp8 with TP 2 is not modelled; use --precision bf16"),
+        (
+            {"precision": "fp8", "strategy": "fsdp2", "offload": "all"},
+            FP8_GPU,
+            "fp8 with --offload all is not modelled",
+        ),
         ({"checkpointing": "selective", "strategy": "fsdp2"}, {}, "does not exist under --strategy fsdp2; use --check"),
         ({"checkpointing": "reentrant", "strategy": "fsdp"}, {}, "reentrant does not exist under --strategy fsdp; use"),
         (
@@ -280,3 +297,30 @@ def test_more_gpus_never_take_more_master_weights_or_states(num_gpus: int, strat
         return at_start.get(Owner.MASTER_WEIGHTS, 0) + at_start.get(Owner.OPTIMIZER_STATES, 0)
 
     assert held(2 * num_gpus) <= held(num_gpus)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "compute", "pads", "gathers"),
+    [
+        ({"strategy": "single"}, Compute.AUTOCAST_FP8, True, False),
+        ({"strategy": "ddp"}, Compute.AUTOCAST_FP8, True, False),
+        ({"strategy": "ddp", "trainer": "axolotl"}, Compute.AUTOCAST_FP8, False, False),
+        ({"strategy": "fsdp2"}, Compute.FP8_AUTOCAST, True, True),
+        ({"strategy": "hsdp"}, Compute.FP8_AUTOCAST, True, True),
+        ({"strategy": "fsdp2", "float8_all_gather": False}, Compute.FP8_AUTOCAST, True, False),
+    ],
+)
+def test_fp8_is_traced_as_the_engine_sets_it_up(
+    overrides: dict[str, Any], compute: Compute, pads: bool, gathers: bool
+) -> None:
+    chosen = scenario(precision="fp8", **overrides)
+    key = strategies.trace_key(chosen.training, chosen.strategy, DeviceKind.CUDA)
+    assert (key.compute, key.pads_float8, key.gathers_float8) == (compute, pads, gathers)
+    assert strategies.refusal(chosen, profile(), cluster(**FP8_GPU, num_nodes=2)) is None
+
+
+def test_other_precisions_have_the_keys_they_had() -> None:
+    """The catalogue finds its programs by the text of a key."""
+    chosen = scenario(precision="bf16", strategy="fsdp2")
+    key = strategies.trace_key(chosen.training, chosen.strategy, DeviceKind.CUDA)
+    assert key.text == "cuda/full/bf16-autocast/none/sdpa/plain/hf/bn"

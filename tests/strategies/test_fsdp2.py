@@ -7,6 +7,7 @@ matrix is padded to six rows, so in fp32 a block gathers 96 + 16 = 112 bytes, an
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import accumulate
 from typing import Any
 
@@ -179,6 +180,43 @@ def test_what_other_streams_make() -> None:
         (Owner.GRADIENTS, Stream.REDUCE),
     }
     assert not any(event.lag for event in made)
+
+
+def float8_program() -> StepProgram:
+    """The step in 16 bits whose blocks' matrices are torchao's, gathered in 8."""
+    traced = program(itemsize=2)
+    matrix, norm = traced.groups["Block"].parameters
+    block = replace(traced.groups["Block"], parameters=(replace(matrix, itemsize=1), norm))
+    return replace(traced, groups={**traced.groups, "Block": block})
+
+
+@pytest.mark.parametrize(
+    ("owner", "expected"),
+    [
+        (Owner.GATHERED_WEIGHTS, 160 + 24 + 8),  # the matrix's six rows in 8 bits, the norm in 16
+        # beside the root's buffer: a shard in fp32 twice, scaled and clamped, while it is cast to 8 bits
+        (Owner.COMMUNICATION, 160 + 48 + 48 + 12),
+    ],
+)
+def test_torchaos_weights_are_cast_before_they_are_gathered(owner: Owner, expected: int) -> None:
+    assert most(rewritten(precision="fp8", traced=float8_program()), owner) == expected
+
+
+def test_the_gradient_of_a_weight_gathered_in_8_bits_is_reduced_in_16() -> None:
+    blocks = [rewritten(precision="fp8", traced=traced) for traced in (float8_program(), program(itemsize=2))]
+    sent = [
+        [c.num_bytes for s in each.sections for c in s.collectives if c.kind is CollectiveKind.REDUCE_SCATTER]
+        for each in blocks
+    ]
+    assert sent[0] == sent[1] != []
+    assert persistent(blocks[0], Owner.WEIGHTS) == persistent(blocks[1], Owner.WEIGHTS)
+
+
+def test_what_a_cast_takes_is_given_back() -> None:
+    live: dict[int, int] = {}
+    for event in events(rewritten(precision="fp8", traced=float8_program())):
+        live[event.owner] = live.get(event.owner, 0) + event.delta_bytes
+    assert live[Owner.COMMUNICATION] == 0
 
 
 @pytest.mark.parametrize(

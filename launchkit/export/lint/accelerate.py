@@ -9,6 +9,7 @@ from launchkit.export.lint.findings import (
     Config,
     Finding,
     Findings,
+    Severity,
     choice,
     is_true,
     section_of,
@@ -154,12 +155,45 @@ def _mesh(config: Config) -> Findings:
         yield Finding(path="parallelism_config", problem=problem, fix="make the product of the sizes num_processes")
 
 
+_GATHER = "enable_fsdp_float8_all_gather"
+
+
 def _fp8(config: Config) -> Findings:
+    section = {str(key).removeprefix("fp8_"): value for key, value in section_of(config, "fp8_config").items()}
+    yield from _backend(section)
+    # Without a backend accelerate takes torchao where it is installed.
+    if config.get("mixed_precision") == "fp8" and str(section.get("backend", "AO")).upper() in ("AO", "NO"):
+        yield from _torchao(config, section)
     for key in section_of(config, "fp8_config"):
         old = str(key).removeprefix("fp8_")
         if old in _OLD_FP8_NAMES:
             problem = "is the questionnaire's name, which the launcher ignores"
             yield Finding(path=f"fp8_config.{key}", problem=problem, fix=f"write {_OLD_FP8_NAMES[old]}")
+
+
+def _backend(section: Config) -> Findings:
+    """Source: accelerate 1.15 ``FP8BackendType``, ``_prepare_msamp``."""
+    backend = str(section.get("backend", "")).upper()
+    if backend == "MSAMP":
+        problem, fix = "is MS-AMP, which accelerate is about to drop", "write AO"
+        yield Finding(path="fp8_config.backend", problem=problem, fix=fix, severity=Severity.WARNING)
+    elif backend == "TE":
+        problem = "is Transformer Engine, whose memory is not planned: --precision fp8 counts torchao's"
+        yield Finding(path="fp8_config.backend", problem=problem, fix="write AO", severity=Severity.WARNING)
+    elif backend not in ("", "AO", "NO"):
+        yield from choice(section, "fp8_config.backend", ("AO", "TE", "MSAMP"))
+
+
+def _torchao(config: Config, section: Config) -> Findings:
+    """Source: accelerate 1.15 ``Accelerator.__init__``, ``_prepare_ao``; torchao 0.18 ``Float8Linear.from_float``."""
+    fsdp = {str(key).removeprefix("fsdp_"): value for key, value in section_of(config, "fsdp_config").items()}
+    is_fsdp = config.get("distributed_type") == "FSDP"
+    if not is_fsdp and is_true(section.get(_GATHER, True)):
+        problem = "is on unless written, and gives the layers parameters that the optimizer does not have"
+        yield Finding(path=f"fp8_config.{_GATHER}", problem=problem, fix="write false")
+    if is_fsdp and is_true(fsdp.get("cpu_ram_efficient_loading", True)):
+        problem = "is refused with torchao's fp8"
+        yield Finding(path="fsdp_config.fsdp_cpu_ram_efficient_loading", problem=problem, fix="write false")
 
 
 def against_cluster(config: Config, cluster: Cluster) -> Findings:

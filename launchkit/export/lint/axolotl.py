@@ -142,6 +142,24 @@ def _fsdp2(config: Config, fsdp: Config) -> Findings:
         yield Finding(path="fsdp_config.cpu_ram_efficient_loading", problem=problem, fix="write false")
 
 
+def _fp8(config: Config) -> Findings:
+    """Source: Axolotl's ``additional_accelerator_args``; accelerate 1.15 ``Accelerator.__init__``."""
+    if not is_true(config.get("fp8")):
+        return
+    fsdp = {str(key).removeprefix("fsdp_"): value for key, value in section_of(config, "fsdp_config").items()}
+    if fsdp and is_true(fsdp.get("cpu_ram_efficient_loading")):
+        problem = "is refused with fp8 by accelerate"
+        yield Finding(path="fsdp_config.cpu_ram_efficient_loading", problem=problem, fix="write false")
+    if not fsdp and is_true(config.get("fp8_enable_fsdp_float8_all_gather")):
+        problem = "gives the layers parameters that the optimizer does not have where nothing is sharded"
+        yield Finding(path="fp8_enable_fsdp_float8_all_gather", problem=problem, fix="remove it")
+    if config.get("deepspeed"):
+        yield Finding(path="fp8", problem="does not go with DeepSpeed", fix="write fsdp_config with version 2")
+    if config.get("adapter"):
+        problem = f"converts the frozen layers of {config['adapter']} too, whose gradients are made and dropped"
+        yield Finding(path="fp8", problem=problem, fix="remove it", severity=Severity.WARNING)
+
+
 def _deepspeed(config: Config) -> Findings:
     if config.get("deepspeed") and config.get("optimizer") == "muon":
         yield Finding(
@@ -170,6 +188,7 @@ CHECKS: tuple[Check, ...] = (
     _adapter,
     _names,
     _fsdp,
+    _fp8,
     _deepspeed,
     _checkpointing,
 )
