@@ -151,14 +151,6 @@ def _with_gradients(model: TracedModel, log: Log) -> dict[str, ParameterGroup]:
     }
 
 
-def same_story(a: Log, b: Log) -> bool:
-    """Whether two steps at the same point ask the allocator for the same, in the same order."""
-    first, second = _Numbered.of(a), _Numbered.of(b)
-    return first.events == second.events and [r.num_bytes for r in first.records] == [
-        r.num_bytes for r in second.records
-    ]
-
-
 def _told_alike(logs: Sequence[Log]) -> tuple[list[_Numbered], list[list[KernelRecord]]]:
     """The stories and the kernels of all logs; where they differ, with the loops over the sequence folded."""
     stories = [_Numbered.of(log) for log in logs]

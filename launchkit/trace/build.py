@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from launchkit.errors import ModelConfigError, TraceError
@@ -309,8 +309,8 @@ def to_fake(model: nn.Module, mode: FakeTensorMode) -> None:
 
     def fake(tensor: torch.Tensor) -> torch.Tensor:
         if id(tensor) not in made:
-            with mode:
-                empty = like(tensor, torch.empty_like(local(tensor), device="cpu"))
+            part = torch.empty_like(local(tensor), device="meta")
+            empty = like(tensor, FakeTensor(mode, part, torch.device("cpu")))
             if isinstance(tensor, nn.Parameter):
                 empty = nn.Parameter(empty, requires_grad=tensor.requires_grad)
             made[id(tensor)] = empty

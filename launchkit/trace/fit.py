@@ -32,6 +32,7 @@ class Fitter:
         }
         self._stride = gcd(*(point.seq_len for point in self.points))
         self._known: dict[tuple[int, ...], Size] = {}
+        self._known_traffic: dict[tuple[int, ...], Size] = {}
 
     def fit(self, values: Sequence[int], *, what: str) -> Size:
         """The polynomial through ``values``. Raises ``TraceError`` naming ``what`` where none fits."""
@@ -44,6 +45,12 @@ class Fitter:
     def fit_traffic(self, values: Sequence[int]) -> Size:
         """The bytes that a kernel moves: the polynomial through ``values``, or, where none of three terms fits, what it
         moves per token at the held-back point. Only the clock reads it."""
+        key = tuple(values)
+        if key not in self._known_traffic:
+            self._known_traffic[key] = self._search_traffic(key)
+        return self._known_traffic[key]
+
+    def _search_traffic(self, values: tuple[int, ...]) -> Size:
         try:
             return self.fit(values, what="the traffic of a kernel")
         except TraceError:

@@ -9,7 +9,7 @@ matters have their scratch stated in ``trace.kernels``.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -23,6 +23,7 @@ from launchkit.program import CollectiveKind, Tiles
 from launchkit.trace.accumulate import as_the_engine_adds, holders_of_a_sole_gradient
 from launchkit.trace.float8 import float8_types
 from launchkit.trace.kernels import SUBSTITUTES, flop_formulas, scratch_bytes
+from launchkit.trace.memo import FakeMaker, Look, Recipe, look_of
 
 
 class Place(NamedTuple):
@@ -125,7 +126,24 @@ def one_pass(tile: Tile) -> Iterator[Tile]:
         _TILE.reset(token)
 
 
+class _Operator(NamedTuple):
+    """What the recorder notes of an operator besides its tensors: bytes of its scratch tensors, and the FLOPs and
+    traffic of its kernel, which one that only makes views has none of."""
+
+    name: str
+    scratch: tuple[int, ...]
+    flops: int
+    num_bytes: int
+    is_free: bool
+    is_mutable: bool
+
+
 _DEVICE_OF = torch.ops.prim.device.default
+
+# What operators did, by how their arguments looked, for all traces of this process. A model's programs have some
+# thousands, of about a kilobyte.
+_KNOWN: dict[tuple[Look, Tile | None], tuple[_Operator, Recipe]] = {}
+_MOST_KNOWN = 50_000
 
 # Operators whose outputs share their inputs' storage or touch no data; they cost nothing on a device. What is sent is
 # timed as a message.
@@ -151,6 +169,8 @@ class StepRecorder(TorchDispatchMode):
         self._parameters = {self.number(p): i for i, p in enumerate(parameters)}
 
     def __enter__(self) -> Self:
+        mode = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
+        self._maker = None if mode is None else FakeMaker(mode)
         self._token = _ACTIVE.set(self)
         super().__enter__()
         return self
@@ -194,34 +214,74 @@ class StepRecorder(TorchDispatchMode):
             return NotImplemented
         kwargs = kwargs or {}
         func = as_the_engine_adds(func, args, sole=self._sole)
+        if self._maker is None:
+            return self._run(func, args, kwargs)
+        look, inputs = look_of(func, args, kwargs)
+        if look is None:
+            return self._run(func, args, kwargs)
+        known = _KNOWN.get((look, _TILE.get()))
+        if known is None:
+            out = self._run(func, args, kwargs)
+            self._remember(look, func, args, kwargs, out)
+            return out
+        operator, recipe = known
+        out, outputs = self._maker.make(recipe, inputs)
+        self._note(operator, inputs, outputs)
+        return out
+
+    def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         out = SUBSTITUTES.get(func, func)(*args, **kwargs)
         self._record(func, args, kwargs, out)
         return out
 
     def _record(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-        memory, place, tile = self.log.memory, self.place, _TILE.get()
-        name = func._schema.name
         inputs, outputs = list(_tensors((args, kwargs))), list(_tensors(out))
+        self._note(self._operator(func, args, kwargs, out), inputs, outputs)
+
+    def _remember(self, look: Look, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        """Keeps what ``func`` did, where the like of it will do the same."""
+        after, inputs = look_of(func, args, kwargs)
+        assert self._maker is not None
+        recipe = self._maker.recipe(func, inputs, out) if after == look else None
+        if recipe is None:
+            return
+        if len(_KNOWN) >= _MOST_KNOWN:
+            _KNOWN.clear()
+        _KNOWN[look, _TILE.get()] = self._operator(func, args, kwargs, out), recipe
+
+    def _operator(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> _Operator:
+        inputs, tile, name = list(_tensors((args, kwargs))), _TILE.get(), func._schema.name
+        formula = self._flops.get(func._overloadpacket)
+        flops = int(formula(*args, **kwargs, out_val=out)) if formula else 0
+        return _Operator(
+            name=name,
+            scratch=scratch_bytes(name, inputs),
+            flops=flops * tile.num_rows // tile.rows if tile else flops,
+            num_bytes=sum(_traffic_bytes(t, tile) for t in (*inputs, *_tensors(out))),
+            is_free=name in _FREE_OPS or name.startswith(_MESSAGE_NAMESPACES),
+            is_mutable=func._schema.is_mutable,
+        )
+
+    def _note(
+        self, operator: _Operator, inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor | None]
+    ) -> None:
+        memory, place, tile = self.log.memory, self.place, _TILE.get()
         fresh = False
         for tensor in outputs:
+            if tensor is None:
+                continue
             storage = tensor.untyped_storage()
             number, is_new = self._number_of(storage)
             if is_new:
                 fresh = True
                 last_dim = tensor.shape[-1] if tensor.dim() else 0
                 own = tile if tile and tile.rows in tensor.shape else None
-                memory.append(AllocRecord(number, storage.nbytes(), place, name, last_dim, own))
-        if sizes := scratch_bytes(name, inputs):
-            self._pass_through(sizes, name)
+                memory.append(AllocRecord(number, storage.nbytes(), place, operator.name, last_dim, own))
+        if operator.scratch:
+            self._pass_through(operator.scratch, operator.name)
         self._note_uses(inputs)
-        is_free = name in _FREE_OPS or name.startswith(_MESSAGE_NAMESPACES)
-        if not is_free and (fresh or func._schema.is_mutable):
-            formula = self._flops.get(func._overloadpacket)
-            flops = int(formula(*args, **kwargs, out_val=out)) if formula else 0
-            moved = sum(_traffic_bytes(t, tile) for t in (*inputs, *outputs))
-            if tile:
-                flops = flops * tile.num_rows // tile.rows
-            self.log.kernels.append(KernelRecord(place, name, flops, moved))
+        if not operator.is_free and (fresh or operator.is_mutable):
+            self.log.kernels.append(KernelRecord(place, operator.name, operator.flops, operator.num_bytes))
 
     def _pass_through(self, sizes: tuple[int, ...], name: str) -> None:
         """Notes the tensors that a kernel holds beside its outputs while it runs."""
@@ -231,7 +291,7 @@ class StepRecorder(TorchDispatchMode):
         memory.extend(AllocRecord(number, size, place, name, 0) for number, size in zip(numbers, sizes, strict=True))
         memory.extend(FreeRecord(number, place) for number in numbers)
 
-    def _note_uses(self, inputs: list[torch.Tensor]) -> None:
+    def _note_uses(self, inputs: Sequence[torch.Tensor]) -> None:
         used = self.log.uses.setdefault(self.place, set())
         for tensor in inputs:
             index = self._parameters.get(self.number(tensor))

@@ -25,7 +25,7 @@ from launchkit.errors import TraceError
 from launchkit.model import ModelProfile
 from launchkit.program import Parameter, ParameterGroup, Point, StepProgram
 from launchkit.scenario import Attention, DeviceKind, Method, TraceKey
-from launchkit.trace.assemble import TracedModel, assemble, parameter, same_story
+from launchkit.trace.assemble import TracedModel, assemble, parameter
 from launchkit.trace.build import (
     Built,
     Stack,
@@ -131,8 +131,8 @@ def trace_model(config: Mapping[str, Any], key: TraceKey, *, progress: ProgressH
     Raises ``ModelConfigError`` for a configuration transformers refuses and ``TraceError``, naming the operator or the
     reason, for a model whose step cannot be traced.
 
-    A model's first step is run for what it leaves cached. Where it is the same as the second, as in most models, the
-    models built for other ranks are traced at once.
+    A model's first step may differ from the later ones by what it leaves cached. In most it does not: it then tells the
+    same story as the later steps at other points, and fits their polynomials. Where it does not fit it is run again.
     """
     with ExitStack() as stack:
         stack.enter_context(_quiet())
@@ -147,24 +147,24 @@ def trace_model(config: Mapping[str, Any], key: TraceKey, *, progress: ProgressH
         num_ranks = key.split.num_ranks
         mesh = stack.enter_context(rank_of(num_ranks)) if num_ranks > 1 else None
         stack.enter_context(shared_sequences(key, settings, mesh))
-        logs: list[Log] = []
         models: dict[int, _Traceable] = {}
-        settles = True
+        logs: list[Log] = []
+        firsts: list[int] = []  # the points at which a model ran its first step
         for done, point in enumerate(points):
             if progress:
                 progress(done, len(points), f"tracing {key.method} {key.compute}, {point.micro_batch}×{point.seq_len}")
-            model = models.get(point.lora_rank)
-            if model is None:
-                model = models[point.lora_rank] = _build(settings, key, lora_rank=point.lora_rank, mesh=mesh)
-                first = _trace_one(model, key, point) if settles else None
-                log = _trace_one(model, key, point)
-                settles = first is not None and not same_story(first, log)
-            else:
-                log = _trace_one(model, key, point)
-            check_ring(log, key)
-            logs.append(log)
-        program = assemble(models[points[0].lora_rank].described, logs, points)
-    return program
+            if point.lora_rank not in models:
+                models[point.lora_rank] = _build(settings, key, lora_rank=point.lora_rank, mesh=mesh)
+                firsts.append(done)
+            logs.append(_trace_one(models[point.lora_rank], key, point))
+            check_ring(logs[-1], key)
+        described = models[points[0].lora_rank].described
+        try:
+            return assemble(described, logs, points)
+        except TraceError:
+            for i in firsts:
+                logs[i] = _trace_one(models[points[i].lora_rank], key, points[i])
+            return assemble(described, logs, points)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,6 +207,7 @@ def _build(settings: PreTrainedConfig, key: TraceKey, *, lora_rank: int, mesh: D
     if key.flat_gradients:
         _train_with_adapters([model.get_submodule(f"{prefix}{s.path}.{j}") for s in stacks for j in range(len(s.kept))])
     mode = FakeTensorMode(allow_non_fake_inputs=True)
+    mode.cache_enabled = False  # most of what runs is remembered by the recorder, the rest seldom comes again
     to_fake(model, mode)
     built = Built(model=model, config=settings, stacks=stacks, task=task, prefix=prefix)
     return _Traceable(built=built, mode=mode, described=traced)
