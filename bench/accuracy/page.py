@@ -71,9 +71,9 @@ freeing of some of gloo's buffers, which then stay in its counter: the range is 
 against the nearest end of it. Under ZeRO nearly all of these bytes are DeepSpeed's buckets, which have their full size
 whatever the model's: there a small error says little. oneDNN is off (`torch.backends.mkldnn.enabled = False`): within
 one bf16 product or convolution it takes and returns scratch that CUDA has no part in, up to 26 % of a tiny model's peak
-(`arch-vit-fp32`). Cells whose peak it does not make were measured with it on, and give the same bytes without (20 checked). The
-cells say whether the sequence of allocations is right. They say nothing of what only CUDA has: the rounding and caching
-of its allocator, flash attention, cuBLAS workspaces, the context.
+(`arch-vit-fp32`). Cells whose peak it does not make were measured with it on; 20 of them measured again gave the same
+bytes. The cells say whether the sequence of allocations is right. They say nothing of what only CUDA has: the rounding
+and caching of its allocator, flash attention, cuBLAS workspaces, the context.
 
 **Published runs** are GPU runs that others measured and described. Like is compared with like: *allocated* and
 *reserved* are torch's counters, *device* is what the driver counts, context included. A run is *like with like* where
