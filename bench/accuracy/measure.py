@@ -118,7 +118,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("cell", type=Path, help="a cell as JSON")
     parser.add_argument("--repeats", type=int, default=1)
-    parser.add_argument("--timeline", action="store_true", help="add each allocation of the last step")
+    parser.add_argument("--timeline", action="store_true", help="add each allocation of every step")
     parser.add_argument("--out", type=Path, help="write there instead of printing")
     arguments = parser.parse_args()
     cell = Cell.from_json(arguments.cell.read_text())

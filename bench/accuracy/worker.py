@@ -361,12 +361,13 @@ def run_loop(cell: Cell) -> list[int]:
                         loss = model(**batch).loss
                     with record_function(f"{MARK}backward"):
                         loss.backward()
-                del loss, batch
+                del loss
             with record_function(f"{MARK}optimizer"):
                 if cell.max_grad_norm:
                     nn.utils.clip_grad_norm_(trainable(model), cell.max_grad_norm)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
+            del batch  # a loop's variable, which holds the last one while the optimizer steps
     resident.append(resident_bytes(model, optimizer))
     return resident if cell.num_processes > 1 else []
 
@@ -512,9 +513,10 @@ def run_deepspeed(cell: Cell) -> list[int]:
                     loss = engine(**batch).loss
                 with record_function(f"{MARK}backward"):
                     engine.backward(loss)
-                del loss, batch
+                del loss
                 with record_function(f"{MARK}optimizer"):
                     engine.step()
+                del batch  # a loop's variable, which holds it while the optimizer steps
     gc.collect()
     return [*resident, python_bytes() - before]
 
@@ -705,7 +707,7 @@ def walk(cell: Cell, tree: list[Any]) -> tuple[list[tuple[Any, tuple[str, ...]]]
 
 
 def summarise(cell: Cell, prof: Any, *, resident: list[int], timeline: bool) -> dict[str, Any]:
-    """Peaks per step and per phase, bytes live between steps, and on demand each event of the last step."""
+    """Peaks per step and per phase, bytes live between steps, and on demand each event of every step."""
     allocations, spans = walk(cell, prof.profiler.kineto_results.experimental_event_tree())
     times = [event.start_time_ns for event, _ in allocations]
     totals = [event.extra_fields.total_allocated for event, _ in allocations]
@@ -744,6 +746,7 @@ def summarise(cell: Cell, prof: Any, *, resident: list[int], timeline: bool) -> 
     if timeline:
         result["timeline"] = [
             {
+                "step": step,
                 "phase": next((n for n in phases for a, b in spans[n] if a <= event.start_time_ns <= b), ""),
                 "bytes": event.extra_fields.alloc_size,
                 "live": event.extra_fields.total_allocated,
@@ -751,7 +754,8 @@ def summarise(cell: Cell, prof: Any, *, resident: list[int], timeline: bool) -> 
                 "where": [name for name in path if not name.startswith(MARK)],
             }
             for event, path in allocations
-            if last[0] <= event.start_time_ns <= last[1]
+            for step, (start, end) in enumerate(steps)
+            if start <= event.start_time_ns <= end
         ]
     return result
 
@@ -759,6 +763,7 @@ def summarise(cell: Cell, prof: Any, *, resident: list[int], timeline: bool) -> 
 def run(cell: Cell, folder: Path, *, timeline: bool) -> None:
     """Runs ``cell`` and writes this rank's numbers into ``folder``."""
     torch.manual_seed(0)
+    torch.backends.mkldnn.enabled = False  # else its scratch, which only CPUs have, makes the peak of many steps
     if cell.num_processes > 1 and cell.trainer == "loop":
         dist.init_process_group("gloo")
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as prof:

@@ -132,17 +132,39 @@ def weights(program: StepProgram, *, scenario: Scenario) -> tuple[Persistent, ..
 
 
 def whole_tensors(program: StepProgram, *, scenario: Scenario) -> tuple[LocalTensor, ...]:
-    """What the optimizer updates where nothing is sharded: every parameter with a gradient, layer after layer."""
+    """What the optimizer updates where nothing is sharded: every parameter with a gradient, in the model's order.
+
+    That is what the forward pass reads ahead of the blocks, layer after layer, and the rest. Omits: what stands between
+    two stacks of blocks, and that blocks of several kinds may alternate.
+    """
     rank = lora_rank(scenario)
-    tensors: list[LocalTensor] = []
-    for name, group in program.groups.items():
-        trained = [
-            local_tensor(parameter, lora_rank=rank, in_block=name != ROOT_GROUP)
-            for parameter in group.parameters
+
+    def trained(name: str) -> list[tuple[int, LocalTensor]]:
+        return [
+            (index, local_tensor(parameter, lora_rank=rank, in_block=name != ROOT_GROUP))
+            for index, parameter in enumerate(program.groups[name].parameters)
             if parameter.trainable and parameter.has_gradient
         ]
-        tensors += trained * program.group_counts[name]
-    return tuple(tensors)
+
+    blocks = [
+        tensor
+        for name in program.groups
+        if name != ROOT_GROUP
+        for _, tensor in trained(name) * program.group_counts[name]
+    ]
+    early = _read_ahead_of_blocks(program)
+    root = trained(ROOT_GROUP) if ROOT_GROUP in program.groups else []
+    first = [tensor for index, tensor in root if index in early]
+    last = [tensor for index, tensor in root if index not in early]
+    return (*first, *blocks, *last)
+
+
+def _read_ahead_of_blocks(program: StepProgram) -> frozenset[int]:
+    """Which parameters outside all blocks the step reads before it enters the first block."""
+    stage = next(iter(program.stages), None)
+    if stage is None or stage.stack:
+        return frozenset()
+    return frozenset(index for layer in stage.order() for index in program.section_of(stage, layer).uses)
 
 
 def optimizer_states(

@@ -17,6 +17,7 @@ from launchkit.strategies.base import (
     accumulate_gradients,
     arriving_gradients,
     map_layers,
+    whole_tensors,
     with_ready_gradients,
 )
 from tests.builders import cluster, profile, scenario
@@ -52,6 +53,14 @@ def test_first_step_allocates_the_states() -> None:
 def test_temporaries_of_the_update(optimizer: str, temporary_bytes: int) -> None:
     """foreach updates on a GPU make lists as large as the parameters."""
     assert most(single(optimizer=optimizer), Owner.TEMPORARIES) == temporary_bytes
+
+
+def test_the_optimizer_meets_parameters_in_the_models_order() -> None:
+    """The embedding, the blocks, the head: who is next to whom decides what a loop over tensors holds at once."""
+    tensors = whole_tensors(program(), scenario=plain())
+    assert [(tensor.numel, tensor.in_block) for tensor in tensors] == [
+        (100, False), *[(60, True), (4, True)] * 3, (100, False)
+    ]  # fmt: skip
 
 
 def test_accumulation_keeps_gradients_once() -> None:
