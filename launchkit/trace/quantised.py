@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import should_convert_module
@@ -89,12 +90,13 @@ class Packed:
         return weight
 
 
-def quantise_linears(model: nn.Module, *, dtype: torch.dtype, device: DeviceKind) -> None:
+def quantise_linears(model: PreTrainedModel, *, dtype: torch.dtype, device: DeviceKind) -> None:
     """Replaces, in place and on the meta device, every linear layer that transformers would quantise from ``dtype``.
 
-    Left alone: what is tied, output embeddings and the last module (transformers' ``get_keys_to_not_convert``), and
-    experts held as one three-dimensional parameter, which bitsandbytes does not quantise. Products compute in ``dtype``
-    too. Raises ``MissingExtraError`` where bitsandbytes is missing.
+    Left alone: what is tied, output embeddings and the last module (transformers' ``get_keys_to_not_convert``), what
+    the model's class wants in fp32 (T5's ``wo``; ``HfQuantizer.get_modules_to_not_convert``), and experts held as one
+    three-dimensional parameter, which bitsandbytes does not quantise. Products compute in ``dtype`` too. Raises
+    ``MissingExtraError`` where bitsandbytes is missing.
     """
     try:
         from bitsandbytes.nn import Linear4bit
@@ -110,7 +112,7 @@ def quantise_linears(model: nn.Module, *, dtype: torch.dtype, device: DeviceKind
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return _MatMul4Bit.apply(x.to(dtype), self.packed, self.bias).to(x.dtype)  # type: ignore[no-any-return]
 
-    kept = get_keys_to_not_convert(model)
+    kept = [*get_keys_to_not_convert(model), *(model._keep_in_fp32_modules or ())]
     for name, module in list(model.named_modules()):
         if not (type(module) is nn.Linear or isinstance(module, Conv1D)) or not should_convert_module(name, kept):
             continue

@@ -9,7 +9,7 @@ from launchkit.program import Free, Owner, Size, TensorRef, local
 from launchkit.scenario import Compute, Method
 from launchkit.trace import trace_model
 from launchkit.trace.quantised import packed_bytes, scale_bytes
-from tests.trace.models import GPT2, LLAMA, allocations, first_section, key
+from tests.trace.models import GPT2, LLAMA, T5, allocations, first_section, key
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -51,6 +51,15 @@ def test_what_is_tied_stays_as_it_is_and_biases_take_the_compute_dtype() -> None
     assert block["attn.c_attn.base_layer.weight"].shape == (96, 32), "a Conv1D is turned over"
     assert block["attn.c_attn.base_layer.bias"].itemsize == 2
     assert block["ln_1.weight"].itemsize == 4
+
+
+def test_what_a_models_class_wants_in_fp32_is_not_quantised() -> None:
+    """T5's ``wo``, as transformers loads it (``HfQuantizer.get_modules_to_not_convert``)."""
+    program = trace_model(T5, key(method=Method.QLORA, lora_targets="all-linear", compute=Compute.BF16_AUTOCAST))
+    parameters = {p.name: p for group in program.groups.values() for p in group.parameters}
+    packed = {name.split(".")[-3] for name, p in parameters.items() if p.packed_bytes}
+    assert packed == {"q", "k", "v", "o", "wi"}
+    assert any(".wo." in name for name in parameters)
 
 
 def own(slot: int) -> TensorRef:
