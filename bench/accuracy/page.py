@@ -51,7 +51,6 @@ CAUSES = {
     "adapters on all layers leaves out",
     "zero3-lora-attention-bf16": "64 KiB of weights that DeepSpeed gathers later than predicted: one block's queries, "
     "keys and values; why is not known",
-    "fsdp1-wide-adamw": "the root's shard is the optimizer's first, and predicted as its last",
     "hfdoc-": "torch 1: zeroed gradients stay allocated (1.2 GiB in fp32), the context holds every kernel (1.3 GiB, "
     "not 0.4); together 2.1 of the 3.4 GiB that hfdoc-bertl-bs4 lacks, the rest not known",
 }

@@ -548,7 +548,8 @@ def _with_state(
     program: StepProgram, units: dict[str, _Unit], layout: Layout, *, scenario: Scenario, cluster: Cluster
 ) -> StepProgram:
     """``program`` with the shards, the optimizer on them and what earlier micro-batches left."""
-    flats = [(flat, program.group_counts[name]) for name, unit in units.items() for flat in unit.flats]
+    in_order = sorted(units.items(), key=lambda item: item[0] != ROOT_GROUP)  # the optimizer meets the root first
+    flats = [(flat, program.group_counts[name]) for name, unit in in_order for flat in unit.flats]
     rank = _busiest_rank(flats, layout)
     trained = tuple(tensor for flat, count in flats for tensor in tuple(flat.trained_on(rank)) * count)
     persistent = [*program.persistent, *fsdp2.unsharded_scales(program)]
