@@ -428,12 +428,14 @@ def _units(program: StepProgram, layout: Layout) -> _Units:
 
 
 def _counted(program: StepProgram, units: _Units) -> Iterator[tuple[_Unit, int]]:
-    """Every unit with the number of times it occurs."""
-    for name, unit in units.blocks.items():
-        yield unit, program.group_counts[name]
-    for single in (units.embedding, units.root, units.tail):
+    """Every unit with the number of times it occurs, in the model's order."""
+    for single in (units.embedding, units.root):
         if single is not None:
             yield single, 1
+    for name, unit in units.blocks.items():
+        yield unit, program.group_counts[name]
+    if units.tail is not None:
+        yield units.tail, 1
 
 
 class _Slot(IntEnum):
