@@ -36,6 +36,7 @@ class ModelProfile:
     num_active_parameters: int = 0  # of an MoE model: those a token passes through; 0 for dense models
     task: str = "causal-lm"  # causal-lm | sequence-classification | seq2seq-lm | …
     tied_embeddings: bool = False
+    quantises_head: bool = False  # transformers' quantisation takes the classifier too, which PEFT then cannot train
     num_attention_heads: int = 0  # 0 where the configuration does not say, as below
     num_key_value_heads: int = 0
     layer_types: tuple[str, ...] = ()  # the kinds of attention that occur; empty where all see everything

@@ -217,6 +217,11 @@ def _hardware_refusal(scenario: Scenario, cluster: Cluster) -> str | None:
 
 def _model_refusal(scenario: Scenario, profile: ModelProfile, cluster: Cluster) -> str | None:
     training = scenario.training
+    if training.method is Method.QLORA and profile.quantises_head:
+        return (
+            f"bitsandbytes quantises the classifier of {profile.name} too, which PEFT then cannot train; "
+            "use --method lora"
+        )
     if training.attention is Attention.FLASH_ATTENTION_2:
         if cluster.gpu.device_kind is DeviceKind.CPU or cluster.gpu.compute_capability < (8, 0):
             return f"flash_attention_2 does not run on {cluster.text}; use --attention sdpa"

@@ -42,6 +42,10 @@ from launchkit.trace.loops import fold, fold_kernels
 from launchkit.trace.recorder import AllocRecord, KernelRecord, Log, Place
 
 
+class UnlikeLayersError(TraceError):
+    """Layers of one kind, between neighbours of one kind, that ask the allocator for different things."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class TracedModel:
     """What assembling needs to know of the model: its stacks, and each parameter's group.
@@ -334,7 +338,7 @@ class _Builder:
         for j, case in _inner(stack).items():
             twin = seen.setdefault(case, j)
             if traced[twin] != traced[j]:
-                raise TraceError(
+                raise UnlikeLayersError(
                     f"layers {stack.kept[twin]} and {stack.kept[j]} of {name} are alike but differ in a step"
                 )
 

@@ -7,6 +7,7 @@ matrix product the weight unpacked into the compute dtype. The scales are counte
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -112,10 +113,7 @@ def quantise_linears(model: PreTrainedModel, *, dtype: torch.dtype, device: Devi
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return _MatMul4Bit.apply(x.to(dtype), self.packed, self.bias).to(x.dtype)  # type: ignore[no-any-return]
 
-    kept = [*get_keys_to_not_convert(model), *(model._keep_in_fp32_modules or ())]
-    for name, module in list(model.named_modules()):
-        if not (type(module) is nn.Linear or isinstance(module, Conv1D)) or not should_convert_module(name, kept):
-            continue
+    for name, module in list(_quantised(model)):
         shape = tuple(module.weight.shape)
         rows, columns = shape[::-1] if isinstance(module, Conv1D) else shape
         layer = TracedLinear4bit(
@@ -128,6 +126,22 @@ def quantise_linears(model: PreTrainedModel, *, dtype: torch.dtype, device: Devi
         parent, _, last = name.rpartition(".")
         setattr(model.get_submodule(parent), last, layer)
     model.is_loaded_in_4bit = True  # type: ignore[assignment]
+
+
+def _quantised(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
+    kept = [*get_keys_to_not_convert(model), *(model._keep_in_fp32_modules or ())]
+    for name, module in model.named_modules():
+        if (type(module) is nn.Linear or isinstance(module, Conv1D)) and should_convert_module(name, kept):
+            yield name, module
+
+
+def quantises_head(model: PreTrainedModel) -> bool:
+    """Whether a layer of the classifier is among them, which PEFT trains beside adapters and so fails on.
+
+    Source: peft 0.21 ``PeftModelForSequenceClassification``, whose ``classifier`` and ``score`` are saved modules. A
+    last layer with a bias is not spared: transformers compares names of layers with that of the last parameter.
+    """
+    return any(name.partition(".")[0] in ("classifier", "score") for name, _ in _quantised(model))
 
 
 def _packed_parameter(rows: int, columns: int) -> nn.Parameter:

@@ -25,7 +25,7 @@ from launchkit.errors import TraceError
 from launchkit.model import ModelProfile
 from launchkit.program import Parameter, ParameterGroup, Point, StepProgram
 from launchkit.scenario import Attention, DeviceKind, Method, TraceKey
-from launchkit.trace.assemble import TracedModel, assemble, parameter
+from launchkit.trace.assemble import TracedModel, UnlikeLayersError, assemble, parameter
 from launchkit.trace.build import (
     Built,
     Stack,
@@ -44,7 +44,7 @@ from launchkit.trace.forward import forward_of
 from launchkit.trace.liger import liger_kernels
 from launchkit.trace.methods import WEIGHT_DTYPE, adapter_error, apply_method
 from launchkit.trace.parallel import local, rank_of, split_weights
-from launchkit.trace.quantised import packed_bytes, scale_bytes
+from launchkit.trace.quantised import packed_bytes, quantises_head, scale_bytes
 from launchkit.trace.recorder import Log
 from launchkit.trace.sequences import check_ring, shared_sequences
 from launchkit.trace.step import trace_step
@@ -131,8 +131,8 @@ def trace_model(config: Mapping[str, Any], key: TraceKey, *, progress: ProgressH
     Raises ``ModelConfigError`` for a configuration transformers refuses and ``TraceError``, naming the operator or the
     reason, for a model whose step cannot be traced.
 
-    A model's first step may differ from the later ones by what it leaves cached. In most it does not: it then tells the
-    same story as the later steps at other points, and fits their polynomials. Where it does not fit it is run again.
+    Where layers that should be alike are not, the first one is taken for a kind of its own: it may read another dtype
+    than it puts out (bf16 embeddings beside norms that autocast widens).
     """
     with ExitStack() as stack:
         stack.enter_context(_quiet())
@@ -147,24 +147,49 @@ def trace_model(config: Mapping[str, Any], key: TraceKey, *, progress: ProgressH
         num_ranks = key.split.num_ranks
         mesh = stack.enter_context(rank_of(num_ranks)) if num_ranks > 1 else None
         stack.enter_context(shared_sequences(key, settings, mesh))
-        models: dict[int, _Traceable] = {}
-        logs: list[Log] = []
-        firsts: list[int] = []  # the points at which a model ran its first step
-        for done, point in enumerate(points):
-            if progress:
-                progress(done, len(points), f"tracing {key.method} {key.compute}, {point.micro_batch}×{point.seq_len}")
-            if point.lora_rank not in models:
-                models[point.lora_rank] = _build(settings, key, lora_rank=point.lora_rank, mesh=mesh)
-                firsts.append(done)
-            logs.append(_trace_one(models[point.lora_rank], key, point))
-            check_ring(logs[-1], key)
-        described = models[points[0].lora_rank].described
-        try:
-            return assemble(described, logs, points)
-        except TraceError:
-            for i in firsts:
-                logs[i] = _trace_one(models[points[i].lora_rank], key, points[i])
-            return assemble(described, logs, points)
+        reason = ""
+        for first_apart in (False, True) if key.lora_targets in _BEFORE_ATTENTION else (True,):
+            try:
+                return _trace_steps(settings, key, points, mesh=mesh, first_apart=first_apart, progress=progress)
+            except UnlikeLayersError as error:
+                reason = str(error)
+        raise TraceError(reason)
+
+
+def _trace_steps(
+    settings: PreTrainedConfig,
+    key: TraceKey,
+    points: Sequence[Point],
+    *,
+    mesh: DeviceMesh | None,
+    first_apart: bool,
+    progress: ProgressHook | None,
+) -> StepProgram:
+    """The program of a model whose first layer is of a kind of its own or not.
+
+    A model's first step may differ from the later ones by what it leaves cached. In most it does not: it then tells the
+    same story as the later steps at other points, and fits their polynomials. Where it does not fit it is run again.
+    """
+    models: dict[int, _Traceable] = {}
+    logs: list[Log] = []
+    firsts: list[int] = []  # the points at which a model ran its first step
+    for done, point in enumerate(points):
+        if progress:
+            progress(done, len(points), f"tracing {key.method} {key.compute}, {point.micro_batch}×{point.seq_len}")
+        if point.lora_rank not in models:
+            models[point.lora_rank] = _build(
+                settings, key, lora_rank=point.lora_rank, mesh=mesh, first_apart=first_apart
+            )
+            firsts.append(done)
+        logs.append(_trace_one(models[point.lora_rank], key, point))
+        check_ring(logs[-1], key)
+    described = models[points[0].lora_rank].described
+    try:
+        return assemble(described, logs, points)
+    except TraceError:
+        for i in firsts:
+            logs[i] = _trace_one(models[points[i].lora_rank], key, points[i])
+        return assemble(described, logs, points)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,13 +216,20 @@ def _trace_one(model: _Traceable, key: TraceKey, point: Point) -> Log:
         ) from error
 
 
-def _build(settings: PreTrainedConfig, key: TraceKey, *, lora_rank: int, mesh: DeviceMesh | None = None) -> _Traceable:
+def _build(
+    settings: PreTrainedConfig,
+    key: TraceKey,
+    *,
+    lora_rank: int,
+    mesh: DeviceMesh | None,
+    first_apart: bool,
+) -> _Traceable:
     model_class, task = training_class(settings)
     whole: nn.Module = build_on_meta(model_class, settings, attention=key.attention, dtype=WEIGHT_DTYPE[key.compute])
     config = whole.config
     whole.train()
     convert_linears(whole, key)
-    stacks = cut(whole, config, first_apart=key.lora_targets not in _BEFORE_ATTENTION)
+    stacks = cut(whole, config, first_apart=first_apart)
     if mesh is not None and key.tp > 1:
         split_weights(whole, mesh)
     model = apply_method(whole, key, lora_rank=lora_rank)
@@ -310,6 +342,10 @@ def profile_model(
         if not attentions:
             raise TraceError(f"{model_class.__name__} offers neither sdpa nor eager attention; it cannot be planned")
         model = build_on_meta(named_class, settings, attention=attentions[0], dtype=torch.bfloat16)
+        classifies = task == "sequence-classification"
+        trained = (
+            build_on_meta(model_class, settings, attention=attentions[0], dtype=torch.bfloat16) if classifies else None
+        )
     text = settings.get_text_config()
     stacks = find_stacks(model)
     blocks = {type(stack[0]).__name__ for stack in stacks.values()}
@@ -331,6 +367,7 @@ def profile_model(
         sliding_window=_sliding_window(text),
         task=task,
         tied_embeddings=_has_tied_head(model),
+        quantises_head=trained is not None and quantises_head(trained),
         versions=traced_with(),
         notes=_notes(settings),
     )

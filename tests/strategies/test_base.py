@@ -285,6 +285,13 @@ def test_what_is_not_refused(overrides: dict[str, Any]) -> None:
     assert strategies.refusal(scenario(**overrides), profile(), cluster()) is None
 
 
+def test_a_classifier_that_would_be_quantised_cannot_be_trained() -> None:
+    bert = profile(name="bert", task="sequence-classification", quantises_head=True)
+    refused = strategies.refusal(scenario(method="qlora"), bert, cluster())
+    assert refused is not None and refused.endswith("use --method lora")
+    assert strategies.refusal(scenario(method="lora"), bert, cluster()) is None
+
+
 def test_refusal_names_the_attention_that_a_model_has() -> None:
     bloom = profile(name="bloom", attentions=(Attention.EAGER,))
     refused = strategies.refusal(scenario(attention="sdpa"), bloom, cluster())

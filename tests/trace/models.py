@@ -23,6 +23,15 @@ _SMALL: dict[str, Any] = {
 LLAMA: dict[str, Any] = {"model_type": "llama"} | _SMALL
 TIED: dict[str, Any] = {"model_type": "qwen2", "tie_word_embeddings": True} | _SMALL
 GPT2: dict[str, Any] = {"model_type": "gpt2", "n_embd": 32, "n_layer": 7, "n_head": 4, "vocab_size": 96}
+BERT: dict[str, Any] = {
+    "model_type": "bert",
+    "architectures": ["BertForMaskedLM"],
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "vocab_size": 96,
+}
 MIXTRAL: dict[str, Any] = {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2} | _SMALL
 T5: dict[str, Any] = {
     "model_type": "t5",

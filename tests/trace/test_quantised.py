@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 from launchkit.program import Free, Owner, Size, TensorRef, local
 from launchkit.scenario import Compute, Method
-from launchkit.trace import trace_model
+from launchkit.trace import profile_model, trace_model
 from launchkit.trace.quantised import packed_bytes, scale_bytes
-from tests.trace.models import GPT2, LLAMA, T5, allocations, first_section, key
+from tests.trace.models import BERT, GPT2, LLAMA, T5, allocations, first_section, key
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -53,6 +55,14 @@ def test_what_is_tied_stays_as_it_is_and_biases_take_the_compute_dtype() -> None
     assert block["ln_1.weight"].itemsize == 4
 
 
+def test_a_first_layer_that_reads_another_dtype_is_of_a_kind_of_its_own() -> None:
+    """Without the upcast embeddings are bf16, and what the first layer's widened norm leads to is not."""
+    kept = key(method=Method.QLORA, lora_targets="all-linear", compute=Compute.BF16_AUTOCAST, cast_adapters=True)
+    stage = trace_model(GPT2, kept).stage("forward.transformer.h")
+    assert len({stage.layers[0], stage.layers[1], stage.layers[-1]}) > 1
+    assert len(set(stage.layers[2:-1])) == 1
+
+
 def test_what_a_models_class_wants_in_fp32_is_not_quantised() -> None:
     """T5's ``wo``, as transformers loads it (``HfQuantizer.get_modules_to_not_convert``)."""
     program = trace_model(T5, key(method=Method.QLORA, lora_targets="all-linear", compute=Compute.BF16_AUTOCAST))
@@ -60,6 +70,19 @@ def test_what_a_models_class_wants_in_fp32_is_not_quantised() -> None:
     packed = {name.split(".")[-3] for name, p in parameters.items() if p.packed_bytes}
     assert packed == {"q", "k", "v", "o", "wi"}
     assert any(".wo." in name for name in parameters)
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (BERT, True),
+        (LLAMA | {"architectures": ["LlamaForSequenceClassification"]}, False),  # its head has no bias
+        (LLAMA, False),
+    ],
+)
+def test_a_classifier_with_a_bias_is_quantised(config: dict[str, Any], expected: bool) -> None:
+    """As seen when transformers 5.23 loads BERT, RoBERTa, DistilBERT, DeBERTa-v2 and ModernBERT in 4 bits."""
+    assert profile_model(config, name="x").quantises_head is expected
 
 
 def own(slot: int) -> TensorRef:
