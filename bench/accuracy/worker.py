@@ -65,6 +65,12 @@ def build_model(cell: Cell) -> nn.Module:
         head.weight = nn.Parameter(head.weight.detach().clone())  # T5's class ties it, and a checkpoint brings its own
     if cell.method == "qlora":
         model = quantised(model, cell, dtype=dtype)
+    adapts_parts = cell.tp > 1 and cell.method != "full"  # adapters go on a model that is split already
+    return model if adapts_parts else made_trainable(model, cell)
+
+
+def made_trainable(model: Any, cell: Cell) -> nn.Module:
+    """``model`` with adapters and checkpointing in place."""
     if cell.method != "full":
         model = with_adapter(model, cell)
     if cell.checkpointing != "none":
@@ -123,6 +129,7 @@ def with_adapter(model: Any, cell: Cell) -> nn.Module:
     """``model`` under PEFT's adapter, which is all that is trained."""
     from peft import LoraConfig, get_peft_model
 
+    from launchkit.finetune.split_adapters import declare_whole_widths
     from launchkit.trace.methods import peft_task
 
     named = cell.lora_targets.split(",")
@@ -137,7 +144,10 @@ def with_adapter(model: Any, cell: Cell) -> nn.Module:
         task_type=peft_task(model),
         modules_to_save=cell.lora_modules_to_save.split(",") if cell.lora_modules_to_save else None,
     )
-    return get_peft_model(model, config)
+    adapted = get_peft_model(model, config)
+    if cell.tp > 1:
+        declare_whole_widths(adapted)
+    return adapted
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:
@@ -179,7 +189,9 @@ def split(cell: Cell, model: Any) -> Any:
     shape = (cell.num_processes // cell.tp, cell.tp)
     mesh = init_device_mesh("cpu", shape, mesh_dim_names=("fsdp", "tp"))
     untie(model)
-    plan, _, _ = model._resolve_parallel_plans(DistributedConfig(tp_size=cell.tp))
+    model.config.distributed_config = DistributedConfig(tp_size=cell.tp)
+    model._device_mesh = mesh["tp"]  # where PEFT looks for it
+    plan, _, _ = model._resolve_parallel_plans(model.config.distributed_config)
     apply_tensor_parallelism(model, mesh["tp"], plan)
     for parameter in model.parameters():
         if isinstance(parameter, DTensor):  # else it stays a view of the whole
@@ -316,6 +328,7 @@ def run_loop(cell: Cell) -> list[int]:
         model = replicate(cell, model)
     elif cell.tp > 1:
         split(cell, model)
+        model = model if cell.method == "full" else made_trainable(model, cell)
     optimizer = build_optimizer(cell, model)
     data = task_batches(cell, config)
     resident = []
@@ -542,9 +555,7 @@ def split_through_transformers(cell: Cell, model: Any) -> nn.Module:
         else:
             parameter._local_tensor = part.detach().clone()
     model.config.use_cache = bool(cell.use_cache)
-    if cell.checkpointing != "none":
-        enable_checkpointing(model, cell)
-    return model.train()
+    return made_trainable(model, cell)
 
 
 def make_trainer(cell: Cell, model: nn.Module, rows: list[dict[str, list[int]]], **values: Any) -> Any:

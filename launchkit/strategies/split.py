@@ -158,11 +158,6 @@ def _model(scenario: Scenario, profile: ModelProfile, cluster: Cluster) -> str |
 def _training(scenario: Scenario, profile: ModelProfile, cluster: Cluster) -> str | None:
     training, split = scenario.training, scenario.strategy.split
     option = _option(split)
-    if split.tp > 1 and training.method is not Method.FULL:
-        return (
-            f"{option} with --method {training.method} is not modelled: PEFT would put adapters on split matrices; "
-            "use --strategy fsdp2 without it"
-        )
     if training.images or training.packing:
         given = "--images" if training.images else "--packing"
         return f"{option} is modelled for plain sequences of text; leave out {given}"

@@ -11,8 +11,10 @@ from unittest import mock
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from launchkit.errors import TraceError
+from launchkit.finetune.split_adapters import declare_whole_widths
 from launchkit.recipe import RECIPES
 from launchkit.scenario import Compute, Method, TraceKey, is_fused_expert, names_in
 from launchkit.trace.quantised import prepare_for_kbit_training, quantise_linears
@@ -21,6 +23,9 @@ from launchkit.trace.quantised import prepare_for_kbit_training, quantise_linear
 _ATTENTION = re.compile(
     r"(q_proj|k_proj|v_proj|o_proj|qkv_proj|query_key_value|c_attn|q_lin|k_lin|v_lin|out_lin|query|key|value|out_proj|Wqkv|Wo|q|k|v|o|dense)$"
 )
+
+# Ways to split a matrix that PEFT splits its adapter by.
+_ADAPTED_STYLES = ("colwise", "rowwise")
 
 _ANY_DROPOUT = 0.1  # the bytes of dropout are the same for every share above zero
 
@@ -67,15 +72,50 @@ def apply_method(model: nn.Module, key: TraceKey, *, lora_rank: int) -> nn.Modul
         use_dora=key.dora,
         task_type=peft_task(model),
     )
+    if key.tp > 1:
+        _check_saved_whole(model, config.modules_to_save or ())
     try:
         with unpacking_for_dora():
-            return get_peft_model(model, config, autocast_adapter_dtype=not key.cast_adapters)
+            adapted = get_peft_model(model, config, autocast_adapter_dtype=not key.cast_adapters)
     except (TypeError, ValueError) as error:
         reason = " ".join(str(error).removeprefix("[PEFT:PeftType.LORA] ").split())
         advice = _other_targets(model, key.lora_targets, unfit=re.findall(r"'(\w+)'", reason))
         raise TraceError(
             f"PEFT refuses --lora-targets {key.lora_targets}: {_sentence(reason)}; pass {advice}"
         ) from None
+    if key.tp > 1:
+        _check_split_alike(adapted, key)
+        declare_whole_widths(adapted)
+    return adapted
+
+
+def _check_saved_whole(model: nn.Module, names: Sequence[str]) -> None:
+    """PEFT copies a module that it is to train whole, and a split one cannot be copied."""
+    for path, module in model.named_modules():
+        name = path.rpartition(".")[2]
+        if name in names and any(isinstance(parameter, DTensor) for parameter in module.parameters()):
+            raise TraceError(
+                f"PEFT cannot copy {name}, whose weight is split, to train it whole; leave it out of "
+                "--lora-modules-to-save, or use --strategy fsdp2 without --tp"
+            )
+
+
+def _check_split_alike(model: nn.Module, key: TraceKey) -> None:
+    """Source: peft 0.21 ``LoraModel._create_and_replace``, which warns, and leaves adapters without their messages."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    unfit: dict[str, str] = {}
+    for path, layer in model.named_modules():
+        if isinstance(layer, BaseTunerLayer):
+            style = getattr(layer.get_base_layer(), "_hf_tp_plan", None)
+            if style not in (None, *_ADAPTED_STYLES):
+                unfit[path.rpartition(".")[2]] = style
+    if unfit:
+        name, style = next(iter(unfit.items()))
+        raise TraceError(
+            f"PEFT splits adapters by columns or by rows alone, and transformers splits {name} as {style}; "
+            f"pass {_other_targets(model, key.lora_targets, unfit=tuple(unfit))}, or use --strategy fsdp2 without --tp"
+        )
 
 
 def adapter_error(model: nn.Module, key: TraceKey, error: BaseException) -> TraceError | None:
