@@ -135,12 +135,20 @@ def _cpu_advice(candidate: Candidate, cluster: Cluster) -> tuple[str, ...]:
     return ("ACCELERATE_USE_CPU=true ",)
 
 
+# PEFT 0.21 with transformers 5.23; the built-in fine-tune does it too.
+_ADAPTER_ADVICE = (
+    "It calls launchkit.finetune.split_adapters.declare_whole_widths on what get_peft_model returns, without which",
+    "adapters on matrices split by rows (o_proj, down_proj) fail in the first forward pass.",
+)
+
+
 def _split_advice(candidate: Candidate, cluster: Cluster) -> tuple[str, ...]:
     """What the script has to do itself where ranks share a step: accelerate is only told of it."""
     parts = distributed_config(candidate, cluster)
     if parts:
         arguments = ", ".join(f"{name}={value}" for name, value in parts.items())
-        return (f"It loads the model with from_pretrained(..., distributed_config=DistributedConfig({arguments})).",)
+        load = f"It loads the model with from_pretrained(..., distributed_config=DistributedConfig({arguments}))."
+        return (load, *_ADAPTER_ADVICE) if candidate.scenario.training.method is not Method.FULL else (load,)
     if candidate.scenario.strategy.split.num_ranks > 1:
         return (
             "It trains with transformers' Trainer, which shares out sequences, and pads them to the planned length.",
