@@ -191,8 +191,8 @@ def _adapters(scenario: Scenario, profile: ModelProfile, cluster: Cluster) -> st
         return f"{option} fails in Axolotl, where nobody tells PEFT's adapters their whole width; use --trainer hf"
     if strategy.kind.is_fsdp:
         return (
-            f"{option} does not run under --strategy {strategy.kind}: PEFT makes adapters as wide as FSDP's shards; use "
-            f"--tp {cluster.num_gpus}, which leaves nothing to FSDP, or --strategy {strategy.kind} without --tp"
+            f"{option} does not run under --strategy {strategy.kind}: PEFT makes adapters as wide as FSDP's shards; "
+            f"use --tp {cluster.num_gpus}, which leaves nothing to FSDP, or --strategy {strategy.kind} without --tp"
         )
     return None
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 from unittest import mock
@@ -56,7 +56,7 @@ def apply_method(model: nn.Module, key: TraceKey, *, lora_rank: int) -> nn.Modul
     """
     if key.method is Method.FULL:
         return model
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig
 
     targets, parameters = lora_targets(model, key.lora_targets)
     if key.method is Method.QLORA:
@@ -72,11 +72,26 @@ def apply_method(model: nn.Module, key: TraceKey, *, lora_rank: int) -> nn.Modul
         use_dora=key.dora,
         task_type=peft_task(model),
     )
+    return _with_adapters(model, config, key)
+
+
+def _with_adapters(model: nn.Module, config: Any, key: TraceKey) -> nn.Module:
+    """``get_peft_model`` as the built-in fine-tune calls it, its complaints with what to type instead."""
+    from peft import get_peft_model
+
+    unfit = _split_otherwise(model) if key.tp > 1 else {}
     if key.tp > 1:
         _check_saved_whole(model, config.modules_to_save or ())
     try:
         with unpacking_for_dora():
             adapted = get_peft_model(model, config, autocast_adapter_dtype=not key.cast_adapters)
+    except AttributeError as error:
+        if key.tp == 1 or "ParamWrapper" not in str(error):  # whose weight peft 0.21 asks for, and it has none
+            raise
+        raise TraceError(
+            f"PEFT cannot put adapters on fused experts that are split, which --lora-targets {key.lora_targets} "
+            f"includes; pass {_other_targets(model, key.lora_targets, unfit=unfit)}"
+        ) from None
     except (TypeError, ValueError) as error:
         reason = " ".join(str(error).removeprefix("[PEFT:PeftType.LORA] ").split())
         advice = _other_targets(model, key.lora_targets, unfit=re.findall(r"'(\w+)'", reason))
@@ -84,7 +99,7 @@ def apply_method(model: nn.Module, key: TraceKey, *, lora_rank: int) -> nn.Modul
             f"PEFT refuses --lora-targets {key.lora_targets}: {_sentence(reason)}; pass {advice}"
         ) from None
     if key.tp > 1:
-        _check_split_alike(adapted, key)
+        _check_split_alike(adapted, key, unfit=unfit)
         declare_whole_widths(adapted)
     return adapted
 
@@ -100,22 +115,27 @@ def _check_saved_whole(model: nn.Module, names: Sequence[str]) -> None:
             )
 
 
-def _check_split_alike(model: nn.Module, key: TraceKey) -> None:
+def _check_split_alike(model: nn.Module, key: TraceKey, *, unfit: Mapping[str, str]) -> None:
     """Source: peft 0.21 ``LoraModel._create_and_replace``, which warns, and leaves adapters without their messages."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    unfit: dict[str, str] = {}
     for path, layer in model.named_modules():
         if isinstance(layer, BaseTunerLayer):
             style = getattr(layer.get_base_layer(), "_hf_tp_plan", None)
             if style not in (None, *_ADAPTED_STYLES):
-                unfit[path.rpartition(".")[2]] = style
-    if unfit:
-        name, style = next(iter(unfit.items()))
-        raise TraceError(
-            f"PEFT splits adapters by columns or by rows alone, and transformers splits {name} as {style}; "
-            f"pass {_other_targets(model, key.lora_targets, unfit=tuple(unfit))}, or use --strategy fsdp2 without --tp"
-        )
+                name, advice = path.rpartition(".")[2], _other_targets(model, key.lora_targets, unfit=unfit)
+                raise TraceError(
+                    f"PEFT splits adapters by columns or by rows alone, and transformers splits {name} as {style}; "
+                    f"pass {advice}, or use --strategy fsdp2 without --tp"
+                )
+
+
+def _split_otherwise(model: nn.Module) -> dict[str, str]:
+    """The linear layers, by the last part of their names, on which PEFT cannot split adapters, and how transformers
+    splits them."""
+    plan: Mapping[str, str] = model.tp_plan  # type: ignore[assignment]
+    styles = {path.rpartition(".")[2]: plan.get(re.sub(r"\.\d+\.", ".*.", path)) for path, _ in _linears(model)}
+    return {name: style for name, style in styles.items() if style is not None and style not in _ADAPTED_STYLES}
 
 
 def adapter_error(model: nn.Module, key: TraceKey, error: BaseException) -> TraceError | None:
@@ -144,7 +164,7 @@ def _sentence(text: str) -> str:
     return text.partition(". ")[0].rstrip(".")
 
 
-def _other_targets(model: nn.Module, text: str, *, unfit: Sequence[str]) -> str:
+def _other_targets(model: nn.Module, text: str, *, unfit: Collection[str]) -> str:
     """The targets to type in place of ``text``: the attention's where it has any that fit, else all that fit."""
     attention = _attention_names(model)
     if text != "attention" and attention and not attention & set(unfit):

@@ -36,7 +36,10 @@ def split_scenario(**values: Any) -> Scenario:
         ({"tp": 16, "strategy": "single"}, "--tp 16 takes 16 GPUs and 8× RTX 4090 has 8"),
         ({"tp": 3, "strategy": "fsdp2"}, "--tp 3 does not divide 8 GPUs; use a divisor of 8"),
         ({"tp": 8, "strategy": "fsdp2"}, "leaves --strategy fsdp2 nothing to shard; use --strategy single"),
-        ({"tp": 2, "strategy": "fsdp2", "method": "lora"}, "as wide as FSDP's shards; use --tp 8, which leaves nothing"),
+        (
+            {"tp": 2, "strategy": "fsdp2", "method": "lora"},
+            "as wide as FSDP's shards; use --tp 8, which leaves nothing",
+        ),
         ({"tp": 2, "strategy": "hsdp", "method": "lora"}, "does not run under --strategy hsdp"),
         ({"tp": 8, "strategy": "single", "method": "qlora"}, "finds no 4-bit weights in split ones; use --method lora"),
         ({"tp": 8, "strategy": "single", "method": "lora", "dora": True}, "leave out --dora"),
