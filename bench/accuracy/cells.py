@@ -466,7 +466,6 @@ TENSOR_PARALLEL_ADAPTERS = (
     Cell(name="tp-lora-accumulation-fp32", config=LLAMA, gradient_accumulation_steps=2, **_TP_LORA),
     Cell(name="tp-lora-hf-fp32", config=LLAMA, trainer="hf", **_TP_LORA),
     Cell(name="tp-lora-hf-bf16", config=LLAMA, trainer="hf", precision="bf16", **_TP_LORA),
-    Cell(name="tp-lora-hf-evaluation", config=LLAMA, trainer="hf", evaluation_micro_batch=8, **_TP_LORA),
     Cell(name="tp-lora-hf-checkpointing", config=LLAMA, trainer="hf", checkpointing="full", **_TP_LORA),
 )
 
