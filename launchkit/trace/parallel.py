@@ -101,6 +101,11 @@ def _untie(model: nn.Module) -> None:
             seen.add(id(parameter))
 
 
+def is_split(tensor: torch.Tensor) -> bool:
+    """Whether other ranks have other parts of ``tensor``."""
+    return isinstance(tensor, DTensor)
+
+
 def local(tensor: torch.Tensor) -> torch.Tensor:
     """What of ``tensor`` lies on this rank."""
     return tensor._local_tensor if isinstance(tensor, DTensor) else tensor

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from launchkit import strategies
-from launchkit.program import Group, Owner, Parameter, Point, StepProgram
+from launchkit.program import Group, Owner, Parameter, Phase, Point, StepProgram
 from launchkit.scenario import Scenario, Split
 from launchkit.simulate.clock import Job, group_size
 from launchkit.strategies.fsdp2 import Layout
@@ -207,3 +207,19 @@ def test_fsdp2_shards_what_a_rank_holds() -> None:
     assert _weight_bytes(sharded, program) == _weight_bytes(alone, program) // 4
     kinds = {c.group for section in sharded.sections for c in section.collectives}
     assert kinds == {Group.COPY, Group.SHARD}
+
+
+@needs_torch
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("trainer", "is_averaged"), [("loop", False), ("hf", True)])
+def test_the_trainer_averages_what_is_not_split(trainer: str, is_averaged: bool) -> None:
+    """Of each adapter the matrix that every rank has: seven a layer, each as wide as the hidden size, in fp32."""
+    from launchkit.trace import trace_model
+    from tests.trace.models import LLAMA, LORA, key
+
+    program = trace_model(LLAMA, key(tp=2, **LORA))
+    values: dict[str, Any] = {"precision": "fp32", "trainer": trainer, "split": Split(tp=2), "method": "lora"}
+    rewritten = strategies.rewrite(program, scenario=scenario(lora_rank=8, **values), cluster=cluster(num_gpus=2))
+    (stage,) = (s for s in rewritten.stages if s.phase is Phase.OPTIMIZER)
+    sent = [c.num_bytes.at(Point(2, 128, 8)) for c in rewritten.section_of(stage, 0).collectives]
+    assert sent == [8 * 32 * 4] * (7 * program.group_counts["LlamaDecoderLayer"] if is_averaged else 0)
