@@ -31,6 +31,7 @@ from bench.accuracy.inputs import task_batches
 
 MARK = "launchkit::"
 GLOO_SECONDS = 0.005  # after which gloo's thread has let go of what it has done
+DTENSOR_SECONDS = 0.02  # after which it has done it too, if no rank is late
 
 FSDP = ("fsdp", "fsdp2", "hsdp")
 
@@ -426,6 +427,20 @@ def outlive_gloo() -> None:
         setattr(dist, name, patched(getattr(dist, name)))
 
 
+def outlive_gloo_under_dtensor() -> None:
+    """Waits a moment before each wait for a functional collective, as DTensor has them, so that few ghosts arise: the
+    work is done by then, and this thread the last to hold it."""
+    from torch.distributed import _functional_collectives as functional
+
+    original = functional.wait_tensor
+
+    def wait_tensor(tensor: torch.Tensor) -> torch.Tensor:
+        time.sleep(DTENSOR_SECONDS)
+        return original(tensor)
+
+    functional.wait_tensor = wait_tensor
+
+
 def python_bytes() -> int:
     """Bytes of every CPU storage that a tensor known to Python holds: between steps, all that is resident."""
     storages = {}
@@ -737,6 +752,8 @@ def summarise(cell: Cell, prof: Any, *, resident: list[int], timeline: bool) -> 
 def run(cell: Cell, folder: Path, *, timeline: bool) -> None:
     """Runs ``cell`` and writes this rank's numbers into ``folder``."""
     torch.manual_seed(0)
+    if cell.tp > 1:
+        outlive_gloo_under_dtensor()
     if cell.num_processes > 1 and cell.trainer == "loop":
         dist.init_process_group("gloo")
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as prof:
