@@ -29,12 +29,14 @@ OWN_DTYPE = 0  # as an item size: the width of the parameter's own dtype
 class LocalTensor(NamedTuple):
     """A trainable tensor as the optimizer of one rank sees it: a whole parameter, a shard, or a flat buffer.
 
-    ``in_block`` is false outside the stack of blocks (embeddings, head), where Muon hands over to AdamW.
+    ``in_block`` is false outside the stack of blocks (embeddings, head), where Muon hands over to AdamW. ``is_split``
+    where the ranks of a tensor-parallel group have other parts of it: no kernel takes such tensors with others.
     """
 
     shape: tuple[int, ...]
     itemsize: int
     in_block: bool = True
+    is_split: bool = False
 
     @property
     def numel(self) -> int:
@@ -47,7 +49,7 @@ class LocalTensor(NamedTuple):
 
 def local_tensor(parameter: Parameter, *, lora_rank: int = 0, itemsize: int = 0, in_block: bool = True) -> LocalTensor:
     """``parameter`` unsharded, the LoRA rank put in; ``itemsize`` where it is held in another dtype."""
-    return LocalTensor(parameter.sizes(lora_rank), itemsize or parameter.itemsize, in_block)
+    return LocalTensor(parameter.sizes(lora_rank), itemsize or parameter.itemsize, in_block, parameter.is_split)
 
 
 class Extent(StrEnum):
@@ -230,7 +232,11 @@ def step_events(
     if makes_states and not interleaved:
         for tensor in tensors:
             writer.states(optimizer.state_bytes(tensor, device=device))
+    is_split = False
     for temporaries, batch in _updates(optimizer, tensors, device=device):
+        if batch[0].is_split is not is_split:  # a group of parameters, and so a call, of its own
+            writer.drop_everything()
+            is_split = batch[0].is_split
         if interleaved:
             for tensor in batch:
                 writer.states(optimizer.state_bytes(tensor, device=device))
@@ -249,15 +255,16 @@ def traffic_bytes(optimizer: Optimizer, tensors: Sequence[LocalTensor], *, devic
 def _updates(
     optimizer: Optimizer, tensors: Sequence[LocalTensor], *, device: DeviceKind
 ) -> Iterator[tuple[tuple[Temporary, ...], Sequence[LocalTensor]]]:
-    """The update in units of what one pass of the optimizer's code handles: a tensor, or all tensors of one dtype."""
-    by_dtype: dict[tuple[int, tuple[Temporary, ...]], list[LocalTensor]] = {}
+    """The update in units of what one pass of the optimizer's code handles: a tensor, or all tensors of one dtype
+    that are split alike."""
+    alike: dict[tuple[int, bool, tuple[Temporary, ...]], list[LocalTensor]] = {}
     for tensor in tensors:
         variant = optimizer.variant(tensor)
         if variant.foreach is None or (device is DeviceKind.CPU and not optimizer.foreach_on_cpu):
             yield variant.loop, (tensor,)
         else:
-            by_dtype.setdefault((tensor.itemsize, variant.foreach), []).append(tensor)
-    for (_, temporaries), batch in by_dtype.items():
+            alike.setdefault((tensor.itemsize, tensor.is_split, variant.foreach), []).append(tensor)
+    for (*_, temporaries), batch in alike.items():
         yield temporaries, batch
 
 

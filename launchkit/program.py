@@ -246,6 +246,7 @@ class Parameter:
     A trainable parameter that no loss depends on (a vision tower in a step without images) has no gradient, and an
     optimizer that takes parameters one by one makes no state for it. ``gradient_numel`` is given where a rank of a
     tensor-parallel group has the gradient of more than its own part (an embedding's, until the optimizer steps).
+    ``is_split`` where the ranks of such a group have a part each, rather than the same.
     """
 
     name: str
@@ -257,6 +258,7 @@ class Parameter:
     extra_bytes: int = 0
     has_gradient: bool = True
     gradient_numel: int = 0
+    is_split: bool = False
 
     def sizes(self, lora_rank: int = 0) -> tuple[int, ...]:
         """The shape, with the LoRA rank put in."""

@@ -43,6 +43,16 @@ def live_bytes(events: Iterable[Event]) -> tuple[int, int]:
     return peak, sum(live.values())
 
 
+def test_split_tensors_are_updated_apart_from_others() -> None:
+    """A multi-tensor kernel takes tensors of one device mesh, so that its temporaries are of one kind at a time."""
+    whole, split = LocalTensor((300, 200), 4), LocalTensor((300, 200), 4, is_split=True)
+    together, apart = (
+        live_bytes(step_events(find("adamw_torch"), tensors, device=CUDA, first_step=False))[0]
+        for tensors in ((whole, whole), (whole, split))
+    )
+    assert 0 < apart < together
+
+
 def profiled(torch: Any, function: Callable[[], object]) -> tuple[int, int]:
     """Peak and final change in the CPU allocator's live bytes while ``function`` runs."""
     gc.collect()

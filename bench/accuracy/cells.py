@@ -454,6 +454,30 @@ TENSOR_PARALLEL = (
     Cell(name="tp-fsdp2-hf-tied-bf16", config=TIED, trainer="hf", precision="bf16", **_TP_FSDP),
 )
 
+_TP_LORA: dict[str, Any] = {"method": "lora", **_TP}
+_ATTENTION = "q_proj,k_proj,v_proj,o_proj"
+
+TENSOR_PARALLEL_ADAPTERS = (
+    Cell(name="tp-lora-fp32", config=LLAMA, **_TP_LORA),
+    Cell(name="tp-lora-fp32-b1", config=LLAMA, micro_batch=1, seq_len=160, **_TP_LORA),
+    Cell(name="tp-lora-fp32-checkpointing", config=LLAMA, checkpointing="full", **_TP_LORA),
+    Cell(name="tp-lora-attention-fp32", config=LLAMA, lora_targets=_ATTENTION, **_TP_LORA),
+    Cell(name="tp-lora-attention-bf16", config=LLAMA, lora_targets=_ATTENTION, precision="bf16", **_TP_LORA),
+    Cell(name="tp-lora-rows-fp32", config=LLAMA, lora_targets="o_proj,down_proj", **_TP_LORA),
+    Cell(name="tp-lora-bf16", config=LLAMA, precision="bf16", **_TP_LORA),
+    Cell(name="tp-lora-bf16-checkpointing", config=LLAMA, precision="bf16", checkpointing="full", **_TP_LORA),
+    Cell(name="tp-lora-bf16-pure", config=LLAMA, precision="bf16-pure", **_TP_LORA),
+    Cell(name="tp-lora-tied-bf16", config=TIED, precision="bf16", **_TP_LORA),
+    Cell(name="tp-lora-wide-adamw", config=WIDE, seq_len=16, lora_rank=64, optimizer="adamw_torch", **_TP_LORA),
+    Cell(name="tp-lora-uneven-fp32", config=UNEVEN, **_TP_LORA),
+    Cell(name="tp-lora-mixtral-fp32", config=_SMALL_MIXTRAL, lora_targets=_ATTENTION, **_TP_LORA),
+    Cell(name="tp-lora-norm-fp32", config=LLAMA, lora_modules_to_save="norm", **_TP_LORA),
+    Cell(name="tp-lora-accumulation-fp32", config=LLAMA, gradient_accumulation_steps=2, **_TP_LORA),
+    Cell(name="tp-lora-hf-fp32", config=LLAMA, trainer="hf", **_TP_LORA),
+    Cell(name="tp-lora-hf-bf16", config=LLAMA, trainer="hf", precision="bf16", **_TP_LORA),
+    Cell(name="tp-lora-hf-checkpointing", config=LLAMA, trainer="hf", checkpointing="full", **_TP_LORA),
+)
+
 _SP: dict[str, Any] = {"sp": 2, "num_processes": 2, "zero": _MILLION}
 
 SEQUENCE_PARALLEL = (
@@ -476,6 +500,7 @@ CELLS = (
     *ZERO_SETTINGS,
     *ZERO_MORE,
     *TENSOR_PARALLEL,
+    *TENSOR_PARALLEL_ADAPTERS,
     *SEQUENCE_PARALLEL,
     *architecture_cells(),
 )

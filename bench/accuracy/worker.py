@@ -31,6 +31,7 @@ from bench.accuracy.inputs import task_batches
 
 MARK = "launchkit::"
 GLOO_SECONDS = 0.005  # after which gloo's thread has let go of what it has done
+DTENSOR_SECONDS = 0.02  # after which it has done it too, if no rank is late
 
 FSDP = ("fsdp", "fsdp2", "hsdp")
 
@@ -65,6 +66,12 @@ def build_model(cell: Cell) -> nn.Module:
         head.weight = nn.Parameter(head.weight.detach().clone())  # T5's class ties it, and a checkpoint brings its own
     if cell.method == "qlora":
         model = quantised(model, cell, dtype=dtype)
+    adapts_parts = cell.tp > 1 and cell.method != "full"  # adapters go on a model that is split already
+    return model if adapts_parts else made_trainable(model, cell)
+
+
+def made_trainable(model: Any, cell: Cell) -> nn.Module:
+    """``model`` with adapters and checkpointing in place."""
     if cell.method != "full":
         model = with_adapter(model, cell)
     if cell.precision == "fp8" and cell.trainer == "loop":  # elsewhere accelerate does it
@@ -153,6 +160,7 @@ def with_adapter(model: Any, cell: Cell) -> nn.Module:
     """``model`` under PEFT's adapter, which is all that is trained."""
     from peft import LoraConfig, get_peft_model
 
+    from launchkit.finetune.split_adapters import declare_whole_widths
     from launchkit.trace.methods import peft_task
 
     named = cell.lora_targets.split(",")
@@ -167,7 +175,10 @@ def with_adapter(model: Any, cell: Cell) -> nn.Module:
         task_type=peft_task(model),
         modules_to_save=cell.lora_modules_to_save.split(",") if cell.lora_modules_to_save else None,
     )
-    return get_peft_model(model, config)
+    adapted = get_peft_model(model, config)
+    if cell.tp > 1:
+        declare_whole_widths(adapted)
+    return adapted
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:
@@ -209,7 +220,9 @@ def split(cell: Cell, model: Any) -> Any:
     shape = (cell.num_processes // cell.tp, cell.tp)
     mesh = init_device_mesh("cpu", shape, mesh_dim_names=("fsdp", "tp"))
     untie(model)
-    plan, _, _ = model._resolve_parallel_plans(DistributedConfig(tp_size=cell.tp))
+    model.config.distributed_config = DistributedConfig(tp_size=cell.tp)
+    model._device_mesh = mesh["tp"]  # where PEFT looks for it
+    plan, _, _ = model._resolve_parallel_plans(model.config.distributed_config)
     apply_tensor_parallelism(model, mesh["tp"], plan)
     for parameter in model.parameters():
         if isinstance(parameter, DTensor):  # else it stays a view of the whole
@@ -346,6 +359,7 @@ def run_loop(cell: Cell) -> list[int]:
         model = replicate(cell, model)
     elif cell.tp > 1:
         split(cell, model)
+        model = model if cell.method == "full" else made_trainable(model, cell)
     optimizer = build_optimizer(cell, model)
     scale_ahead(cell, model, optimizer)
     data = task_batches(cell, config)
@@ -443,6 +457,20 @@ def outlive_gloo() -> None:
 
     for name in ("all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor", "all_gather", "broadcast", "reduce"):
         setattr(dist, name, patched(getattr(dist, name)))
+
+
+def outlive_gloo_under_dtensor() -> None:
+    """Waits a moment before each wait for a functional collective, as DTensor has them, so that few ghosts arise: the
+    work is done by then, and this thread the last to hold it."""
+    from torch.distributed import _functional_collectives as functional
+
+    original = functional.wait_tensor
+
+    def wait_tensor(tensor: torch.Tensor) -> torch.Tensor:
+        time.sleep(DTENSOR_SECONDS)
+        return original(tensor)
+
+    functional.wait_tensor = wait_tensor
 
 
 def python_bytes() -> int:
@@ -576,9 +604,7 @@ def split_through_transformers(cell: Cell, model: Any) -> nn.Module:
         else:
             parameter._local_tensor = part.detach().clone()
     model.config.use_cache = bool(cell.use_cache)
-    if cell.checkpointing != "none":
-        enable_checkpointing(model, cell)
-    return model.train()
+    return made_trainable(model, cell)
 
 
 def make_trainer(cell: Cell, model: nn.Module, rows: list[dict[str, list[int]]], **values: Any) -> Any:
@@ -764,6 +790,8 @@ def run(cell: Cell, folder: Path, *, timeline: bool) -> None:
     """Runs ``cell`` and writes this rank's numbers into ``folder``."""
     torch.manual_seed(0)
     torch.backends.mkldnn.enabled = False  # else its scratch, which only CPUs have, makes the peak of many steps
+    if cell.tp > 1:
+        outlive_gloo_under_dtensor()
     if cell.num_processes > 1 and cell.trainer == "loop":
         dist.init_process_group("gloo")
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as prof:

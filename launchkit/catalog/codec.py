@@ -13,7 +13,7 @@ Reading a variant parses the lines it names and no others, so a file of eighty v
                   [slot, size, owner, parameter] alloc · [origin, slot, size] free · [origin, slot] free of the size
                   that the section itself allocated under that slot · [owner] free all
     group     [name, [[name, shape, itemsize, trainable, lora_rank_axis, packed_bytes, extra_bytes, has_gradient?,
-                  gradient_numel?], …]]
+                  gradient_numel?, is_split?], …]]
     variant   {"stages", "sections", "groups", "group_counts", "persistent", …}  sections and groups as line numbers
 """
 
@@ -327,6 +327,8 @@ def _parameter_row(parameter: Parameter) -> list[Any]:
 
 
 def _gradient_columns(parameter: Parameter) -> tuple[int, ...]:
+    if parameter.is_split:
+        return int(parameter.has_gradient), parameter.gradient_numel, 1
     if parameter.gradient_numel:
         return int(parameter.has_gradient), parameter.gradient_numel
     return () if parameter.has_gradient else (0,)
@@ -344,4 +346,5 @@ def _parameter(row: list[Any]) -> Parameter:
         extra_bytes=extra_bytes,
         has_gradient=bool(rest[0]) if rest else True,
         gradient_numel=rest[1] if len(rest) > 1 else 0,
+        is_split=len(rest) > 2,
     )

@@ -214,6 +214,11 @@ def _refusals(candidate: Candidate, cluster: Cluster) -> tuple[tuple[bool, str, 
             "shares sequences in a ring of flash attention, another than torch's that was planned",
             "use accelerate's file",
         ),
+        (
+            strategy.split.tp > 1 and training.method is not Method.FULL,
+            "does not tell PEFT's adapters on split matrices how wide these are in all ranks",
+            "use accelerate's file",
+        ),
         (strategy.split.sp > 1, "has no key for DeepSpeed's Ulysses", "use accelerate's file"),
         (
             cluster.gpu.backend is Backend.CPU and not is_unsharded,

@@ -135,12 +135,27 @@ def _cpu_advice(candidate: Candidate, cluster: Cluster) -> tuple[str, ...]:
     return ("ACCELERATE_USE_CPU=true ",)
 
 
+# PEFT 0.21 with transformers 5.23; the built-in fine-tune does both.
+_ADAPTER_ADVICE = (
+    "It calls launchkit.finetune.split_adapters.declare_whole_widths on what get_peft_model returns, without which",
+    "adapters on matrices split by rows (o_proj, down_proj) fail in the first forward pass.",
+)
+
+
+_SAVING_ADVICE = ("Its TrainingArguments say save_only_model=True: the Trainer does not resume a split model.",)
+
+
 def _split_advice(candidate: Candidate, cluster: Cluster) -> tuple[str, ...]:
     """What the script has to do itself where ranks share a step: accelerate is only told of it."""
     parts = distributed_config(candidate, cluster)
     if parts:
         arguments = ", ".join(f"{name}={value}" for name, value in parts.items())
-        return (f"It loads the model with from_pretrained(..., distributed_config=DistributedConfig({arguments})).",)
+        training = candidate.scenario.training
+        return (
+            f"It loads the model with from_pretrained(..., distributed_config=DistributedConfig({arguments})).",
+            *(_ADAPTER_ADVICE if training.method is not Method.FULL else ()),
+            *(_SAVING_ADVICE if training.trainer is not Trainer.LOOP else ()),
+        )
     if candidate.scenario.strategy.split.num_ranks > 1:
         return (
             "It trains with transformers' Trainer, which shares out sequences, and pads them to the planned length.",

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from launchkit.finetune.split_adapters import declare_whole_widths
 from launchkit.launch.job import FineTuneJob
 from launchkit.scenario import Method
 
@@ -73,7 +74,10 @@ def with_adapter(model: PreTrainedModel, job: FineTuneJob) -> Any:
     if job.training.checkpointing != "none":
         model.enable_input_require_grads()  # else nothing before the first adapter asks for gradients
     # FSDP1 flattens only tensors of one dtype, and 4-bit weights count as their storage's.
-    return get_peft_model(model, config, autocast_adapter_dtype=not _needs_one_dtype(job))
+    adapted = get_peft_model(model, config, autocast_adapter_dtype=not _needs_one_dtype(job))
+    if job.parts is not None:
+        declare_whole_widths(adapted)
+    return adapted
 
 
 def _widens_unquantised(job: FineTuneJob) -> bool:

@@ -122,6 +122,7 @@ def _argument_values(job: FineTuneJob) -> dict[str, Any]:
         "dataloader_pin_memory": not job.on_cpu,
         "remove_unused_columns": False,
         "save_strategy": "no" if is_trial else "epoch",
+        "save_only_model": job.parts is not None,  # the Trainer has no states of a split model to resume from
         "save_total_limit": KEPT_CHECKPOINTS,
         "logging_steps": 1 if 0 < job.data.max_steps <= SHORT_RUN_STEPS else 10,
         "report_to": "none",

@@ -25,7 +25,9 @@ WRITE_BYTES_PER_S = 0.5e9
 def checkpoint_files(sizes: ModelSizes, scenario: Scenario, *, num_ranks: int) -> CheckpointFiles:
     """One checkpoint of transformers' Trainer: the model, the engine's own copy of it, the optimizer.
 
-    Source: transformers 5.23 ``Trainer._save_checkpoint``, accelerate 1.15 ``save_fsdp_model`` and
+    Of a model that transformers splits as it loads it the Trainer saves the weights alone, and resumes nothing.
+
+    Source: transformers 5.23 ``Trainer.__init__`` and ``_save_checkpoint``, accelerate 1.15 ``save_fsdp_model`` and
     ``save_fsdp_optimizer``, DeepSpeed 0.19.8 ``save_checkpoint``; within 1 % of what two processes write.
     Omits: the tokenizer, training arguments and random states (some 10 kB per rank and the tokenizer's files).
     """
@@ -34,6 +36,8 @@ def checkpoint_files(sizes: ModelSizes, scenario: Scenario, *, num_ranks: int) -
     optimizer = sizes.state_bytes + TORCH_ENTRY_BYTES * (sizes.num_state_tensors + sizes.num_trained_tensors)
     if scenario.strategy.kind.zero_stage:
         optimizer = sizes.state_bytes + sizes.num_trained * FP32_BYTES
+    if scenario.strategy.split.tp > 1:
+        engine = optimizer = 0
     total = weights + engine + optimizer
     return CheckpointFiles(
         weights_bytes=weights,

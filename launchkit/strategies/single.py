@@ -3,13 +3,24 @@ optimizer and its accumulated gradients."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from launchkit.hardware import Cluster
 from launchkit.model import ModelProfile
-from launchkit.optimizers import find
-from launchkit.program import Alloc, Free, Owner, Size, StepProgram, local
-from launchkit.scenario import DeviceKind, Offload, Scenario, Strategy, TraceKey, Training
+from launchkit.optimizers import LocalTensor, find
+from launchkit.program import (
+    Alloc,
+    Collective,
+    CollectiveKind,
+    Free,
+    Moment,
+    Owner,
+    Size,
+    StepProgram,
+    local,
+)
+from launchkit.scenario import DeviceKind, Offload, Scenario, Strategy, TraceKey, Trainer, Training
 from launchkit.strategies.base import (
     AUTOCAST_COMPUTE,
     OPTIMIZER_STAGE,
@@ -59,8 +70,8 @@ def rewrite(program: StepProgram, *, scenario: Scenario, cluster: Cluster) -> St
 
 
 def _optimizer_step(program: StepProgram, scenario: Scenario) -> OptimizerStep:
-    """What this rank's optimizer updates. Where matrices are split, they are a kernel call of their own, ahead of the
-    vectors that every rank holds. A kernel that reads a gradient wider than its parameter reads a copy of this rank's
+    """What this rank's optimizer updates. What is split is a kernel call of its own, ahead of what every rank holds. A
+    kernel that reads a gradient wider than its parameter reads a copy of this rank's
     part, while all states exist and none of the update's other temporaries do.
 
     Source: transformers 5.23 ``Trainer.create_optimizer`` (a group per device mesh); DTensor's redistribution of the
@@ -72,6 +83,21 @@ def _optimizer_step(program: StepProgram, scenario: Scenario) -> OptimizerStep:
     copied = Size.constant(narrowed_bytes(located_parameters(program, trainable=True), rank=lora_rank(scenario)))
     passing = (Alloc(0, copied, Owner.TEMPORARIES), Free(local(OPTIMIZER_STAGE, 0), copied))
     return OptimizerStep(
-        tensors=tuple(sorted(tensors, key=lambda tensor: len(tensor.shape) == 1)),
+        tensors=tuple(sorted(tensors, key=lambda tensor: not tensor.is_split)),
         after=passing if copied.terms else (),
+        collectives=() if scenario.training.trainer is Trainer.LOOP else _averages(tensors),
+    )
+
+
+def _averages(tensors: Sequence[LocalTensor]) -> tuple[Collective, ...]:
+    """The Trainer averages over all ranks the gradients of what is not split (norms, one matrix of each adapter), one
+    by one and once a step, though they are the same already.
+
+    Source: transformers 5.23 ``Trainer._sync_replicated_trainable_parameters``. Each is sent when it is complete, which
+    all that follows waits for: here at the end.
+    """
+    return tuple(
+        Collective(CollectiveKind.ALL_REDUCE, Size.constant(tensor.num_bytes), Moment.BLOCKING)
+        for tensor in tensors
+        if not tensor.is_split
     )

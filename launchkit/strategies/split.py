@@ -4,7 +4,8 @@ What each is here, and what it goes with:
 
 - tensor parallel: transformers' own plan (``DistributedConfig(tp_size, fsdp_size, dp_replicate_size)``), alone or with
   FSDP2 over the ranks that hold the same part of a matrix. accelerate 1.15 cannot make that mesh itself of a model of
-  transformers 5.23: its ``_prepare_tp`` imports a class that is gone.
+  transformers 5.23: its ``_prepare_tp`` imports a class that is gone. PEFT splits adapters alike, where nothing but
+  tensor parallelism has cut the matrices.
 - context parallel: torch's ring attention under accelerate's FSDP2, which shards the weights over these ranks as well.
 - sequence parallel: DeepSpeed's Ulysses under ZeRO, which shards over these ranks as well.
 
@@ -32,6 +33,8 @@ from launchkit.scenario import (
     StrategyKind,
     TraceKey,
     Trainer,
+    is_fused_expert,
+    names_in,
 )
 from launchkit.strategies.fsdp2 import num_sharing_ranks, shard_group_size
 
@@ -158,11 +161,6 @@ def _model(scenario: Scenario, profile: ModelProfile, cluster: Cluster) -> str |
 def _training(scenario: Scenario, profile: ModelProfile, cluster: Cluster) -> str | None:
     training, split = scenario.training, scenario.strategy.split
     option = _option(split)
-    if split.tp > 1 and training.method is not Method.FULL:
-        return (
-            f"{option} with --method {training.method} is not modelled: PEFT would put adapters on split matrices; "
-            "use --strategy fsdp2 without it"
-        )
     if training.images or training.packing:
         given = "--images" if training.images else "--packing"
         return f"{option} is modelled for plain sequences of text; leave out {given}"
@@ -172,6 +170,30 @@ def _training(scenario: Scenario, profile: ModelProfile, cluster: Cluster) -> st
         return f"{option} is modelled without --checkpointing {training.checkpointing}; use --checkpointing full"
     if training.compile:
         return f"{option} is not modelled under torch.compile; leave out --compile"
+    return None
+
+
+def _adapters(scenario: Scenario, profile: ModelProfile, cluster: Cluster) -> str | None:
+    """What PEFT 0.21 cannot put on split matrices. Source: ``_get_in_out_features`` (adapters as wide as what a rank
+    holds, so a shard of its part under FSDP2), ``dispatch_bnb_4bit`` (reads attributes that a ``DTensor`` has not),
+    ``DoraLinearLayer.get_weight_norm`` (adds a plain tensor to a split one), and ``finetune.split_adapters``."""
+    training, strategy = scenario.training, scenario.strategy
+    if strategy.split.tp == 1 or training.method is Method.FULL:
+        return None
+    option = f"{_option(strategy.split)} with --method {training.method}"
+    if training.method is Method.QLORA:
+        return f"{option} does not run: PEFT finds no 4-bit weights in split ones; use --method lora"
+    if training.dora:
+        return f"{option} and --dora does not run: PEFT cannot take the norm of a split weight; leave out --dora"
+    if any(is_fused_expert(name) for name in names_in(training.lora_targets)):
+        return f"{option} does not run on fused experts, which are split; use --lora-targets attention"
+    if training.trainer is Trainer.AXOLOTL:
+        return f"{option} fails in Axolotl, where nobody tells PEFT's adapters their whole width; use --trainer hf"
+    if strategy.kind.is_fsdp:
+        return (
+            f"{option} does not run under --strategy {strategy.kind}: PEFT makes adapters as wide as FSDP's shards; "
+            f"use --tp {cluster.num_gpus}, which leaves nothing to FSDP, or --strategy {strategy.kind} without --tp"
+        )
     return None
 
 
@@ -228,6 +250,7 @@ _CHECKS: tuple[_Check, ...] = (
     _model,
     _heads,
     _training,
+    _adapters,
     _attention,
     _length,
     _offload,

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import re
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from launchkit.errors import TraceError
+from launchkit.finetune.split_adapters import declare_whole_widths
 from launchkit.recipe import RECIPES
 from launchkit.scenario import Compute, Method, TraceKey, is_fused_expert, names_in
 from launchkit.trace.quantised import prepare_for_kbit_training, quantise_linears
@@ -21,6 +23,9 @@ from launchkit.trace.quantised import prepare_for_kbit_training, quantise_linear
 _ATTENTION = re.compile(
     r"(q_proj|k_proj|v_proj|o_proj|qkv_proj|query_key_value|c_attn|q_lin|k_lin|v_lin|out_lin|query|key|value|out_proj|Wqkv|Wo|q|k|v|o|dense)$"
 )
+
+# Ways to split a matrix that PEFT splits its adapter by.
+_ADAPTED_STYLES = ("colwise", "rowwise")
 
 _ANY_DROPOUT = 0.1  # the bytes of dropout are the same for every share above zero
 
@@ -53,7 +58,7 @@ def apply_method(model: nn.Module, key: TraceKey, *, lora_rank: int) -> nn.Modul
     """
     if key.method is Method.FULL:
         return model
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig
 
     targets, parameters = lora_targets(model, key.lora_targets)
     if key.method is Method.QLORA:
@@ -69,15 +74,70 @@ def apply_method(model: nn.Module, key: TraceKey, *, lora_rank: int) -> nn.Modul
         use_dora=key.dora,
         task_type=peft_task(model),
     )
+    return _with_adapters(model, config, key)
+
+
+def _with_adapters(model: nn.Module, config: Any, key: TraceKey) -> nn.Module:
+    """``get_peft_model`` as the built-in fine-tune calls it, its complaints with what to type instead."""
+    from peft import get_peft_model
+
+    unfit = _split_otherwise(model) if key.tp > 1 else {}
+    if key.tp > 1:
+        _check_saved_whole(model, config.modules_to_save or ())
     try:
         with unpacking_for_dora():
-            return get_peft_model(model, config, autocast_adapter_dtype=not key.cast_adapters)
+            adapted = get_peft_model(model, config, autocast_adapter_dtype=not key.cast_adapters)
+    except AttributeError as error:
+        if key.tp == 1 or "ParamWrapper" not in str(error):  # whose weight peft 0.21 asks for, and it has none
+            raise
+        raise TraceError(
+            f"PEFT cannot put adapters on fused experts that are split, which --lora-targets {key.lora_targets} "
+            f"includes; pass {_other_targets(model, key.lora_targets, unfit=unfit)}"
+        ) from None
     except (TypeError, ValueError) as error:
         reason = " ".join(str(error).removeprefix("[PEFT:PeftType.LORA] ").split())
         advice = _other_targets(model, key.lora_targets, unfit=re.findall(r"'(\w+)'", reason))
         raise TraceError(
             f"PEFT refuses --lora-targets {key.lora_targets}: {_sentence(reason)}; pass {advice}"
         ) from None
+    if key.tp > 1:
+        _check_split_alike(adapted, key, unfit=unfit)
+        declare_whole_widths(adapted)
+    return adapted
+
+
+def _check_saved_whole(model: nn.Module, names: Sequence[str]) -> None:
+    """PEFT copies a module that it is to train whole, and a split one cannot be copied."""
+    for path, module in model.named_modules():
+        name = path.rpartition(".")[2]
+        if name in names and any(isinstance(parameter, DTensor) for parameter in module.parameters()):
+            raise TraceError(
+                f"PEFT cannot copy {name}, whose weight is split, to train it whole; leave it out of "
+                "--lora-modules-to-save, or use --strategy fsdp2 without --tp"
+            )
+
+
+def _check_split_alike(model: nn.Module, key: TraceKey, *, unfit: Mapping[str, str]) -> None:
+    """Source: peft 0.21 ``LoraModel._create_and_replace``, which warns, and leaves adapters without their messages."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for path, layer in model.named_modules():
+        if isinstance(layer, BaseTunerLayer):
+            style = getattr(layer.get_base_layer(), "_hf_tp_plan", None)
+            if style not in (None, *_ADAPTED_STYLES):
+                name, advice = path.rpartition(".")[2], _other_targets(model, key.lora_targets, unfit=unfit)
+                raise TraceError(
+                    f"PEFT splits adapters by columns or by rows alone, and transformers splits {name} as {style}; "
+                    f"pass {advice}, or use --strategy fsdp2 without --tp"
+                )
+
+
+def _split_otherwise(model: nn.Module) -> dict[str, str]:
+    """The linear layers, by the last part of their names, on which PEFT cannot split adapters, and how transformers
+    splits them."""
+    plan: Mapping[str, str] = model.tp_plan  # type: ignore[assignment]
+    styles = {path.rpartition(".")[2]: plan.get(re.sub(r"\.\d+\.", ".*.", path)) for path, _ in _linears(model)}
+    return {name: style for name, style in styles.items() if style is not None and style not in _ADAPTED_STYLES}
 
 
 def adapter_error(model: nn.Module, key: TraceKey, error: BaseException) -> TraceError | None:
@@ -106,7 +166,7 @@ def _sentence(text: str) -> str:
     return text.partition(". ")[0].rstrip(".")
 
 
-def _other_targets(model: nn.Module, text: str, *, unfit: Sequence[str]) -> str:
+def _other_targets(model: nn.Module, text: str, *, unfit: Collection[str]) -> str:
     """The targets to type in place of ``text``: the attention's where it has any that fit, else all that fit."""
     attention = _attention_names(model)
     if text != "attention" and attention and not attention & set(unfit):

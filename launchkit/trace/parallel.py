@@ -66,7 +66,8 @@ def rank_of(num_ranks: int) -> Iterator[DeviceMesh]:
 def split_weights(model: PreTrainedModel, mesh: DeviceMesh) -> None:
     """Puts transformers' tensor-parallel plan on a model on the meta device, in place.
 
-    Tied weights are split by the plan's entry of each and tied again, as ``from_pretrained`` does it.
+    Tied weights are split by the plan's entry of each and tied again, as ``from_pretrained`` does it, which also leaves
+    in the model what PEFT reads to split adapters alike.
     """
     try:
         from transformers.distributed.configuration_utils import DistributedConfig  # lazy: of transformers 5.21 on
@@ -81,8 +82,10 @@ def split_weights(model: PreTrainedModel, mesh: DeviceMesh) -> None:
             "without --tp"
         )
     _untie(model)
+    model.config.distributed_config = DistributedConfig(tp_size=mesh.size())
+    model._device_mesh, model._tp_size = mesh, mesh.size()
     try:
-        plan, _, _ = model._resolve_parallel_plans(DistributedConfig(tp_size=mesh.size()))
+        plan, _, _ = model._resolve_parallel_plans(model.config.distributed_config)
         apply_tensor_parallelism(model, mesh, plan)
     except ValueError as error:
         raise TraceError(f"transformers cannot split {type(model).__name__}: {' '.join(str(error).split())}") from None
@@ -97,6 +100,11 @@ def _untie(model: nn.Module) -> None:
             if parameter is not None and id(parameter) in seen:
                 module._parameters[name] = nn.Parameter(torch.empty_like(parameter), parameter.requires_grad)
             seen.add(id(parameter))
+
+
+def is_split(tensor: torch.Tensor) -> bool:
+    """Whether other ranks have other parts of ``tensor``."""
+    return isinstance(tensor, DTensor)
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:

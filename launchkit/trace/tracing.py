@@ -43,7 +43,7 @@ from launchkit.trace.float8 import autocast_as_on_cuda, convert_linears
 from launchkit.trace.forward import forward_of
 from launchkit.trace.liger import liger_kernels
 from launchkit.trace.methods import WEIGHT_DTYPE, adapter_error, apply_method
-from launchkit.trace.parallel import local, rank_of, split_weights
+from launchkit.trace.parallel import is_split, local, rank_of, split_weights
 from launchkit.trace.quantised import packed_bytes, quantises_head, scale_bytes
 from launchkit.trace.recorder import Log
 from launchkit.trace.sequences import check_ring, shared_sequences
@@ -314,7 +314,8 @@ def _row(name: str, p: nn.Parameter, lora_rank: int) -> Parameter:
             packed_bytes=packed_bytes(numel),
             extra_bytes=scale_bytes(numel),
         )
-    return parameter(name, local(p).shape, local(p).element_size(), trainable=p.requires_grad, lora_rank=lora_rank)
+    row = parameter(name, local(p).shape, local(p).element_size(), trainable=p.requires_grad, lora_rank=lora_rank)
+    return replace(row, is_split=is_split(p))
 
 
 def _buffer_bytes(model: nn.Module, stacks: tuple[Stack, ...], prefix: str) -> tuple[int, ...]:

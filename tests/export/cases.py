@@ -76,6 +76,7 @@ GOLDEN = [
     case("zero3-fp16", strategy="zero3", precision="fp16", loss="chunked"),
     case("zero2-cpu", strategy="zero2", num_gpus=2, backend="cpu", precision="fp32", trainer="loop"),
     case("tp", strategy="single", split=Split(tp=4)),
+    case("tp-lora", strategy="single", split=Split(tp=4), method="lora"),
     case("fsdp2-tp", strategy="fsdp2", split=Split(tp=2), checkpointing="full"),
     case("fsdp2-cp-offload", strategy="fsdp2", split=Split(cp=2), offload="params", checkpointing="full"),
     case("hsdp-cp", strategy="hsdp", split=Split(cp=2), num_nodes=2, checkpointing="full"),

@@ -15,6 +15,7 @@ import pytest
 
 from launchkit.launch.record import Metric, RunRecord
 from launchkit.process.run import RunOptions, launch_run
+from launchkit.scenario import Split
 from tests.builders import candidate, cluster, plan, profile
 
 NEEDED = ("torch", "transformers", "accelerate", "peft", "deepspeed")
@@ -94,6 +95,24 @@ def test_what_a_sharded_fine_tune_saves_is_whole(strategy: str, tiny_model: Path
     after = load_file(tmp_path / "run" / "model" / "model.safetensors")
     assert {name: tensor.shape for name, tensor in after.items()} == {n: t.shape for n, t in before.items()}
     assert any((after[name] != before[name]).any() for name in before)
+
+
+@LONG
+def test_adapters_on_split_matrices_are_saved_whole(tiny_model: Path, tmp_path: Path) -> None:
+    """After a whole epoch, so with a checkpoint on the way; the saved adapter fits an unsplit model."""
+    from safetensors.torch import load_file
+
+    options = RunOptions(
+        data=str(EXAMPLES / "data" / "chat.jsonl"), model_path=str(tiny_model), run_dir=str(tmp_path / "run")
+    )
+    record = run("single", 2, options, method="lora", lora_rank=4, split=Split(tp=2))
+    assert (record.exit_code, record.failure, record.strategy_is_live) == (0, "", True)
+    saved = load_file(tmp_path / "run" / "model" / "adapter_model.safetensors")
+    shapes = {name.partition("layers.0.")[2]: tuple(tensor.shape) for name, tensor in saved.items()}
+    assert (shapes["self_attn.q_proj.lora_A.weight"], shapes["self_attn.q_proj.lora_B.weight"]) == ((4, 64), (64, 4))
+    assert (shapes["mlp.down_proj.lora_A.weight"], shapes["mlp.down_proj.lora_B.weight"]) == ((4, 128), (64, 4))
+    assert any(tensor.any() for name, tensor in saved.items() if "lora_B" in name)
+    assert list((tmp_path / "run" / "model").glob("checkpoint-*/adapter_model.safetensors"))
 
 
 @LONG

@@ -9,6 +9,7 @@ import pytest
 from launchkit.planner.disk import checkpoint_files
 from launchkit.planner.sizes import ModelSizes
 from launchkit.recipe import KEPT_CHECKPOINTS
+from launchkit.scenario import Split
 from tests.builders import scenario
 
 # The Llama of ``bench.disk``, trained in fp32 with AdamW: 27,073,024 parameters in 57 tensors.
@@ -63,6 +64,14 @@ def test_a_checkpoint_is_as_large_as_measured(
     files = checkpoint_files(sizes, scenario(strategy=strategy, **settings), num_ranks=2)
     assert files.total_bytes == pytest.approx(written_bytes, rel=0.01)
     assert files.total_bytes == files.weights_bytes + files.engine_weights_bytes + files.optimizer_bytes
+
+
+def test_of_a_model_that_transformers_splits_the_weights_alone_are_saved() -> None:
+    """Rank 16 on a Llama of 2 layers and 0.6M parameters, two processes: 142,808 bytes were written."""
+    sizes = replace(LORA, trained_bytes=139_264, num_trained_tensors=28)
+    files = checkpoint_files(sizes, scenario(method="lora", split=Split(tp=2)), num_ranks=2)
+    assert (files.engine_weights_bytes, files.optimizer_bytes) == (0, 0)
+    assert files.total_bytes == pytest.approx(142_808, rel=0.01)
 
 
 def test_disk_holds_what_is_kept_what_is_written_and_the_final_model() -> None:

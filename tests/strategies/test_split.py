@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from launchkit import strategies
-from launchkit.program import Group, Owner, Parameter, Point, StepProgram
+from launchkit.program import Group, Owner, Parameter, Phase, Point, StepProgram
 from launchkit.scenario import Scenario, Split
 from launchkit.simulate.clock import Job, group_size
 from launchkit.strategies.fsdp2 import Layout
@@ -36,7 +36,18 @@ def split_scenario(**values: Any) -> Scenario:
         ({"tp": 16, "strategy": "single"}, "--tp 16 takes 16 GPUs and 8× RTX 4090 has 8"),
         ({"tp": 3, "strategy": "fsdp2"}, "--tp 3 does not divide 8 GPUs; use a divisor of 8"),
         ({"tp": 8, "strategy": "fsdp2"}, "leaves --strategy fsdp2 nothing to shard; use --strategy single"),
-        ({"tp": 2, "strategy": "fsdp2", "method": "lora"}, "--tp 2 with --method lora is not modelled"),
+        (
+            {"tp": 2, "strategy": "fsdp2", "method": "lora"},
+            "as wide as FSDP's shards; use --tp 8, which leaves nothing",
+        ),
+        ({"tp": 2, "strategy": "hsdp", "method": "lora"}, "does not run under --strategy hsdp"),
+        ({"tp": 8, "strategy": "single", "method": "qlora"}, "finds no 4-bit weights in split ones; use --method lora"),
+        ({"tp": 8, "strategy": "single", "method": "lora", "dora": True}, "leave out --dora"),
+        ({"tp": 8, "strategy": "single", "method": "lora", "trainer": "axolotl"}, "fails in Axolotl"),
+        (
+            {"tp": 8, "strategy": "single", "method": "lora", "lora_targets": "experts.down_proj"},
+            "does not run on fused experts, which are split; use --lora-targets attention",
+        ),
         ({"tp": 2, "strategy": "fsdp2", "offload": "all"}, "--tp 2 with --offload all is not modelled"),
         ({"tp": 2, "strategy": "fsdp2", "optimizer": "adamw_bnb_8bit"}, "adamw_bnb_8bit cannot step on split tensors"),
         ({"tp": 2, "strategy": "fsdp2", "compile": True}, "--tp 2 is not modelled under torch.compile"),
@@ -61,6 +72,7 @@ def test_refusals_are_one_line(values: dict[str, Any], message: str) -> None:
     "values",
     [
         {"tp": 8, "strategy": "single"},
+        {"tp": 8, "strategy": "single", "method": "lora", "lora_dropout": 0.1, "rslora": True},
         {"tp": 4, "strategy": "fsdp2"},
         {"cp": 8, "strategy": "fsdp2", "method": "lora"},
         {"cp": 2, "strategy": "fsdp2", "offload": "all"},
@@ -195,3 +207,19 @@ def test_fsdp2_shards_what_a_rank_holds() -> None:
     assert _weight_bytes(sharded, program) == _weight_bytes(alone, program) // 4
     kinds = {c.group for section in sharded.sections for c in section.collectives}
     assert kinds == {Group.COPY, Group.SHARD}
+
+
+@needs_torch
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("trainer", "is_averaged"), [("loop", False), ("hf", True)])
+def test_the_trainer_averages_what_is_not_split(trainer: str, is_averaged: bool) -> None:
+    """Of each adapter the matrix that every rank has: seven a layer, each as wide as the hidden size, in fp32."""
+    from launchkit.trace import trace_model
+    from tests.trace.models import LLAMA, LORA, key
+
+    program = trace_model(LLAMA, key(tp=2, **LORA))
+    values: dict[str, Any] = {"precision": "fp32", "trainer": trainer, "split": Split(tp=2), "method": "lora"}
+    rewritten = strategies.rewrite(program, scenario=scenario(lora_rank=8, **values), cluster=cluster(num_gpus=2))
+    (stage,) = (s for s in rewritten.stages if s.phase is Phase.OPTIMIZER)
+    sent = [c.num_bytes.at(Point(2, 128, 8)) for c in rewritten.section_of(stage, 0).collectives]
+    assert sent == [8 * 32 * 4] * (7 * program.group_counts["LlamaDecoderLayer"] if is_averaged else 0)

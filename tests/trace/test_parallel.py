@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 from functools import cache
+from typing import Any
 
 import pytest
 
@@ -13,7 +15,7 @@ from launchkit.program import CollectiveKind, Group, Owner, Phase, Point, StepPr
 from launchkit.scenario import Compute, DeviceKind
 from launchkit.trace import trace_model
 from tests.builders import profile
-from tests.trace.models import GPT2, LLAMA, TIED, key
+from tests.trace.models import GPT2, LLAMA, LORA, MIXTRAL, TIED, key
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 long = pytest.mark.skipif(
@@ -79,6 +81,64 @@ def test_a_tied_head_is_split_with_its_embedding() -> None:
     assert [(p.name, p.shape, p.gradient_numel) for p in root if "norm" not in p.name] == [
         ("model.embed_tokens.weight", (48, 32), 0)
     ]
+
+
+@cache
+def adapted() -> StepProgram:
+    """The model's step with adapters of rank 8 on all linear layers, on two ranks."""
+    return trace_model(LLAMA, key(device=DeviceKind.CUDA, compute=Compute.BF16, tp=2, **LORA))
+
+
+def test_adapters_are_split_as_their_matrices_are() -> None:
+    """By columns the B matrix, by rows the A matrix; the other is whole on every rank. Shapes are those of rank 1."""
+    shapes = {p.name: p.shape for g in adapted().groups.values() for p in g.parameters if p.trainable}
+    assert {name.removesuffix(".default.weight"): shape for name, shape in shapes.items()} == {
+        "self_attn.q_proj.lora_A": (1, 32),
+        "self_attn.q_proj.lora_B": (16, 1),
+        "self_attn.k_proj.lora_A": (1, 32),
+        "self_attn.k_proj.lora_B": (8, 1),
+        "self_attn.v_proj.lora_A": (1, 32),
+        "self_attn.v_proj.lora_B": (8, 1),
+        "self_attn.o_proj.lora_A": (1, 16),
+        "self_attn.o_proj.lora_B": (32, 1),
+        "mlp.gate_proj.lora_A": (1, 32),
+        "mlp.gate_proj.lora_B": (24, 1),
+        "mlp.up_proj.lora_A": (1, 32),
+        "mlp.up_proj.lora_B": (24, 1),
+        "mlp.down_proj.lora_A": (1, 24),
+        "mlp.down_proj.lora_B": (32, 1),
+    }
+
+
+def test_adapters_send_messages_of_their_own() -> None:
+    """What comes out of an A matrix split by rows is summed over the ranks, and so is the gradient of what goes into a
+    B matrix split by columns: both as wide as the adapter's rank, in fp32."""
+    point = Point(2, 128, 8)
+    (forth,) = (s for s in adapted().stages if s.phase is Phase.FORWARD and s.stack)
+    sent = [c.num_bytes.at(point) for c in adapted().section_of(forth, 3).collectives]
+    hidden, narrow = 2 * 128 * 32 * 2, 2 * 128 * 8 * 4
+    assert sent == [hidden, narrow, hidden, narrow]
+    (back,) = (s for s in adapted().stages if s.phase is Phase.BACKWARD and s.stack)
+    messages = [c.num_bytes.at(point) for c in adapted().section_of(back, 3).collectives]
+    assert sorted(messages) == sorted([hidden, narrow] * 5)  # queries, keys, values, gate, up
+
+
+@pytest.mark.parametrize(
+    ("config", "wanted", "message"),
+    [
+        (
+            LLAMA,
+            {"lora_targets": "lm_head"},
+            "transformers splits lm_head as colwise_gather_output; pass --lora-targets",
+        ),
+        (LLAMA, {"modules_to_save": "lm_head"}, "PEFT cannot copy lm_head, whose weight is split, to train it whole"),
+        (MIXTRAL, {}, "adapters on fused experts that are split, which --lora-targets all-linear includes; pass"),
+    ],
+)
+def test_what_peft_cannot_split_is_refused(config: dict[str, Any], wanted: dict[str, str], message: str) -> None:
+    with pytest.raises(TraceError, match=re.escape(message)) as caught:
+        trace_model(config, key(tp=2, **(LORA | wanted)))
+    assert "\n" not in str(caught.value)
 
 
 def test_a_model_without_a_plan_is_not_split() -> None:
