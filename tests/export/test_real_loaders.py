@@ -15,6 +15,7 @@ from launchkit.export import config_files
 from launchkit.export.accelerate import accelerate_config
 from launchkit.export.deepspeed import deepspeed_config
 from launchkit.export.layout import fsdp_layout
+from launchkit.process.ports import free_port
 from launchkit.scenario import Split, StrategyKind
 from tests.export.cases import Case, case, strategy_cases
 
@@ -49,7 +50,7 @@ def launch_arguments(each: Case, directory: Path, **changes: Any) -> Any:
     path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | changes))
     arguments = ["--config_file", str(path), "--machine_rank", "0", "train.py"]
     if each.cluster.num_nodes > 1:
-        arguments[:0] = ["--main_process_ip", "127.0.0.1"]
+        arguments[:0] = ["--main_process_ip", "127.0.0.1", "--main_process_port", str(free_port())]
     parsed, defaults, has_precision = launch._validate_launch_command(
         launch.launch_command_parser().parse_args(arguments)
     )

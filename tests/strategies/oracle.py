@@ -77,7 +77,7 @@ def ranks(num_ranks: int, *, num_shards: int = 0) -> Iterator[DeviceMesh]:
 
 def fsdp2_deltas(config: Mapping[str, Any], key: TraceKey, mesh: DeviceMesh, *, mixed: bool, point: Point) -> list[int]:
     """What the allocator would be asked for, and get back, in the forward and backward of a step after the first."""
-    model = tracing._build(load_config(config), key, lora_rank=point.lora_rank)
+    model = tracing._build(load_config(config), key, lora_rank=point.lora_rank, mesh=None, first_apart=False)
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16) if mixed else MixedPrecisionPolicy()
     with model.mode:
         for stack in model.built.stacks:
