@@ -67,10 +67,10 @@ def model_name(model: ModelProfile) -> str:
     return PurePath(model.name).name if PurePath(model.name).is_absolute() else model.name
 
 
-def short_name(scenario: Scenario) -> str:
+def short_name(scenario: Scenario, *, cluster: Cluster) -> str:
     """A scenario in a table: what tells it from its neighbours."""
     training = scenario.training
-    parts = [_METHODS[training.method], scenario.strategy.name]
+    parts = [_METHODS[training.method], strategy_text(scenario, cluster=cluster)]
     if training.precision is not Precision.BF16:
         parts.append(training.precision.value)
     if training.checkpointing is not Checkpointing.NONE:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from launchkit.hardware import Cluster
 from launchkit.plan import Candidate, Plan, Rejected, Suggestion
 from launchkit.report.candidate import (
     INDENT,
@@ -59,7 +60,8 @@ def _nothing_fits(plan: Plan, *, canvas: Canvas) -> list[str]:
     if nearest is None:
         return lines
     missing = gib(max(0, nearest.estimate.device_peak_high_bytes - nearest.estimate.device_usable_bytes))
-    text = f"closest: {short_name(nearest.scenario)} needs {peak_text(nearest.estimate, cluster=plan.cluster)}"
+    name = short_name(nearest.scenario, cluster=plan.cluster)
+    text = f"closest: {name} needs {peak_text(nearest.estimate, cluster=plan.cluster)}"
     lines += canvas.flow([f"{text}; {missing} too much"], first=INDENT, rest=INDENT)
     return [*lines, *bars(nearest.estimate, canvas=canvas), INDENT + worst_moment(nearest.estimate)]
 
@@ -67,8 +69,8 @@ def _nothing_fits(plan: Plan, *, canvas: Canvas) -> list[str]:
 def _others(plan: Plan, *, canvas: Canvas, in_full: bool) -> list[str]:
     alternatives = plan.alternatives if in_full else plan.alternatives[:SHOWN_ALTERNATIVES]
     rejected = plan.rejected if in_full else plan.rejected[:SHOWN_REJECTED]
-    fitting = _labelled("also fits", _alternative_rows(alternatives, canvas=canvas), canvas=canvas)
-    losing = _labelled("rejected", _rejected_rows(rejected, canvas=canvas), canvas=canvas)
+    fitting = _labelled("also fits", _alternative_rows(alternatives, plan.cluster, canvas=canvas), canvas=canvas)
+    losing = _labelled("rejected", _rejected_rows(rejected, plan.cluster, canvas=canvas), canvas=canvas)
     if fitting and losing and canvas.width >= SIDE_BY_SIDE_COLUMNS:
         together = beside(fitting, losing)
         if max(columns(line) for line in together) <= canvas.width:
@@ -76,16 +78,25 @@ def _others(plan: Plan, *, canvas: Canvas, in_full: bool) -> list[str]:
     return [*fitting, *losing]
 
 
-def _alternative_rows(candidates: tuple[Candidate, ...], *, canvas: Canvas) -> list[str]:
+def _alternative_rows(candidates: tuple[Candidate, ...], cluster: Cluster, *, canvas: Canvas) -> list[str]:
     rows = [
-        [short_name(item.scenario), gib(item.estimate.device_peak_bytes), step_text(item.step)] for item in candidates
+        [
+            short_name(item.scenario, cluster=cluster),
+            gib(item.estimate.device_peak_bytes),
+            step_text(item.step),
+        ]
+        for item in candidates
     ]
     return table([row[:2] for row in rows] if canvas.is_narrow else rows, right=(1,))
 
 
-def _rejected_rows(rejected: tuple[Rejected, ...], *, canvas: Canvas) -> list[str]:
+def _rejected_rows(rejected: tuple[Rejected, ...], cluster: Cluster, *, canvas: Canvas) -> list[str]:
     rows = [
-        [short_name(item.candidate.scenario), gib(item.candidate.estimate.device_peak_bytes), f"({item.reason})"]
+        [
+            short_name(item.candidate.scenario, cluster=cluster),
+            gib(item.candidate.estimate.device_peak_bytes),
+            f"({item.reason})",
+        ]
         for item in rejected
     ]
     return table([row[:2] for row in rows] if canvas.is_narrow else rows, right=(1,))
