@@ -103,8 +103,8 @@ def quantise_linears(model: PreTrainedModel, *, dtype: torch.dtype, device: Devi
         from bitsandbytes.nn import Linear4bit
     except ImportError:
         raise MissingExtraError(
-            "--method qlora of a model that no catalogue knows is traced with bitsandbytes, which is not installed; "
-            "pip install 'launchkit-planner[qlora]'"
+            "the catalogue does not hold this step, and --method qlora is traced with bitsandbytes, which is not "
+            "installed; pip install 'launchkit-planner[qlora]'"
         ) from None
 
     class TracedLinear4bit(Linear4bit):  # type: ignore[misc]
