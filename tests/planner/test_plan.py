@@ -73,6 +73,18 @@ def test_what_the_allocator_run_finds_too_large_is_rejected_with_its_range() -> 
     assert StrategyKind.HSDP not in {a.scenario.strategy.kind for a in plan.alternatives}
 
 
+def test_a_smaller_batch_is_tried_where_the_allocator_run_finds_the_largest_too_large() -> None:
+    """Two sequences pass the cheap reading, and fragmentation then takes them over the edge; one fits with ease."""
+    asked: dict[str, Any] = {"gpus": "2x8xH100", "method": "full", "strategy": "zero3", "precision": "bf16-params"}
+    two = launchkit.estimate(
+        "meta-llama/Llama-3.1-70B", **asked, seq_len=4096, micro_batch=2, global_batch=32, checkpointing="full"
+    )
+    assert not two.estimate.fits
+    plan = launchkit.plan("meta-llama/Llama-3.1-70B", **asked, seq_len=4096)
+    assert chosen_of(plan).scenario.batch.micro_batch == 1
+    assert two.scenario not in {r.candidate.scenario for r in plan.rejected}
+
+
 def test_fsdp_is_tried_without_accumulation_where_whole_gradients_would_not_fit() -> None:
     """Accumulating under FSDP keeps gradients unsharded: one pass of two sequences fits where two of one do not."""
     plan = launchkit.plan("Qwen/Qwen3-30B-A3B", gpus="2x8xH100", method="full", strategy="fsdp2")
