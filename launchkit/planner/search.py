@@ -25,6 +25,7 @@ from launchkit.scenario import (
     Strategy,
     StrategyKind,
     TraceKey,
+    Trainer,
 )
 from launchkit.simulate.overheads import MEMORY_MODEL_ERROR, cuda_context
 from launchkit.strategies.split import engines_of
@@ -202,7 +203,7 @@ class Search:
             zero_settings=None,
             micro_batch=None,
             global_batch=None,
-            precision=self.request.precision or default_precision(method, self._cluster),
+            precision=self.request.precision or self._precision(method, strategy),
         )
         scenario = resolve(request, model=self._profile, cluster=self._cluster).scenario
         training = replace(scenario.training, checkpointing=self.request.checkpointing or Checkpointing.FULL)
@@ -213,6 +214,12 @@ class Search:
             training=training,
             batch=self._batch(micro_batch, scenario.batch.seq_len, strategy),
         )
+
+    def _precision(self, method: Method, strategy: Strategy) -> Precision:
+        """The default; under Axolotl's FSDP, which always autocasts, adapters have no ``bf16-params``."""
+        precision = default_precision(method, self._cluster)
+        is_axolotl_fsdp = self.request.trainer is Trainer.AXOLOTL and strategy.kind.is_fsdp
+        return Precision.BF16 if is_axolotl_fsdp and precision is Precision.BF16_PARAMS else precision
 
     def options(self, method: Method, *, offload: bool) -> Iterator[Option | Refused]:
         """The best batch of every strategy, of those with or those without offload."""

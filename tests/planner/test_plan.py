@@ -11,12 +11,13 @@ import pytest
 import launchkit
 from launchkit import planner, strategies
 from launchkit.errors import IllegalScenarioError
+from launchkit.export.axolotl import axolotl_config
 from launchkit.hardware import Cluster
 from launchkit.plan import Candidate, Plan
 from launchkit.planner.choose import SAME_SPEED, _ranking
 from launchkit.planner.search import Option
 from launchkit.request import Request
-from launchkit.scenario import Checkpointing, Method, Offload, StrategyKind
+from launchkit.scenario import Checkpointing, Method, Offload, Precision, StrategyKind
 from launchkit.serialize import document_text, plan_document
 from launchkit.units import GIB
 from tests.builders import cluster, scenario, step_time
@@ -269,3 +270,15 @@ def test_programs_of_several_sequences_are_expected_before_they_are_asked_for(
 def test_checkpointing_is_dropped_where_there_is_room() -> None:
     assert chosen_of(made(2)).scenario.training.checkpointing is Checkpointing.NONE
     assert chosen_of(made(30, num_gpus=4)).scenario.training.checkpointing is Checkpointing.FULL
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora", "full"])
+@pytest.mark.parametrize("gpus", ["4x3090", "2x8xH100"])
+def test_what_is_planned_for_axolotl_can_be_written_for_it(method: str, gpus: str) -> None:
+    plan = launchkit.plan("Qwen/Qwen3-8B", gpus=gpus, method=method, trainer="axolotl")
+    assert axolotl_config(chosen_of(plan), plan.cluster)["base_model"] == "Qwen/Qwen3-8B"
+
+
+def test_adapters_under_axolotl_s_fsdp_are_planned_under_autocast() -> None:
+    plan = launchkit.plan("Qwen/Qwen3-8B", gpus="4x3090", method="qlora", trainer="axolotl", strategy="fsdp2")
+    assert chosen_of(plan).scenario.training.precision is Precision.BF16
