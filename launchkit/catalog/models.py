@@ -7,6 +7,7 @@ traced on demand and remembered in the user's cache. Planning a catalogued model
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -79,6 +80,8 @@ def _find(name: str, *, config_path: str | None, index: Index, trusted: bool) ->
     entry = index.find(name)
     if entry is not None:
         return Found(name=entry.id, source="catalogue", files=ModelFiles(config=index.config(entry)))
+    if os.path.isdir(name):  # as from_pretrained has it: no hub model is asked for by a directory's name
+        return Found(name=name, source="local", files=read_local(name), trusted=trusted)
     suggestions = " or ".join(index.suggest(name))
     hint = f"did you mean {suggestions}?" if suggestions else ""
     return Found(name=name, source="hub", files=ModelFiles(config=fetch_config(name, hint=hint)), trusted=trusted)

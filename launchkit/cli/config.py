@@ -10,7 +10,7 @@ from launchkit.cli.console import Console
 from launchkit.cli.files import DEFAULT_PLAN, check_free, read_plan, show, write
 from launchkit.cli.options import console_options
 from launchkit.export.axolotl import DEFAULT_DATA
-from launchkit.export.files import DEFAULT_TARGETS, Target, config_files
+from launchkit.export.files import Target, config_files, expressible_files
 
 
 @click.command(name="config")
@@ -21,10 +21,10 @@ from launchkit.export.files import DEFAULT_TARGETS, Target, config_files
     "targets",
     multiple=True,
     type=click.Choice([target.value for target in Target]),
-    help="only this one; repeatable [accelerate, deepspeed, axolotl]",
+    help="only this one; repeatable [accelerate, deepspeed, axolotl, as far as they can run the plan]",
 )
 @click.option("--model", metavar="ID", help="the model that the files name [the plan's]")
-@click.option("--data", metavar="FILE", help="the training data that the files name")
+@click.option("--data", metavar="FILE", help="the training data that the files name [the plan's --data]")
 @click.option("-o", "--output-dir", type=click.Path(path_type=Path), default=Path(), help="write here [.]")
 @click.option("--force", is_flag=True, help="overwrite")
 @click.option("--dry-run", is_flag=True, help="print the files, write none")
@@ -43,7 +43,13 @@ def command(
 ) -> None:
     """Write the configuration files of a plan: accelerate YAML, DeepSpeed JSON, Axolotl YAML."""
     plan = read_plan(plan_file)
-    files = config_files(plan, plan.cluster, targets=targets or DEFAULT_TARGETS, model=model, data=data or DEFAULT_DATA)
+    data = data or str(plan.request.get("data", DEFAULT_DATA))
+    if targets:
+        files = config_files(plan, plan.cluster, targets=targets, model=model, data=data)
+    else:
+        files, reasons = expressible_files(plan, plan.cluster, model=model, data=data)
+        for reason in reasons:
+            console.note(f"note: left out: {reason.partition('; ')[0]}")
     paths = {output_dir / file.name: file.text for file in files}
     if not dry_run:
         check_free(list(paths), force=force)

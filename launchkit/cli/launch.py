@@ -12,7 +12,8 @@ from launchkit.cli.console import Console
 from launchkit.cli.files import DEFAULT_PLAN, read_plan, show, write
 from launchkit.cli.options import console_options
 from launchkit.errors import IllegalScenarioError
-from launchkit.export.files import DEFAULT_TARGETS, config_files
+from launchkit.export.files import expressible_files
+from launchkit.export.layout import num_nodes
 from launchkit.launch.command import Engine
 from launchkit.launch.record import RunRecord, comparison_text
 from launchkit.plan import Plan
@@ -72,6 +73,7 @@ def command(
         stream=live_stream(console),
         **options,
     )
+    _say_other_nodes(plan, wanted, console=console)
     return _preview(plan, wanted, console=console) if dry_run else _carry_out(plan, wanted, console=console)
 
 
@@ -112,13 +114,22 @@ def report_run(record: RunRecord, *, console: Console) -> None:
 
 def write_configs(plan: Plan, directory: Path) -> None:
     """The job that was run as files for other launchers, of those that can express it."""
-    for target in DEFAULT_TARGETS:
-        try:
-            files = config_files(plan, plan.cluster, targets=(target,))
-        except IllegalScenarioError:
-            continue  # FSDP on the CPU, for one, is beyond accelerate's files
-        for file in files:
-            write(directory / file.name, file.text, force=True)
+    try:
+        files, _ = expressible_files(plan, plan.cluster)
+    except IllegalScenarioError:
+        return  # FSDP on the CPU, for one, is beyond the files of them all
+    for file in files:
+        write(directory / file.name, file.text, force=True)
+
+
+def _say_other_nodes(plan: Plan, options: RunOptions, *, console: Console) -> None:
+    """The first node would wait for the others without a word."""
+    nodes = 1 if plan.chosen is None else num_nodes(plan.chosen, plan.cluster)
+    if nodes > 1 and options.node_rank == 0:
+        console.note(
+            f"note: this is node 0 of {nodes}, which waits for the others; type the same on each of them with "
+            f"--node-rank 1{'' if nodes == 2 else f' to {nodes - 1}'} --master-addr ADDRESS of this one"
+        )
 
 
 def _preview(plan: Plan, options: RunOptions, *, console: Console) -> int:

@@ -68,8 +68,9 @@ class LazyVerbs(click.Group):
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         near = difflib.get_close_matches(args[0], self.list_commands(ctx), n=1)
-        if near and args[0] not in self.list_commands(ctx):
-            raise UsageError(f"{args[0]!r} is no verb of launchkit; did you mean launchkit {near[0]}?")
+        if args[0] not in self.list_commands(ctx) and not args[0].startswith("-"):
+            advice = f"did you mean launchkit {near[0]}?" if near else "see launchkit --help"
+            raise UsageError(f"{args[0]!r} is no verb of launchkit; {advice}")
         return super().resolve_command(ctx, args)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:

@@ -41,10 +41,19 @@ def command(
 ) -> int:
     """What to run here to fine-tune MODEL (hub id, directory or config.json): a search over what is not given."""
     request = read_request(typed, console=console)
+    if request.data is not None and not Path(request.data).exists():
+        console.note(f"note: {request.data} is not a file here; the plan keeps the name, and launch will look for it")
     with progress_bar(console) as progress:
         plan = api.plan_request(model, request, trust_remote_code=trust_remote_code, progress=progress)
     plan_file = "" if dry_run or (check and output is None) else _keep(plan, output, force=force, console=console)
-    console.text(render_plan(plan, canvas=console.canvas(), plan_file=plan_file, in_full=console.verbose))
+    how_to_keep = "leave out --dry-run" if dry_run else "add --output FILE"
+    console.text(
+        render_plan(
+            plan, canvas=console.canvas(), plan_file=plan_file, how_to_keep=how_to_keep, in_full=console.verbose
+        )
+    )
+    if plan_file and plan.chosen is None:
+        console.note(f"written: {plan_file}")
     console.document(plan_document(plan))
     return plan_verdict(plan).value if check else 0
 

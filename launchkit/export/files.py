@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from launchkit.errors import UsageError
+from launchkit.errors import IllegalScenarioError, UsageError
 from launchkit.export.accelerate import accelerate_config
 from launchkit.export.axolotl import DEFAULT_DATA, axolotl_config, axolotl_notes
 from launchkit.export.deepspeed import deepspeed_config
@@ -84,6 +84,28 @@ def config_files(
         text = trl_config(candidate, cluster, model=model, data=dataset)
         files.append(_yaml_file(TRL_FILE, text, header=_header(candidate, cluster, *comments)))
     return tuple(files)
+
+
+def expressible_files(
+    planned: Plan | Candidate, cluster: Cluster, *, model: str | None = None, data: str = DEFAULT_DATA
+) -> tuple[tuple[ConfigFile, ...], tuple[str, ...]]:
+    """The files of those default targets that can be told what was planned, and why the others cannot.
+
+    Raises ``IllegalScenarioError`` where none can.
+    """
+    candidate = _chosen(planned)
+    files: dict[str, ConfigFile] = {}
+    reasons: list[str] = []
+    for target in DEFAULT_TARGETS:
+        try:
+            of_target = config_files(candidate, cluster, targets=(target,), model=model, data=data)
+        except IllegalScenarioError as error:
+            reasons.append(str(error))
+        else:
+            files |= {file.name: file for file in of_target}
+    if reasons and not files:
+        raise IllegalScenarioError(reasons[0])
+    return tuple(files.values()), tuple(dict.fromkeys(reasons))
 
 
 def _chosen(planned: Plan | Candidate) -> Candidate:

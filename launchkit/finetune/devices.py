@@ -18,7 +18,8 @@ def check_devices() -> None:
     available = torch.cuda.device_count()
     needed = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
     if available < needed:
+        what = "GPU" if needed == 1 else "GPUs"
         raise LaunchError(
-            f"the plan uses {needed} GPUs here and torch sees {available}; plan again with --gpus auto, or check "
+            f"the plan uses {needed} {what} here and torch sees {available}; plan again with --gpus auto, or check "
             "nvidia-smi and CUDA_VISIBLE_DEVICES"
         )

@@ -47,7 +47,7 @@ def plan(source: ModelSource, *, cluster: Cluster, request: Request) -> Plan:
     if not options:
         reasons = dict.fromkeys(item.reason for item in refused)
         raise IllegalScenarioError("; ".join(reasons) or "nothing is left to choose from; give fewer flags")
-    chosen, misfits = _verified(bench, options)
+    chosen, misfits = _verified(search, options)
     losers = [option for option in options if not option.fits or option.scenario in misfits]
     taken = {*misfits, chosen.scenario} if chosen else misfits
     fitting = [o for o in _best_of_each_method_first(_ranking(options)) if o.fits and o.scenario not in taken]
@@ -85,15 +85,19 @@ def _explore(search: Search) -> tuple[list[Option], list[Refused]]:
     return options, refused
 
 
-def _verified(bench: Bench, options: Sequence[Option]) -> tuple[Candidate | None, dict[Scenario, Candidate]]:
+def _verified(search: Search, options: list[Option]) -> tuple[Candidate | None, dict[Scenario, Candidate]]:
     """The first option in the order of preference that fits after its run through the allocator too, and those before
-    it that do not."""
+    it that do not. One that does not makes place in ``options`` for the next best batch of its strategy."""
     misfits: dict[Scenario, Candidate] = {}
-    for option in _ranking([option for option in options if option.fits]):
-        candidate = judge(bench, option.scenario)
+    while unseen := [option for option in options if option.fits and option.scenario not in misfits]:
+        option = _ranking(unseen)[0]
+        candidate = judge(search.bench, option.scenario)
         if candidate.estimate.fits:
             return candidate, misfits
         misfits[option.scenario] = candidate
+        smaller = search.next_batch(option.scenario, tried=misfits)
+        if smaller is not None:
+            options[options.index(option)] = smaller
     return None, misfits
 
 
@@ -259,7 +263,8 @@ def _assumptions(scenario: Scenario, profile: ModelProfile) -> tuple[str, ...]:
         f"{training.trainer} trainer",
     ]
     if training.method is not Method.FULL and training.precision is Precision.BF16_PARAMS:
-        lines.append(f"base weights in bf16, adapters in {'bf16' if trl_narrows_adapters(training) else 'fp32'}")
+        base = "4 bits" if training.method is Method.QLORA else "bf16"
+        lines.append(f"base weights in {base}, adapters in {'bf16' if trl_narrows_adapters(training) else 'fp32'}")
     if profile.num_active_parameters:
         lines.append("tokens spread evenly over the experts")
     return tuple(lines)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -25,6 +25,7 @@ from launchkit.scenario import (
     Strategy,
     StrategyKind,
     TraceKey,
+    Trainer,
 )
 from launchkit.simulate.overheads import MEMORY_MODEL_ERROR, cuda_context
 from launchkit.strategies.split import engines_of
@@ -202,7 +203,7 @@ class Search:
             zero_settings=None,
             micro_batch=None,
             global_batch=None,
-            precision=self.request.precision or default_precision(method, self._cluster),
+            precision=self.request.precision or self._precision(method, strategy),
         )
         scenario = resolve(request, model=self._profile, cluster=self._cluster).scenario
         training = replace(scenario.training, checkpointing=self.request.checkpointing or Checkpointing.FULL)
@@ -213,6 +214,12 @@ class Search:
             training=training,
             batch=self._batch(micro_batch, scenario.batch.seq_len, strategy),
         )
+
+    def _precision(self, method: Method, strategy: Strategy) -> Precision:
+        """The default; under Axolotl's FSDP, which always autocasts, adapters have no ``bf16-params``."""
+        precision = default_precision(method, self._cluster)
+        is_axolotl_fsdp = self.request.trainer is Trainer.AXOLOTL and strategy.kind.is_fsdp
+        return Precision.BF16 if is_axolotl_fsdp and precision is Precision.BF16_PARAMS else precision
 
     def options(self, method: Method, *, offload: bool) -> Iterator[Option | Refused]:
         """The best batch of every strategy, of those with or those without offload."""
@@ -236,10 +243,18 @@ class Search:
         """The fastest batch and checkpointing that fit; the least demanding ones where none do."""
         if least.training.method is Method.FULL and not (smallest := self._smallest(least)).fits:
             return smallest  # read first, since it is often too large as it is; adapters seldom are
-        found = [self._timed(option) for option in map(partial(self._largest, least), self._checkpointings()) if option]
-        if not found:
-            return self._smallest(least)
-        return min(found, key=lambda option: (option.seconds, option.live_bytes))
+        return self._fastest(least) or self._smallest(least)
+
+    def next_batch(self, scenario: Scenario, *, tried: Collection[Scenario]) -> Option | None:
+        """The best batch and checkpointing for the method and strategy of ``scenario`` that need less than those
+        ``tried``, none of which fits; None where there are none."""
+        return self._fastest(self.base(scenario.training.method, scenario.strategy), tried=tried)
+
+    def _fastest(self, least: Scenario, *, tried: Collection[Scenario] = ()) -> Option | None:
+        """Of every checkpointing the largest micro-batch that fits and was not tried, and of those the fastest."""
+        largest = map(partial(self._largest, least, tried=tried), self._checkpointings())
+        found = [self._timed(option) for option in largest if option]
+        return min(found, key=lambda option: (option.seconds, option.live_bytes), default=None)
 
     def _checkpointings(self) -> tuple[Checkpointing, ...]:
         asked = self.request.checkpointing
@@ -253,10 +268,14 @@ class Search:
         at_once = self._read(self._without_accumulation(least))
         return at_once if at_once.fits else min(option, at_once, key=lambda option: option.live_bytes)
 
-    def _largest(self, least: Scenario, checkpointing: Checkpointing) -> Option | None:
-        """The largest micro-batch that fits, which is the fastest."""
+    def _largest(
+        self, least: Scenario, checkpointing: Checkpointing, *, tried: Collection[Scenario] = ()
+    ) -> Option | None:
+        """The largest micro-batch that fits and was not tried, which is the fastest."""
         for micro_batch in reversed(tuple(self._micro_batches(least))):
             scenario = self._with(least, checkpointing, micro_batch)
+            if scenario in tried:
+                continue
             if self.bench.least_live_bytes(scenario) > self.room_bytes(scenario):
                 self.num_considered += 1
             elif (option := self._read(scenario)).fits:

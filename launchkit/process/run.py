@@ -109,10 +109,10 @@ def prepare_run(plan: Plan, *, options: RunOptions, candidate: Candidate | None 
     if chosen is None:
         raise IllegalScenarioError("the plan found nothing that fits; take one of its suggestions, or more GPUs")
     target = _target(chosen, plan, options)
-    _require_packages(chosen, target)
     launcher = _launcher(chosen, plan.cluster, options)
     run_dir = _fresh_directory(options.run_dir, chosen)
     command = build_command(chosen, plan.cluster, target=target, run_dir=str(run_dir), launcher=launcher)
+    _require_packages(chosen, target)  # behind what no package mends
     nodes = nodes_of(chosen, plan.cluster, launcher)
     is_built_in = isinstance(target, BuiltIn)
     return PreparedRun(run_dir=run_dir, candidate=chosen, nodes=nodes, command=command, is_built_in=is_built_in)

@@ -119,7 +119,8 @@ def batch_text(scenario: Scenario, *, cluster: Cluster) -> str:
 def memory_lines(candidate: Candidate, *, cluster: Cluster, canvas: Canvas) -> list[str]:
     """The peak with its range, the host, the disk and the speed."""
     estimate = candidate.estimate
-    parts = [peak_text(estimate, cluster=cluster), f"host {gib(estimate.host_peak_bytes)}"]
+    host = "host" if cluster.num_nodes == 1 else "each host"
+    parts = [peak_text(estimate, cluster=cluster), f"{host} {gib(estimate.host_peak_bytes)}"]
     if estimate.host_load_peak_bytes > estimate.host_peak_bytes:
         parts[-1] += f" ({gib(estimate.host_load_peak_bytes)} while loading)"
     parts.append(f"{gigabytes(_checkpoint_bytes(estimate))} per checkpoint")

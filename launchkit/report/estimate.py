@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from launchkit.hardware import Cluster
+from launchkit.hardware import Backend, Cluster, format_gpus
 from launchkit.plan import Candidate, Estimate, RunPhase
 from launchkit.report.candidate import INDENT, headline, memory_lines, model_name, worst_moment
 from launchkit.report.text import MARGIN, Canvas, Ink, bar, table
+from launchkit.report.verdict import Verdict, verdict
 from launchkit.units import count, gib
 
 
@@ -20,9 +21,21 @@ def render_estimate(candidate: Candidate, *, cluster: Cluster, canvas: Canvas) -
     lines += canvas.section("phases", _phases(estimate), separator=" · ")
     lines += canvas.section("allocator", _allocator(estimate), separator=" · ")
     lines += canvas.section("model", _subject(candidate, cluster=cluster), separator=" · ")
-    for note in (*cluster.notes, *candidate.notes):
+    for note in (*cluster.notes, *candidate.notes, *_idle(candidate, cluster=cluster)):
         lines += canvas.section("note", [note])
+    if verdict(estimate) is not Verdict.FITS:
+        search = f"launchkit plan {candidate.model.name} --gpus {format_gpus(cluster)}"
+        lines += canvas.section("next", [f"{search} looks for what fits"])
     return "\n".join(lines) + "\n"
+
+
+def _idle(candidate: Candidate, *, cluster: Cluster) -> list[str]:
+    """Whoever names several GPUs and no strategy means all of them, and gets the default."""
+    used = candidate.scenario.strategy.num_ranks(cluster.num_gpus)
+    if used == cluster.num_gpus:
+        return []
+    what = "processes" if cluster.gpu.backend is Backend.CPU else "GPUs"
+    return [f"{used} of {cluster.num_gpus} {what} used; --strategy ddp, fsdp2 or zero3 takes them all"]
 
 
 def _owner_rows(estimate: Estimate, *, canvas: Canvas) -> list[str]:

@@ -17,6 +17,7 @@ from launchkit.report.candidate import (
 )
 from launchkit.report.text import MARGIN, Canvas, Ink, MemoryScale, beside, columns, shorten, table
 from launchkit.report.verdict import closest
+from launchkit.scenario import Trainer
 from launchkit.units import count, gib
 
 SHOWN_ALTERNATIVES = 3
@@ -24,8 +25,11 @@ SHOWN_REJECTED = 4
 SIDE_BY_SIDE_COLUMNS = 120
 
 
-def render_plan(plan: Plan, *, canvas: Canvas, plan_file: str = "", in_full: bool = False) -> str:
-    """The screen of ``launchkit plan``; ``plan_file`` is where the plan was written, if it was.
+def render_plan(
+    plan: Plan, *, canvas: Canvas, plan_file: str = "", how_to_keep: str = "add --output FILE", in_full: bool = False
+) -> str:
+    """The screen of ``launchkit plan``; ``plan_file`` is where the plan was written, if it was, and
+    ``how_to_keep`` what to type for that, if it was not.
 
     ``in_full`` shows all that also fits and all that was rejected, not only the first few.
     """
@@ -38,7 +42,7 @@ def render_plan(plan: Plan, *, canvas: Canvas, plan_file: str = "", in_full: boo
     lines += canvas.section("assumes", list(plan.assumptions), separator=", ")
     for note in (*plan.cluster.notes, *plan.notes):
         lines += canvas.section("note", [note])
-    lines += canvas.section("next", _next(plan, plan_file=plan_file))
+    lines += canvas.section("next", _next(plan, plan_file=plan_file, how_to_keep=how_to_keep))
     return "\n".join(lines) + "\n"
 
 
@@ -53,7 +57,8 @@ def _chosen(plan: Plan, chosen: Candidate, *, canvas: Canvas) -> list[str]:
 
 
 def _nothing_fits(plan: Plan, *, canvas: Canvas) -> list[str]:
-    considered = f"{plan.num_considered} configurations considered" if plan.num_considered else "as asked"
+    number = plan.num_considered
+    considered = f"{number} configuration{'' if number == 1 else 's'} considered" if number else "as asked"
     lines = canvas.flow([f"nothing fits {plan.cluster.text}: {considered}"], first=" ✗ ", rest=INDENT)
     lines = [canvas.paint(line, Ink.BAD) for line in lines]
     nearest = closest(plan)
@@ -128,9 +133,18 @@ def _subject(plan: Plan) -> list[str]:
     return [model_name(plan.model), f"{count(plan.model.num_parameters)} parameters", plan.cluster.text]
 
 
-def _next(plan: Plan, *, plan_file: str) -> list[str]:
+def _next(plan: Plan, *, plan_file: str, how_to_keep: str) -> list[str]:
+    """One command: on several nodes the one that is typed on each, for Axolotl the one that writes its file."""
     if plan.chosen is None:
         return ["launchkit explain <term>"]
-    if plan_file:
-        return [f"launchkit launch --plan {plan_file}"]
-    return ["add --output FILE to keep this plan for launchkit launch"]
+    scenario = plan.chosen.scenario
+    is_for_axolotl = scenario.training.trainer is Trainer.AXOLOTL
+    if not plan_file:
+        return [f"{how_to_keep} to keep this plan for launchkit {'config' if is_for_axolotl else 'launch'}"]
+    if is_for_axolotl:
+        return [f"launchkit config {plan_file} --target axolotl, then axolotl train axolotl.yaml"]
+    launch = f"launchkit launch --plan {plan_file}"
+    last = plan.cluster.num_nodes - 1
+    if last == 0 or scenario.strategy.num_ranks(plan.cluster.num_gpus) == 1:
+        return [launch]
+    return [f"{launch} --master-addr <of node 0> --node-rank <0 to {last}>, on every node"]

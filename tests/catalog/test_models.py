@@ -366,3 +366,12 @@ def test_what_is_no_name_is_one_line(name: str, monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(UnknownModelError, match="neither a file, a directory nor a hub id") as caught:
         find_model(name)
     assert len(str(caught.value)) < 250
+
+
+def test_a_directory_without_a_model_is_not_asked_of_the_hub(
+    shipping: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("empty").mkdir()
+    with pytest.raises(UnknownModelError, match=r"^empty holds no config.json; pass a model's directory"):
+        find_model("empty")

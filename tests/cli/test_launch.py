@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -126,3 +127,15 @@ def test_demo_never_takes_a_directory_that_it_did_not_make(tmp_path: Path) -> No
 def test_demo_data_ships_with_the_package() -> None:
     first = json.loads(demo.demo_data().read_text(encoding="utf-8").splitlines()[0])
     assert [message["role"] for message in first["messages"]] == ["user", "assistant"]
+
+
+@pytest.mark.parametrize(("num_nodes", "others"), [(1, ""), (2, "--node-rank 1 --"), (4, "--node-rank 1 to 3 --")])
+def test_the_first_node_says_what_to_type_on_the_others(
+    num_nodes: int, others: str, plan_file: Path, launched: list[RunOptions], capsys: pytest.CaptureFixture[str]
+) -> None:
+    cluster = replace(plans.CLUSTER, num_nodes=num_nodes)
+    plan_file.write_text(document_text(plan_document(plans.plan(cluster=cluster))), encoding="utf-8")
+    main(["launch", "--plan", str(plan_file), "train.py"])
+    said = capsys.readouterr().err
+    assert ("note: this is node 0" in said) is bool(others)
+    assert others in said

@@ -56,7 +56,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     ("arguments", "message"),
     [
         (["plam"], "launchkit: 'plam' is no verb of launchkit; did you mean launchkit plan?"),
-        (["zzz"], "launchkit: No such command 'zzz'; see launchkit --help"),
+        (["zzz"], "launchkit: 'zzz' is no verb of launchkit; see launchkit --help"),
         (["plan"], "launchkit: Missing argument 'MODEL'; see launchkit plan --help"),
         (["plan", "gpt2", "--zzz"], "launchkit: No such option '--zzz'"),
         (["plan", "gpt2", "--seq-len", "2k"], "launchkit: --seq-len 2k is not a whole number"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from launchkit.catalog.presets import find_preset, load_presets
 from launchkit.cli.main import main
 from launchkit.plan import Candidate, Plan
 from launchkit.request import Request
+from launchkit.scenario import Precision
 from launchkit.serialize import plan_document, plan_from_text
 from tests.report import plans
 
@@ -238,3 +240,51 @@ def test_config_of_a_plan_in_which_nothing_fits(answer: Answer, capsys: pytest.C
     capsys.readouterr()
     assert main(["config", "plan.json"]) == 2
     assert "nothing fits" in capsys.readouterr().err
+
+
+def test_a_plan_in_which_nothing_fits_is_named_where_it_was_asked_for(
+    answer: Answer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answer(plans.nothing_fits())
+    main(["plan", "gpt2", "-o", "plan.json"])
+    assert capsys.readouterr().err == "written: plan.json\n"
+
+
+def test_a_dry_run_says_what_would_keep_the_plan(answer: Answer, capsys: pytest.CaptureFixture[str]) -> None:
+    answer(plans.plan())
+    main(["plan", "gpt2", "--dry-run"])
+    assert "leave out --dry-run" in capsys.readouterr().out
+
+
+def test_data_that_is_not_here_is_said_when_planning(answer: Answer, capsys: pytest.CaptureFixture[str]) -> None:
+    answer(plans.plan())
+    Path("here.jsonl").touch()
+    assert main(["plan", "gpt2", "--data", "here.jsonl"]) == 0
+    assert capsys.readouterr().err == ""
+    assert main(["plan", "gpt2", "--data", "gone.jsonl"]) == 0
+    assert capsys.readouterr().err.startswith("note: gone.jsonl is not a file here")
+
+
+@pytest.mark.parametrize(
+    ("planned", "typed", "named"),
+    [({}, [], "train.jsonl"), ({"data": "chat.jsonl"}, [], "chat.jsonl"), ({"data": "a"}, ["--data", "b"], "b")],
+)
+def test_files_name_the_data_of_the_plan(
+    planned: dict[str, object], typed: list[str], named: str, answer: Answer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answer(plans.plan(request=planned))
+    main(["plan", "gpt2"])
+    assert main(["config", "--target", "axolotl", "--dry-run", *typed]) == 0
+    assert f"- path: {named}\n" in capsys.readouterr().out
+
+
+def test_a_tool_that_cannot_run_the_plan_is_left_out(answer: Answer, capsys: pytest.CaptureFixture[str]) -> None:
+    training = replace(plans.LORA, precision=Precision.BF16_PURE)
+    answer(plans.plan(chosen=plans.candidate(of=plans.scenario(training=training))))
+    main(["plan", "gpt2"])
+    capsys.readouterr()
+    assert main(["config"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == "accelerate.yaml\n"
+    assert captured.err.startswith("note: left out: Axolotl always autocasts")
+    assert main(["config", "--target", "axolotl"]) == 2

@@ -11,12 +11,13 @@ import pytest
 import launchkit
 from launchkit import planner, strategies
 from launchkit.errors import IllegalScenarioError
+from launchkit.export.axolotl import axolotl_config
 from launchkit.hardware import Cluster
 from launchkit.plan import Candidate, Plan
 from launchkit.planner.choose import SAME_SPEED, _ranking
 from launchkit.planner.search import Option
 from launchkit.request import Request
-from launchkit.scenario import Checkpointing, Method, Offload, StrategyKind
+from launchkit.scenario import Checkpointing, Method, Offload, Precision, StrategyKind
 from launchkit.serialize import document_text, plan_document
 from launchkit.units import GIB
 from tests.builders import cluster, scenario, step_time
@@ -71,6 +72,18 @@ def test_what_the_allocator_run_finds_too_large_is_rejected_with_its_range() -> 
     reasons = {r.candidate.scenario.strategy.kind: r.reason for r in plan.rejected}
     assert reasons[StrategyKind.HSDP].startswith("may reach")
     assert StrategyKind.HSDP not in {a.scenario.strategy.kind for a in plan.alternatives}
+
+
+def test_a_smaller_batch_is_tried_where_the_allocator_run_finds_the_largest_too_large() -> None:
+    """Two sequences pass the cheap reading, and fragmentation then takes them over the edge; one fits with ease."""
+    asked: dict[str, Any] = {"gpus": "2x8xH100", "method": "full", "strategy": "zero3", "precision": "bf16-params"}
+    two = launchkit.estimate(
+        "meta-llama/Llama-3.1-70B", **asked, seq_len=4096, micro_batch=2, global_batch=32, checkpointing="full"
+    )
+    assert not two.estimate.fits
+    plan = launchkit.plan("meta-llama/Llama-3.1-70B", **asked, seq_len=4096)
+    assert chosen_of(plan).scenario.batch.micro_batch == 1
+    assert two.scenario not in {r.candidate.scenario for r in plan.rejected}
 
 
 def test_fsdp_is_tried_without_accumulation_where_whole_gradients_would_not_fit() -> None:
@@ -257,3 +270,15 @@ def test_programs_of_several_sequences_are_expected_before_they_are_asked_for(
 def test_checkpointing_is_dropped_where_there_is_room() -> None:
     assert chosen_of(made(2)).scenario.training.checkpointing is Checkpointing.NONE
     assert chosen_of(made(30, num_gpus=4)).scenario.training.checkpointing is Checkpointing.FULL
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora", "full"])
+@pytest.mark.parametrize("gpus", ["4x3090", "2x8xH100"])
+def test_what_is_planned_for_axolotl_can_be_written_for_it(method: str, gpus: str) -> None:
+    plan = launchkit.plan("Qwen/Qwen3-8B", gpus=gpus, method=method, trainer="axolotl")
+    assert axolotl_config(chosen_of(plan), plan.cluster)["base_model"] == "Qwen/Qwen3-8B"
+
+
+def test_adapters_under_axolotl_s_fsdp_are_planned_under_autocast() -> None:
+    plan = launchkit.plan("Qwen/Qwen3-8B", gpus="4x3090", method="qlora", trainer="axolotl", strategy="fsdp2")
+    assert chosen_of(plan).scenario.training.precision is Precision.BF16

@@ -111,6 +111,15 @@ def test_a_missing_package_is_named_with_its_extra(script: str, monkeypatch: pyt
         launch_run(chosen, options=RunOptions(script=script))
 
 
+def test_what_no_package_mends_is_said_before_a_package_is_asked_for(
+    script: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run.importlib.util, "find_spec", lambda name: None)
+    chosen = plan(chosen=candidate(trainer="axolotl"))
+    with pytest.raises(IllegalScenarioError, match="the plan is for axolotl"):
+        launch_run(chosen, options=RunOptions(data=script))
+
+
 def test_node_1_must_know_where_node_0_is(script: str) -> None:
     two_nodes = plan(cluster=cluster(num_nodes=2))
     with pytest.raises(UsageError, match="--master-addr ADDRESS of node 0"):

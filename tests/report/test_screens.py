@@ -14,6 +14,7 @@ from launchkit.report.estimate import render_estimate
 from launchkit.report.plan import render_plan
 from launchkit.report.text import Canvas, columns
 from launchkit.report.verdict import Verdict, plan_verdict, verdict
+from launchkit.scenario import StrategyKind, Trainer
 from tests.report import plans
 
 PLAN_FILE = ".launchkit/plan.json"
@@ -115,7 +116,68 @@ def test_nothing_fits_names_the_closest_and_what_would_fit() -> None:
 
 
 def test_plan_that_was_not_kept_says_how_to_keep_it() -> None:
-    assert "--output FILE" in render_plan(plans.plan(), canvas=Canvas())
+    assert "add --output FILE to keep" in render_plan(plans.plan(), canvas=Canvas())
+    text = render_plan(plans.plan(), canvas=Canvas(), how_to_keep="leave out --dry-run")
+    assert " next         leave out --dry-run to keep this plan for launchkit launch\n" in text
+
+
+@pytest.mark.parametrize(
+    ("kind", "trainer", "num_nodes", "next_line"),
+    [
+        (StrategyKind.FSDP2, Trainer.HF, 1, f"launchkit launch --plan {PLAN_FILE}"),
+        (
+            StrategyKind.FSDP2,
+            Trainer.HF,
+            2,
+            f"launchkit launch --plan {PLAN_FILE} --master-addr <of node 0> --node-rank <0 to 1>, on every node",
+        ),
+        (StrategyKind.SINGLE, Trainer.HF, 2, f"launchkit launch --plan {PLAN_FILE}"),
+        (
+            StrategyKind.FSDP2,
+            Trainer.AXOLOTL,
+            1,
+            f"launchkit config {PLAN_FILE} --target axolotl, then axolotl train axolotl.yaml",
+        ),
+    ],
+)
+def test_what_comes_next_is_what_can_be_typed(
+    kind: StrategyKind, trainer: Trainer, num_nodes: int, next_line: str
+) -> None:
+    chosen = plans.candidate(of=plans.scenario(kind, training=replace(plans.LORA, trainer=trainer)))
+    plan = plans.plan(chosen=chosen, cluster=replace(plans.CLUSTER, num_nodes=num_nodes))
+    text = render_plan(plan, canvas=Canvas(width=140), plan_file=PLAN_FILE)
+    assert text.endswith(f" next         {next_line}\n")
+
+
+@pytest.mark.parametrize(
+    ("num_considered", "words"), [(0, "as asked"), (1, "1 configuration considered"), (2, "2 con")]
+)
+def test_what_was_considered_is_counted(num_considered: int, words: str) -> None:
+    text = render_plan(replace(plans.nothing_fits(), num_considered=num_considered), canvas=Canvas())
+    assert text.startswith(f" ✗ nothing fits 2× RTX 4090: {words}")
+
+
+@pytest.mark.parametrize(("num_nodes", "words"), [(1, " · host 21.0 GiB"), (2, " · each host 21.0 GiB")])
+def test_host_memory_is_that_of_one_node(num_nodes: int, words: str) -> None:
+    cluster = replace(plans.CLUSTER, num_nodes=num_nodes)
+    assert words in render_estimate(plans.candidate(), cluster=cluster, canvas=Canvas(width=140))
+
+
+@pytest.mark.parametrize(
+    ("kind", "peak_gib", "idle", "searches"),
+    [
+        (StrategyKind.FSDP2, 20.9, False, False),
+        (StrategyKind.SINGLE, 20.9, True, False),
+        (StrategyKind.SINGLE, 61.0, True, True),
+    ],
+)
+def test_an_estimate_says_what_is_idle_and_how_to_find_what_fits(
+    kind: StrategyKind, peak_gib: float, idle: bool, searches: bool
+) -> None:
+    candidate = plans.candidate(of=plans.scenario(kind), peak_gib=peak_gib)
+    text = render_estimate(candidate, cluster=plans.CLUSTER, canvas=Canvas())
+    assert ("1 of 2 GPUs used; --strategy ddp" in text) is idle
+    assert ("launchkit plan Qwen/Qwen3-8B --gpus 2x" in text) is searches
 
 
 @pytest.mark.parametrize(
