@@ -84,7 +84,12 @@ class Estimate:
     def fits(self) -> bool:
         """Fits means that the top of the range is within the usable memory, in every phase of every run."""
         tops = (phase.device_peak_high_bytes for phase in self.certain_phases)
-        return max(self.device_peak_high_bytes, *tops, 0) <= self.device_usable_bytes
+        return self.step_fits and all(top <= self.device_usable_bytes for top in tops)
+
+    @property
+    def step_fits(self) -> bool:
+        """Whether the top of the step's range is within the usable memory."""
+        return self.device_peak_high_bytes <= self.device_usable_bytes
 
     @property
     def certain_phases(self) -> tuple[PhasePeak, ...]:

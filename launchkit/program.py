@@ -342,13 +342,32 @@ class Persistent(NamedTuple):
     count: int = 1  # type: ignore[assignment]  # hides tuple.count
 
 
+class Arrival(NamedTuple):
+    """How a persistent storage of ``kept`` bytes comes onto the device, and what comes and goes with it; all in bytes.
+
+    In this order: ``pieces`` are allocated one by one, ``passing`` one after the other (two at a time), ``joined`` in
+    one piece; then ``kept``; then ``joined`` and ``pieces`` die. ``narrow``, where not empty, is what is kept until
+    everything has arrived, and cast into ``kept`` then. Pieces that wait are all there before the first arrival; pieces
+    that linger die when the next arrival's are there.
+    """
+
+    kept: int = 0
+    pieces: tuple[int, ...] = ()
+    passing: tuple[int, ...] = ()
+    joined: int = 0
+    narrow: int = 0
+    waits: bool = False
+    lingers: bool = False
+
+
 @dataclass(frozen=True, kw_only=True)
 class StepProgram:
     """One rank's optimizer step. See the module's docstring.
 
     ``groups`` maps a group's name to its parameters; ``group_counts`` says how many times it occurs in the
-    model. ``minimum_micro_batch`` is 1 for a program fitted at a micro-batch of one and 2 for the others:
-    the two are different programs.
+    model. ``arrivals`` tell how an engine brought weights onto the device, which leaves blocks in the cache.
+    ``minimum_micro_batch`` is 1 for a program fitted at a micro-batch of one and 2 for the others: the two are
+    different programs.
     """
 
     stages: tuple[Stage, ...]
@@ -357,6 +376,7 @@ class StepProgram:
     group_counts: Mapping[str, int]
     persistent: tuple[Persistent, ...] = ()
     host_persistent_bytes: int = 0
+    arrivals: tuple[Arrival, ...] = ()
     minimum_micro_batch: int = 2
     meta: Mapping[str, Any] = field(default_factory=dict)
 

@@ -24,8 +24,9 @@ from transformers.loss.loss_utils import LOSS_MAPPING
 
 from launchkit.catalog.models import TracedModel
 from launchkit.model import ModelProfile
+from launchkit.planner.evaluate import Bench
 from launchkit.program import StepProgram
-from launchkit.scenario import Checkpointing, TraceKey
+from launchkit.scenario import Checkpointing, Scenario, TraceKey
 from launchkit.trace import methods, trace_model, tracing
 from launchkit.trace.forward import Batch, Forward, forward_of
 from launchkit.trace.quantised import prepare_for_kbit_training
@@ -64,6 +65,9 @@ class Past:
     widens_norms_alone: beside 4-bit weights embeddings and head were narrowed again. Source: trl 0.13.0
     ``trainer/utils.py``, ``peft_module_casting_to_bf16``.
 
+    brings_units: 4-bit weights were made on the device one by one and waited on the host until FSDP fetched their unit.
+    Source: transformers 4.48.1 ``modeling_utils.py``, ``_load_state_dict_into_meta_model``. Today's wait on the device.
+
     keeps_outputs: the loop held the model's outputs, logits among them, until the next micro-batch's were there.
     Source: chenyaofo/OpenLM ``openlm/engine/pretraining.py``, ``train``.
     """
@@ -77,6 +81,7 @@ class Past:
     checkpoints_units: bool = False
     keeps_half: bool = False
     widens_norms_alone: bool = False
+    brings_units: bool = False
     keeps_outputs: bool = False
 
     @property
@@ -116,6 +121,20 @@ class PastModel:
     def _holds_inputs(self, key: TraceKey) -> bool:
         """Only units without anything to train hook their inputs, which those beside adapters are."""
         return self.past.checkpoints_units and bool(key.lora_targets)
+
+
+@dataclass
+class PastBench(Bench):
+    """A ``Bench`` whose programs are loaded as ``past`` has it."""
+
+    past: Past = field(kw_only=True)
+
+    def program(self, scenario: Scenario) -> StepProgram:
+        """The step of the largest rank."""
+        program = super().program(scenario)
+        if not self.past.brings_units:
+            return program
+        return replace(program, arrivals=tuple(arrival._replace(waits=False) for arrival in program.arrivals))
 
 
 @contextmanager

@@ -20,14 +20,14 @@ from pathlib import Path
 from typing import Any, cast
 
 from bench.accuracy import page
-from bench.accuracy.past import Past, PastModel
+from bench.accuracy.past import Past, PastBench, PastModel
 from bench.accuracy.rows import DEVICE_SUFFIX, PUBLISHED, Row, error_percent, read_json
 from launchkit import planner, strategies
 from launchkit.api import find_cluster
 from launchkit.catalog.models import TracedModel, find_model
 from launchkit.errors import HubError, IllegalScenarioError, LaunchkitError, UnknownModelError
 from launchkit.plan import Candidate
-from launchkit.planner.evaluate import Bench, judge
+from launchkit.planner.evaluate import judge
 from launchkit.request import Request, resolve
 from launchkit.scenario import Scenario
 from launchkit.units import GIB
@@ -206,6 +206,7 @@ def past_of(row: Mapping[str, Any]) -> Past:
         fast_kernels=is_fast,
         checkpoints_units=row["strategy"] == "fsdp_full_shard",
         keeps_half=configuration.startswith("accelerated-peft-bnb"),
+        brings_units=row["quant"] is not None and row["strategy"] == "fsdp_full_shard",
         widens_norms_alone=configuration == "baseline-peft-bnb" and row["strategy"] == "single",
     )
 
@@ -264,7 +265,8 @@ def predict(model: str, flags: Mapping[str, Any], past: Past) -> Candidate:
     reason = strategies.refusal(scenario, source.profile, cluster)
     if reason is not None:
         raise IllegalScenarioError(reason)
-    return judge(Bench(source=past_model(model, past), cluster=cluster), as_it_ran(scenario, past))
+    bench = PastBench(source=past_model(model, past), cluster=cluster, past=past)
+    return judge(bench, as_it_ran(scenario, past))
 
 
 def as_it_ran(scenario: Scenario, past: Past) -> Scenario:

@@ -14,13 +14,10 @@ from typing import NamedTuple
 from launchkit.optimizers import FP32_BYTES
 from launchkit.planner.sizes import ModelSizes
 from launchkit.scenario import Method, Scenario, StrategyKind, Trainer
+from launchkit.simulate.loading import SENT_AT_A_TIME
+from launchkit.strategies.ddp import BROADCAST_BUCKET_BYTES
 from launchkit.strategies.weights import loaded_itemsize
-from launchkit.units import MIB, divide_up
-
-# DDP sends the first rank's weights in flat pieces of this size, two of them under way at a time.
-# Source: torch 2.13 ``DistributedDataParallel.broadcast_bucket_size``, ``broadcast_coalesced`` (``max_in_flight``).
-BROADCAST_BUCKET_BYTES = 250 * MIB
-BROADCASTS_IN_FLIGHT = 2
+from launchkit.units import divide_up
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +85,7 @@ def _whole(job: LoadJob) -> int:
 def _replicated(job: LoadJob) -> int:
     """DDP makes all ranks start from the first one's weights."""
     whole = job.sizes.state_dict_bytes
-    return whole + min(whole, BROADCASTS_IN_FLIGHT * BROADCAST_BUCKET_BYTES)
+    return whole + min(whole, SENT_AT_A_TIME * BROADCAST_BUCKET_BYTES)
 
 
 def _quantised(job: LoadJob) -> int:

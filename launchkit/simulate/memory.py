@@ -12,6 +12,7 @@ from launchkit.program import Owner, Phase, Point, StepProgram, Stream
 from launchkit.scenario import DeviceKind
 from launchkit.simulate.allocator import AllocatorSettings, CachingAllocator
 from launchkit.simulate.expand import PERSISTENT_STAGE, MemoryEvent, expand
+from launchkit.simulate.loading import load
 from launchkit.simulate.owners import OWNERS, read_owners
 
 
@@ -136,12 +137,13 @@ class _CudaRun:
             index for index, stage in enumerate(program.stages) if stage.phase is Phase.OPTIMIZER
         )
         late = {Owner.OPTIMIZER_STATES} if self.is_repeatable else set()
+        self.arrivals = program.arrivals
         self.early = [event for event in persistent if event.owner not in late]
         self.late = [event for event in persistent if event.owner in late]
 
     def record(self, allocator: CachingAllocator) -> _Record:
         handles: dict[int, int] = {}
-        _replay(allocator, handles, self.early)
+        load(allocator, handles, self.early, self.arrivals)
         if not self.is_repeatable:
             changes = self._read(allocator, handles)
             reserved = allocator.peak_reserved_bytes

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from itertools import islice
+from itertools import islice, repeat
 from typing import NamedTuple
 
 from launchkit.hardware import Cluster
 from launchkit.program import (
     Alloc,
+    Arrival,
     Collective,
     CollectiveKind,
     Event,
@@ -37,6 +38,7 @@ from launchkit.strategies.base import (
     arriving_gradients,
     gradient_bytes,
     gradients_die_when_ready,
+    located_parameters,
     lora_rank,
     map_layers,
     map_sections,
@@ -44,6 +46,11 @@ from launchkit.strategies.base import (
     whole_tensors,
     with_ready_gradients,
 )
+from launchkit.units import MIB
+
+# The first rank sends tensors in flat pieces of this size. Source: torch 2.13
+# ``DistributedDataParallel.broadcast_bucket_size``, ``torch/distributed/fsdp/_init_utils.py``.
+BROADCAST_BUCKET_BYTES = 250 * MIB
 
 trace_key = single.trace_key
 refusal = single.refusal
@@ -56,7 +63,30 @@ def rewrite(program: StepProgram, *, scenario: Scenario, cluster: Cluster) -> St
     rewritten = single.rewrite(reduced, scenario=scenario, cluster=cluster)
     if scenario.strategy.ddp.gradient_as_bucket_view:
         rewritten = _without_own_gradients(rewritten)
-    return replace(rewritten, persistent=rewritten.persistent + buckets)
+    arrivals = (Arrival(passing=tuple(broadcast_buckets(_weights(rewritten, scenario=scenario)))),)
+    return replace(rewritten, persistent=rewritten.persistent + buckets, arrivals=arrivals)
+
+
+def _weights(program: StepProgram, *, scenario: Scenario) -> Iterator[int]:
+    rank = lora_rank(scenario)
+    for place in located_parameters(program):
+        yield from repeat(place.parameter.num_bytes(rank), place.copies)
+
+
+def broadcast_buckets(sizes: Iterable[int]) -> Iterator[int]:
+    """Bytes of the pieces in which the first rank sends tensors of ``sizes`` bytes: each is full when the tensor that
+    reaches ``BROADCAST_BUCKET_BYTES`` is in it.
+
+    Source: torch 2.13 ``broadcast_coalesced`` in ``torch/csrc/distributed/c10d/comm.cpp``.
+    """
+    filled = 0
+    for size in sizes:
+        filled += size
+        if filled >= BROADCAST_BUCKET_BYTES:
+            yield filled
+            filled = 0
+    if filled:
+        yield filled
 
 
 def bucket_storages(program: StepProgram, *, scenario: Scenario) -> tuple[Persistent, ...]:

@@ -38,9 +38,10 @@ from functools import cached_property
 
 from launchkit.hardware import Cluster
 from launchkit.model import ModelProfile
-from launchkit.optimizers import LocalTensor
+from launchkit.optimizers import FP32_BYTES, LocalTensor
 from launchkit.program import (
     Alloc,
+    Arrival,
     Collective,
     CollectiveKind,
     Copy,
@@ -71,8 +72,10 @@ from launchkit.strategies.base import (
     with_optimizer,
     with_ready_gradients,
 )
+from launchkit.strategies.ddp import broadcast_buckets
 from launchkit.strategies.frames import Frame, Live, Place, Visit
 from launchkit.strategies.fsdp2 import WIRE_SLOT, Layout, ShardedProgram
+from launchkit.strategies.weights import loaded_itemsize
 from launchkit.units import divide_up
 
 ALIGNMENT_BYTES = 16  # of each parameter within the flat one. Source: ``_get_aligned_numel``
@@ -135,6 +138,8 @@ class _Flat:
     stored_itemsize: int
     gathered_itemsize: int
     trained: tuple[tuple[int, int], ...] = ()
+    loaded_itemsize: int
+    loaded: tuple[int, ...]  # bytes of each parameter as it arrives
     num_zeros: int = 0  # elements of 4-bit weights, which get no gradient
     in_block: bool = True
 
@@ -174,6 +179,22 @@ class _Flat:
     def zeros_bytes(self) -> int:
         return self.num_zeros * self.gathered_itemsize if self.is_trainable else 0
 
+    def arrival(self, *, is_sent: bool, waits: bool) -> Arrival:
+        """The parameters, sent by the first rank where ``is_sent``, and copied into a flat one whose shard is cloned.
+
+        Source: torch 2.13 ``_init_utils.py``, where the caller holds the parameters until the shard is there.
+        Confirmed on a timeline of two gloo processes.
+        """
+        shard = self.shard_numel * self.loaded_itemsize
+        return Arrival(
+            kept=self.stored_bytes,
+            pieces=self.loaded,
+            passing=tuple(broadcast_buckets(self.loaded)) if is_sent else (),
+            joined=self.numel * self.loaded_itemsize,
+            narrow=shard if shard != self.stored_bytes else 0,
+            waits=waits,
+        )
+
     def trained_on(self, rank: int) -> Iterator[LocalTensor]:
         """What the optimizer of one rank sees: its part of each original parameter."""
         begin, end = rank * self.shard_numel, (rank + 1) * self.shard_numel
@@ -183,8 +204,11 @@ class _Flat:
                 yield LocalTensor((numel,), self.stored_itemsize, self.in_block)
 
 
-def _flat(parameters: Iterable[Parameter], layout: Layout, *, in_block: bool, aligns: bool) -> _Flat:
+def _flat(
+    parameters: Iterable[Parameter], layout: Layout, *, in_block: bool, aligns: bool, loaded_itemsize: int
+) -> _Flat:
     """``parameters`` flattened in order. With ``aligns`` each is a tensor of its own to the optimizer, else all one.
+    They are loaded in ``loaded_itemsize`` bytes per element, or in as many as they are stored in if those are fewer.
 
     4-bit weights lie in storage of the other weights' dtype (``bnb_4bit_quant_storage``): torch flattens only one.
     """
@@ -194,8 +218,10 @@ def _flat(parameters: Iterable[Parameter], layout: Layout, *, in_block: bool, al
     gathered = layout.gathered_itemsize or itemsize
     stored = (layout.trainable_itemsize if is_trainable else layout.frozen_itemsize) or itemsize
     step = ALIGNMENT_BYTES // gathered if aligns else 1
+    loaded = min(stored, loaded_itemsize)
     numel = num_zeros = 0
     trained = []
+    sizes = []
     for row in rows:
         numel = divide_up(numel, step) * step
         size = row.packed_bytes // gathered if row.packed_bytes else row.numel(layout.rank)
@@ -203,6 +229,7 @@ def _flat(parameters: Iterable[Parameter], layout: Layout, *, in_block: bool, al
             trained.append((numel, numel + size))
         num_zeros += size if row.packed_bytes else 0
         numel += size
+        sizes.append(size * loaded)
     if aligns:
         numel = divide_up(numel, layout.num_shards) * layout.num_shards
     elif is_trainable:
@@ -215,6 +242,8 @@ def _flat(parameters: Iterable[Parameter], layout: Layout, *, in_block: bool, al
         trained=tuple(trained),
         num_zeros=num_zeros,
         in_block=in_block,
+        loaded_itemsize=loaded,
+        loaded=tuple(sizes),
     )
 
 
@@ -248,6 +277,7 @@ def _units(program: StepProgram, layout: Layout, scenario: Scenario) -> dict[str
     """One unit per group of parameters; the one outside blocks is the root."""
     wraps_adapters = scenario.training.method is not Method.FULL and not _flattens_adapters(scenario.training)
     aligns = scenario.strategy.fsdp.use_orig_params
+    loaded = loaded_itemsize(scenario) if scenario.training.method is Method.FULL else FP32_BYTES
     units = {}
     for name, group in program.groups.items():
         own = [p for p in group.parameters if wraps_adapters and p.trainable]
@@ -255,8 +285,8 @@ def _units(program: StepProgram, layout: Layout, scenario: Scenario) -> dict[str
         in_block = name != ROOT_GROUP
         units[name] = _Unit(
             group=name,
-            flat=_flat(rest, layout, in_block=in_block, aligns=aligns) if rest else None,
-            adapters=tuple(_flat([p], layout, in_block=in_block, aligns=aligns) for p in own),
+            flat=_flat(rest, layout, in_block=in_block, aligns=aligns, loaded_itemsize=loaded) if rest else None,
+            adapters=tuple(_flat([p], layout, in_block=in_block, aligns=aligns, loaded_itemsize=loaded) for p in own),
             reshards=layout.num_shards == 1 or (layout.reshards and in_block),
         )
     return units
@@ -563,10 +593,24 @@ def _with_state(
             sizes = ((flat.stored_bytes, count) for flat, count in flats if flat.is_trainable)
             persistent += persistent_run(_repeated(sizes), Owner.GRADIENTS)
     program = replace(
-        program, persistent=tuple(persistent), host_persistent_bytes=program.host_persistent_bytes + on_host
+        program,
+        persistent=tuple(persistent),
+        host_persistent_bytes=program.host_persistent_bytes + on_host,
+        arrivals=tuple(_arrivals(program, units, scenario)),
     )
     step = OptimizerStep(tensors=trained, on_host=layout.offloads)
     return with_optimizer(program, step, scenario=scenario, device=cluster.gpu.device_kind)
+
+
+def _arrivals(program: StepProgram, units: dict[str, _Unit], scenario: Scenario) -> Iterator[Arrival]:
+    """Units are wrapped from the inside out, adapters before their block, the root last. accelerate has them sent
+    (``sync_module_states``)."""
+    is_sent = scenario.training.trainer is not Trainer.LOOP
+    waits = scenario.training.method is Method.QLORA
+    for name, unit in sorted(units.items(), key=lambda item: item[0] == ROOT_GROUP):
+        for _ in range(program.group_counts[name]):
+            for flat in (*unit.adapters, *((unit.flat,) if unit.flat else ())):
+                yield flat.arrival(is_sent=is_sent, waits=waits)
 
 
 def _repeated(sizes: Iterable[tuple[int, int]]) -> Iterator[int]:
