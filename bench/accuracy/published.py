@@ -206,7 +206,7 @@ def past_of(row: Mapping[str, Any]) -> Past:
         fast_kernels=is_fast,
         checkpoints_units=row["strategy"] == "fsdp_full_shard",
         keeps_half=configuration.startswith("accelerated-peft-bnb"),
-        brings_units=row["quant"] is not None and row["strategy"] == "fsdp_full_shard",
+        brings_units="bnb" in configuration and row["strategy"] == "fsdp_full_shard",
         widens_norms_alone=configuration == "baseline-peft-bnb" and row["strategy"] == "single",
     )
 

@@ -116,6 +116,14 @@ FMS = {"source_group": "fms-acceleration", "model": "mistralai/Mistral-7B-v0.1",
             {"framework": "transformers 4.48.1", "raw": "framework_config=baseline-peft-bnb.", "strategy": "single"},
             {"reenters", "shifts_logits", "widens_norms_alone"},
         ),
+        (
+            {
+                "framework": "transformers 4.48.1",
+                "raw": "framework_config=accelerated-peft-bnb.",
+                "strategy": "fsdp_full_shard",
+            },
+            {"reenters", "shifts_logits", "keeps_half", "checkpoints_units", "brings_units"},
+        ),
     ],
 )
 def test_habits_of_a_source(fields: dict[str, Any], habits: set[str]) -> None:
