@@ -44,8 +44,6 @@ SPREAD_HEADERS = ("rows", "median", "90th percentile", "worst")
 
 # Why rows miss, by the beginning of their id, as far as it is known.
 CAUSES = {
-    "single-fp8-checkpointing": "fp32 copies within the CPU's 8-bit product; 0.00 % without",
-    "arch-vit-": "torch's own convolution unfolds the image within its backward, on CPUs alone",
     "sp-zero3-checkpointing": "gloo's copy within one gather (172 KiB), and what the profiler misses of it",
     "zero3-lora-checkpointing-bf16": "DeepSpeed's linear layer keeps the head's input (32 KiB), which the program of "
     "adapters on all layers leaves out",
@@ -74,8 +72,9 @@ freeing of some of gloo's buffers, which then stay in its counter: the range is 
 against the nearest end of it. Under ZeRO nearly all of these bytes are DeepSpeed's buckets, which have their full size
 whatever the model's: there a small error says little. oneDNN is off (`torch.backends.mkldnn.enabled = False`): within
 one bf16 product or convolution it takes and returns scratch that CUDA has no part in, up to 26 % of a tiny model's peak
-(`arch-vit-fp32`). Cells whose peak it does not make were measured with it on; 20 of them measured again gave the same
-bytes. The cells say whether the sequence of allocations is right. They say nothing of what only CUDA has: the rounding
+(`arch-vit-fp32`). What torch's own convolution and 8-bit product hold instead is told (`launchkit/trace/kernels.py`).
+Cells whose peak oneDNN does not make were measured with it on; 20 of them measured again gave the same bytes. The cells
+say whether the sequence of allocations is right. They say nothing of what only CUDA has: the rounding
 and caching of its allocator, flash attention, cuBLAS workspaces, the context.
 
 **Published runs** are GPU runs that others measured and described. Like is compared with like: *allocated* and

@@ -3,7 +3,8 @@ kernel takes and returns inside one call, which no dispatch mode can see."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -49,14 +50,19 @@ def _grouped_mm(mat_a: Any, mat_b: Any, offs: Any = None, bias: Any = None, out_
 SUBSTITUTES: dict[Any, Callable[..., Any]] = {aten._grouped_mm.default: _grouped_mm}
 
 
-def scratch_bytes(name: str, inputs: list[torch.Tensor]) -> tuple[int, ...]:
-    """Bytes of each tensor that the kernel ``name`` holds beside its outputs only while it runs; none for all but a
-    few."""
-    rule = _SCRATCH.get(name)
-    return rule(inputs) if rule else ()
+Tensors = list[torch.Tensor]
 
 
-def _flash_backward_scratch(inputs: list[torch.Tensor]) -> tuple[int, ...]:
+Scratch = tuple[tuple[int, ...], ...]  # bytes of the tensors that are there together, moment after moment
+
+
+def scratch(name: str, inputs: Tensors, outputs: Tensors, *, on_cpu: bool) -> Scratch:
+    """What the kernel ``name`` holds beside its outputs only while it runs; nothing for all but a few."""
+    rule = (_CPU_SCRATCH if on_cpu else _CUDA_SCRATCH).get(name)
+    return rule(inputs, outputs) if rule else ()
+
+
+def _flash_backward_scratch(inputs: Tensors, outputs: Tensors) -> Scratch:
     """A row sum and an fp32 accumulator of the queries' gradient; under grouped queries the keys' and values' gradients
     per query head before they are summed.
 
@@ -67,10 +73,10 @@ def _flash_backward_scratch(inputs: list[torch.Tensor]) -> tuple[int, ...]:
     batch, heads, length, head = query.shape
     rows = batch * heads * length * 4
     expanded = batch * heads * key.shape[2] * head * query.element_size()
-    return (rows, rows * head, *((expanded, expanded) if key.shape[1] != heads else ()))
+    return ((rows, rows * head, *((expanded, expanded) if key.shape[1] != heads else ())),)
 
 
-def _efficient_backward_scratch(inputs: list[torch.Tensor]) -> tuple[int, ...]:
+def _efficient_backward_scratch(inputs: Tensors, outputs: Tensors) -> Scratch:
     """A row sum, and for 16-bit tensors an fp32 accumulator of the queries' gradient.
 
     Source: ``aten/src/ATen/native/transformers/cuda/attention_backward.cu``, ``delta`` and the kernel's workspace.
@@ -78,10 +84,53 @@ def _efficient_backward_scratch(inputs: list[torch.Tensor]) -> tuple[int, ...]:
     query = inputs[1]
     batch, heads, length, head = query.shape
     rows = batch * heads * length * 4
-    return (rows, *((rows * head,) if query.element_size() == 2 else ()))
+    return ((rows, *((rows * head,) if query.element_size() == 2 else ())),)
 
 
-_SCRATCH: dict[str, Callable[[list[torch.Tensor]], tuple[int, ...]]] = {
+def _unfolded(source: torch.Tensor, weight: torch.Tensor, result: torch.Tensor) -> tuple[int, ...]:
+    """Every patch that a kernel of ``weight`` meets in ``source``, in columns. Grouped convolutions work group by
+    group, with next to nothing at a time.
+
+    Source: ``aten/src/ATen/native/ConvolutionMM2d.cpp`` and ``ConvolutionMM3d.cpp`` (``compute_columns``); confirmed on
+    timelines. Omits: what oneDNN, which is on by default, takes in their place.
+    """
+    is_grouped = source.shape[1] != weight.shape[1]
+    patches = math.prod(weight.shape[1:]) * result.shape[0] * math.prod(result.shape[2:])
+    return () if is_grouped else (patches * source.element_size(),)
+
+
+def _convolution_scratch(inputs: Tensors, outputs: Tensors) -> Scratch:
+    source, weight = inputs[:2]
+    return (_unfolded(source, weight, outputs[0]),)
+
+
+def _convolution_backward_scratch(inputs: Tensors, outputs: Tensors) -> Scratch:
+    """As forwards, and a copy of a gradient that does not lie in order."""
+    gradient, source, weight = inputs[:3]
+    copied = () if gradient.is_contiguous() else (gradient.nbytes,)
+    return ((*copied, *_unfolded(source, weight, gradient)),)
+
+
+def _scaled_product_scratch(inputs: Tensors, outputs: Tensors) -> Scratch:
+    """The second factor in order, both in fp32, each scaled out of place, and the product in fp32 and in its own dtype.
+
+    Source: ``aten/src/ATen/native/Blas.cpp`` (``_scaled_mm_out_cpu_emulated``); confirmed on timelines.
+    """
+    ordered = inputs[1].nbytes
+    left, right = (4 * factor.numel() for factor in inputs[:2])
+    (product,) = outputs
+    narrow = (product.nbytes,) if product.element_size() < 4 else ()
+    factors = (ordered, left, right)
+    return ((ordered, left, left), (*factors, right), (*factors, 4 * product.numel(), *narrow))
+
+
+_Rules = Mapping[str, Callable[[Tensors, Tensors], Scratch]]
+_CUDA_SCRATCH: _Rules = {
     "aten::_scaled_dot_product_flash_attention_backward": _flash_backward_scratch,
     "aten::_scaled_dot_product_efficient_attention_backward": _efficient_backward_scratch,
+}
+_CPU_SCRATCH: _Rules = {
+    "aten::convolution": _convolution_scratch,
+    "aten::convolution_backward": _convolution_backward_scratch,
+    SCALED_PRODUCT: _scaled_product_scratch,
 }

@@ -20,9 +20,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from launchkit.program import CollectiveKind, Tiles
+from launchkit.scenario import DeviceKind
 from launchkit.trace.accumulate import as_the_engine_adds, holders_of_a_sole_gradient
 from launchkit.trace.float8 import float8_types
-from launchkit.trace.kernels import SUBSTITUTES, flop_formulas, scratch_bytes
+from launchkit.trace.kernels import SUBSTITUTES, Scratch, flop_formulas, scratch
 from launchkit.trace.memo import FakeMaker, Look, Recipe, look_of
 
 
@@ -127,11 +128,11 @@ def one_pass(tile: Tile) -> Iterator[Tile]:
 
 
 class _Operator(NamedTuple):
-    """What the recorder notes of an operator besides its tensors: bytes of its scratch tensors, and the FLOPs and
-    traffic of its kernel, which one that only makes views has none of."""
+    """What the recorder notes of an operator besides its tensors: its scratch, and the FLOPs and traffic of its kernel,
+    which one that only makes views has none of."""
 
     name: str
-    scratch: tuple[int, ...]
+    scratch: Scratch
     flops: int
     num_bytes: int
     is_free: bool
@@ -142,7 +143,7 @@ _DEVICE_OF = torch.ops.prim.device.default
 
 # What operators did, by how their arguments looked, for all traces of this process. A model's programs have some
 # thousands, of about a kilobyte.
-_KNOWN: dict[tuple[Look, Tile | None], tuple[_Operator, Recipe]] = {}
+_KNOWN: dict[tuple[Look, Tile | None, bool], tuple[_Operator, Recipe]] = {}
 _MOST_KNOWN = 50_000
 
 # Operators whose outputs share their inputs' storage or touch no data; they cost nothing on a device. What is sent is
@@ -154,8 +155,11 @@ _MESSAGE_NAMESPACES = ("_c10d_functional::", "c10d::", "deepspeed::")
 class StepRecorder(TorchDispatchMode):
     """Use as a context around a step; ``place`` says where the step has got to and is set by the tracer's hooks."""
 
-    def __init__(self, *, known: Iterable[torch.Tensor], parameters: Iterable[torch.Tensor]) -> None:
+    def __init__(
+        self, *, known: Iterable[torch.Tensor], parameters: Iterable[torch.Tensor], device: DeviceKind = DeviceKind.CUDA
+    ) -> None:
         super().__init__()
+        self._on_cpu = device is DeviceKind.CPU
         self.log = Log()
         self.place = Place("forward.0", 0)
         self.recording = False
@@ -219,7 +223,7 @@ class StepRecorder(TorchDispatchMode):
         look, inputs = look_of(func, args, kwargs)
         if look is None:
             return self._run(func, args, kwargs)
-        known = _KNOWN.get((look, _TILE.get()))
+        known = _KNOWN.get((look, _TILE.get(), self._on_cpu))
         if known is None:
             out = self._run(func, args, kwargs)
             self._remember(look, func, args, kwargs, out)
@@ -247,7 +251,7 @@ class StepRecorder(TorchDispatchMode):
             return
         if len(_KNOWN) >= _MOST_KNOWN:
             _KNOWN.clear()
-        _KNOWN[look, _TILE.get()] = self._operator(func, args, kwargs, out), recipe
+        _KNOWN[look, _TILE.get(), self._on_cpu] = self._operator(func, args, kwargs, out), recipe
 
     def _operator(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> _Operator:
         inputs, tile, name = list(_tensors((args, kwargs))), _TILE.get(), func._schema.name
@@ -255,7 +259,7 @@ class StepRecorder(TorchDispatchMode):
         flops = int(formula(*args, **kwargs, out_val=out)) if formula else 0
         return _Operator(
             name=name,
-            scratch=scratch_bytes(name, inputs),
+            scratch=scratch(name, inputs, list(_tensors(out)), on_cpu=self._on_cpu),
             flops=flops * tile.num_rows // tile.rows if tile else flops,
             num_bytes=sum(_traffic_bytes(t, tile) for t in (*inputs, *_tensors(out))),
             is_free=name in _FREE_OPS or name.startswith(_MESSAGE_NAMESPACES),
@@ -283,13 +287,14 @@ class StepRecorder(TorchDispatchMode):
         if not operator.is_free and (fresh or operator.is_mutable):
             self.log.kernels.append(KernelRecord(place, operator.name, operator.flops, operator.num_bytes))
 
-    def _pass_through(self, sizes: tuple[int, ...], name: str) -> None:
+    def _pass_through(self, moments: Scratch, name: str) -> None:
         """Notes the tensors that a kernel holds beside its outputs while it runs."""
-        numbers = range(self._next, self._next + len(sizes))
-        self._next += len(sizes)
-        memory, place = self.log.memory, self.place
-        memory.extend(AllocRecord(number, size, place, name, 0) for number, size in zip(numbers, sizes, strict=True))
-        memory.extend(FreeRecord(number, place) for number in numbers)
+        for sizes in moments:
+            numbers = range(self._next, self._next + len(sizes))
+            self._next += len(sizes)
+            memory, place = self.log.memory, self.place
+            memory.extend(AllocRecord(n, size, place, name, 0) for n, size in zip(numbers, sizes, strict=True))
+            memory.extend(FreeRecord(number, place) for number in numbers)
 
     def _note_uses(self, inputs: Sequence[torch.Tensor]) -> None:
         used = self.log.uses.setdefault(self.place, set())

@@ -129,7 +129,9 @@ def trace_step(built: Built, mode: FakeTensorMode, *, point: Point, key: TraceKe
 
 
 def _recorder(key: TraceKey, **tensors: Any) -> StepRecorder:
-    return RankRecorder(key=key, **tensors) if key.split.num_ranks > 1 else StepRecorder(**tensors)
+    if key.split.num_ranks > 1:
+        return RankRecorder(key=key, **tensors)
+    return StepRecorder(**tensors, device=key.device)
 
 
 def _one_step(
