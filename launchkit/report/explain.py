@@ -139,8 +139,9 @@ TERMS: tuple[Term, ...] = (
     ),
     Term(
         name="fragmentation",
-        text="Memory that the caching allocator holds and no tensor uses at the peak. launchkit simulates the "
-        "allocator's blocks, since measured values run from 1.7 % to 14.2 % of what is allocated.",
+        text="Memory that the caching allocator holds and no tensor uses at the peak: remainders of blocks, and under "
+        "DDP and FSDP what loading left behind. launchkit simulates the allocator's blocks, since measured values run "
+        "from 1.7 % to 14.2 % of what is allocated, and further under FSDP.",
         formula="reserved − allocated",
         also=("slack",),
         see=("reserved",),
