@@ -200,11 +200,7 @@ def estimate(source: ModelSource, *, cluster: Cluster, scenario: Scenario) -> Ca
 
 def judge(bench: Bench, scenario: Scenario) -> Candidate:
     """The candidate with its memory run through the allocator and its time through the clock."""
-    program = bench.program(scenario)
-    reading = _simulated(bench, scenario, program)
-    candidate = candidate_of(bench, scenario, reading)
-    if program.arrivals and not candidate.estimate.step_fits:
-        reading, candidate = _without_cached(bench, reading, candidate)
+    reading, candidate = _read_fully(bench, scenario)
     steps = _steps(bench, scenario, reading)
     phases = phase_peaks(run_of(bench, scenario, reading.steady_bytes), reading, steps)
     candidate = replace(candidate, estimate=replace(candidate.estimate, phases=phases))
@@ -213,6 +209,20 @@ def judge(bench: Bench, scenario: Scenario) -> Candidate:
         estimate=replace(candidate.estimate, device_peak_low_bytes=_low_bytes(bench, candidate)),
         notes=(*candidate.notes, *_compile_notes(scenario), *_float8_notes(scenario), *_warnings(bench, candidate)),
     )
+
+
+def _read_fully(bench: Bench, scenario: Scenario) -> tuple[MemoryReading, Candidate]:
+    """The reading and the candidate with what loading leaves in the cache; without, where they only fit then: the
+    allocator gives that back before it runs out."""
+    program = bench.program(scenario)
+    reading = _simulated(bench, scenario, program)
+    candidate = candidate_of(bench, scenario, reading)
+    if program.arrivals and not candidate.estimate.step_fits:
+        bare = _simulated(bench, scenario, replace(program, arrivals=()))
+        fitting = candidate_of(bench, scenario, bare)
+        if fitting.estimate.step_fits:
+            return bare, replace(fitting, notes=(_GIVEN_BACK,))
+    return reading, replace(candidate, notes=_cache_notes(program))
 
 
 def _simulated(bench: Bench, scenario: Scenario, program: StepProgram) -> MemoryReading:
@@ -227,15 +237,15 @@ def _simulated(bench: Bench, scenario: Scenario, program: StepProgram) -> Memory
     )
 
 
-def _without_cached(bench: Bench, reading: MemoryReading, candidate: Candidate) -> tuple[MemoryReading, Candidate]:
-    """The reading and the candidate without what loading leaves in the cache, where they fit then: the allocator gives
-    that back before it runs out."""
-    scenario = candidate.scenario
-    bare = _simulated(bench, scenario, replace(bench.program(scenario), arrivals=()))
-    fitting = candidate_of(bench, scenario, bare)
-    if not fitting.estimate.step_fits:
-        return reading, candidate
-    return bare, replace(fitting, notes=(*fitting.notes, _GIVEN_BACK))
+def _cache_notes(program: StepProgram) -> tuple[str, ...]:
+    """What of the reserved memory is left of weights that were whole on every device before they were sharded."""
+    left = sum(sum(arrival.pieces) - arrival.kept for arrival in program.arrivals if arrival.waits)
+    if left <= 0:
+        return ()
+    return (
+        f"4-bit weights are made whole on every GPU, then sharded: {gib(left)} of them stay in torch's cache, to be "
+        "given back when memory runs short",
+    )
 
 
 def _low_bytes(bench: Bench, candidate: Candidate) -> int:
