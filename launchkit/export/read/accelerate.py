@@ -37,13 +37,14 @@ def read_launch(keys: Section, draft: Draft, place: Place) -> None:
         raise ConfigFileError(
             f"{place.file}: distributed_type {kind} is not modelled; launchkit check reads {', '.join(_SPREADS)}"
         )
-    draft.flag("precision", _precision(keys, place))
+    precision = _precision(keys, place)
     _split(keys.section("parallelism_config"), draft)
     dynamo = keys.section("dynamo_config", prefix="dynamo_").text("backend") or keys.text("dynamo_backend")
     draft.flag("compile", True if dynamo and dynamo.upper() != "NO" and dynamo != "no" else None)
     if kind == "DEEPSPEED":
-        _deepspeed(keys, draft, place)
+        _deepspeed(keys, draft, place, precision=precision)
         return
+    draft.flag("precision", precision)
     _assume_weights(draft, place, is_fsdp=kind == "FSDP")
     if kind == "FSDP":
         _fsdp(keys, draft, place)
@@ -127,13 +128,13 @@ def _unsharded(keys: Section, draft: Draft, place: Place) -> None:
         draft.flag("strategy", StrategyKind.SINGLE)
 
 
-def _deepspeed(keys: Section, draft: Draft, place: Place) -> None:
-    """DeepSpeed's file, or the few keys of accelerate's own that stand for one."""
+def _deepspeed(keys: Section, draft: Draft, place: Place, *, precision: Precision) -> None:
+    """DeepSpeed's file, which says the precision, or the few keys of accelerate's own that stand for one. A trainer's
+    own precision, where its file was read before, goes before the launcher's."""
     _mesh_sizes(keys)
     section = keys.section("deepspeed_config")
     name = section.text("deepspeed_config_file")
     if name is not None:
-        draft.flags.pop("precision")  # refused beside the file, which says it
         read_deepspeed_file(name, draft, place, key="deepspeed_config.deepspeed_config_file", shipped={})
         return
     offloads = {kind: section.text(f"offload_{kind}_device") or "none" for kind in ("optimizer", "param")}
@@ -141,7 +142,7 @@ def _deepspeed(keys: Section, draft: Draft, place: Place) -> None:
     zero |= {f"offload_{kind}": {"device": device} for kind, device in offloads.items() if device != "none"}
     saves = section.switch("zero3_save_16bit_model")
     zero |= {"stage3_gather_16bit_weights_on_model_save": bool(saves)}
-    precision = Precision(str(draft.flags["precision"]))
+    precision = Precision(str(draft.flags.get("precision", precision)))
     formats = {Precision.BF16: "bf16", Precision.BF16_PARAMS: "bf16", Precision.FP16: "fp16"}
     config = {
         "zero_optimization": zero,

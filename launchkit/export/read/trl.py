@@ -140,6 +140,7 @@ def _precision(keys: Section, draft: Draft, place: Place) -> None:
     trained weights under autocast, and ZeRO computes in what its file says."""
     strategy = StrategyKind(str(draft.flags["strategy"]))
     if strategy.zero_stage:
+        keys.skip("dtype")
         return
     stays_narrow = draft.flags["method"] is not Method.FULL or not strategy.is_fsdp
     is_narrow = (keys.text("dtype") or "float32").rpartition(".")[2] in ("bfloat16", "float16", "auto")
@@ -151,6 +152,13 @@ def _precision(keys: Section, draft: Draft, place: Place) -> None:
     draft.flag("precision", autocast)
     if autocast is not Precision.FP8:
         draft.flags.pop("fp8_all_gather", None)
+
+
+def _trainer_precision(keys: Section, draft: Draft, place: Place) -> None:
+    """What DeepSpeed's file means by ``auto``."""
+    if any(keys.has(key) for key in ("deepspeed", "accelerate_config")):
+        autocast = _autocast(keys, launch=None)
+        draft.flag("precision", None if autocast is Precision.FP32 else autocast)
 
 
 def _autocast(keys: Section, *, launch: object) -> Precision:
@@ -175,6 +183,7 @@ _PARTS: tuple[Callable[[Section, Draft, Place], None], ...] = (
     _attention,
     _loss,
     _checkpointing,
+    _trainer_precision,
     _strategy,
     _precision,
     _compile,
