@@ -37,11 +37,10 @@ class Edit:
     @property
     def text(self) -> str:
         """``gradient_checkpointing: true``, as YAML has it on one line."""
-        where = f"in {self.part}: " if self.part else ""
         if self.value is None:
-            return f"{where}remove {self.path}"
+            return f"remove {self.path}"
         value = yaml.safe_dump(self.value, default_flow_style=True, sort_keys=False, width=10_000)
-        return f"{where}{self.path}: {value.removesuffix('...').strip().removesuffix('...').strip()}"
+        return f"{self.path}: {value.removesuffix('...').strip().removesuffix('...').strip()}"
 
 
 def edits(
@@ -54,31 +53,28 @@ def edits(
     """
     _check(before, after, cluster=cluster, tool=tool)
     found = []
-    for part, keys in _parts(tool, after):
+    for part, keys in _parts(tool, after, config=config):
         own = config if not part else {}
-        old = keys(before, cluster) if _has_part(part, before) else {}
+        has_old = keys not in (_main_zero_keys, _accelerates_zero_keys) or before.scenario.strategy.kind.zero_stage
+        old = keys(before, cluster) if has_old else {}
         found += list(_differences(old, keys(after, cluster), own=own, part=part))
     return tuple(found)
 
 
-def _parts(tool: Tool, after: Candidate) -> tuple[tuple[str, _Keys], ...]:
+def _parts(tool: Tool, after: Candidate, *, config: Mapping[str, Any]) -> tuple[tuple[str, _Keys], ...]:
     """The files that a tool reads, its own first, and for the script what only that says."""
-    zero = ((_DEEPSPEED_PART, _main_zero_keys),) if after.scenario.strategy.kind.zero_stage else ()
+    zero: tuple[tuple[str, _Keys], ...] = ()
+    if after.scenario.strategy.kind.zero_stage:
+        zero = ((_DEEPSPEED_PART, _main_zero_keys),)
+        section = config.get("deepspeed_config")
+        if tool is Tool.ACCELERATE and isinstance(section, Mapping) and "deepspeed_config_file" not in section:
+            zero = (("", _accelerates_zero_keys),)
     return {
         Tool.AXOLOTL: (("", axolotl_keys), *zero),
-        Tool.TRL: (("", trl_keys), (_ACCELERATE_PART, _spread_keys), *zero),
-        Tool.ACCELERATE: (("", _spread_keys), (_SCRIPT_PART, _script_keys), *zero),
+        Tool.TRL: (("", trl_keys), (_ACCELERATE_PART, accelerate_keys), *zero),
+        Tool.ACCELERATE: (("", accelerate_keys), (_SCRIPT_PART, _script_keys), *zero),
         Tool.DEEPSPEED: (("", _main_zero_keys), (_SCRIPT_PART, _script_keys)),
     }[tool]
-
-
-def _has_part(part: str, candidate: Candidate) -> bool:
-    return part != _DEEPSPEED_PART or bool(candidate.scenario.strategy.kind.zero_stage)
-
-
-def _spread_keys(candidate: Candidate, cluster: Cluster) -> Mapping[str, Any]:
-    """Accelerate's keys without ``zero3_init_flag``, which follows the stage."""
-    return {key: value for key, value in accelerate_keys(candidate, cluster).items() if key != "zero3_init_flag"}
 
 
 def _main_zero_keys(candidate: Candidate, cluster: Cluster) -> Mapping[str, Any]:
@@ -87,6 +83,15 @@ def _main_zero_keys(candidate: Candidate, cluster: Cluster) -> Mapping[str, Any]
     zero: Any = config["zero_optimization"]
     kept = ("stage", "offload_optimizer", "offload_param")
     return {"zero_optimization": {key: value for key, value in zero.items() if key in kept}}
+
+
+def _accelerates_zero_keys(candidate: Candidate, cluster: Cluster) -> Mapping[str, Any]:
+    """The same in accelerate's own words, for a file that names none of DeepSpeed's."""
+    zero = _main_zero_keys(candidate, cluster)["zero_optimization"]
+    devices = {
+        f"{kind}_device": zero[kind]["device"] for kind in ("offload_optimizer", "offload_param") if kind in zero
+    }
+    return {"deepspeed_config": {"zero_stage": zero["stage"], **devices}}
 
 
 # What a script says that accelerate's and DeepSpeed's files do not: arguments of the Trainer, of PEFT and of loading.
@@ -100,7 +105,7 @@ def _script_keys(candidate: Candidate, cluster: Cluster) -> Mapping[str, Any]:
 def _differences(
     old: Mapping[str, Any], new: Mapping[str, Any], *, own: object, part: str, path: str = ""
 ) -> Iterator[Edit]:
-    """Keys of ``new`` that are not in ``old`` so, and those that are gone; ``own`` is what the file itself has there."""
+    """Keys of ``new`` that are not in ``old`` so, and those that are gone; ``own`` is what the file has there."""
     has = own if isinstance(own, Mapping) else {}
     for key, value in new.items():
         if value == old.get(key) or value == has.get(key):
