@@ -96,14 +96,16 @@ def read_config_file(path: Path) -> str:
 
 def judge_file(file: FileText, reading: Reading, *, source: ModelSource, cluster: Cluster, given: Request) -> FileCheck:
     """The estimate of what the file says, the lint's findings and the changes that would help."""
+    findings = _findings(file, cluster=cluster)
+    found = {finding.path for finding in findings}
     check = FileCheck(
         path=str(file.path),
         tool=reading.tool,
         model=source.profile.name,
         cluster=cluster,
-        findings=_findings(file, cluster=cluster),
+        findings=findings,
         assumed=(*reading.assumed, *_defaults(reading, given)),
-        ignored=reading.ignored,
+        ignored=tuple(text for text in reading.ignored if text.split(" ")[0] not in found),
         unrelated=reading.unrelated,
     )
     bench = Bench(source=source, cluster=cluster)

@@ -160,6 +160,8 @@ SAVINGS: tuple[Alteration, ...] = (
     _with_half_length,
     _adapted,
 )
+# Of these, what is worth saying where it fits: they leave what is learned and where it runs as they are.
+_HARMLESS = SAVINGS[:3]
 SPEEDUPS: tuple[Alteration, ...] = (_unchecked, _with_double_micro_batch)
 
 
@@ -178,8 +180,8 @@ def changes(bench: Bench, given: Candidate) -> Changes:
     """What would save memory in ``given``, or time where it fits, by readings of live bytes alone."""
     trial = _Trial(bench=bench, search=Search(bench=bench, request=Request()), given=given)
     if given.estimate.fits:
-        return Changes(singles=tuple(trial.speedups()) + tuple(trial.savings()))
-    singles = sorted(trial.savings(), key=lambda change: (not change.fits, -change.saved_bytes))
+        return Changes(singles=(*trial.speedups(), *trial.savings(_HARMLESS)))
+    singles = sorted(trial.savings(SAVINGS), key=lambda change: (not change.fits, -change.saved_bytes))
     together = None if any(change.fits for change in singles) else trial.together()
     return Changes(singles=tuple(singles), together=together, more_gpus=_more_gpus(bench, given.scenario))
 
@@ -192,8 +194,8 @@ class _Trial:
     search: Search
     given: Candidate
 
-    def savings(self) -> Iterator[Change]:
-        for alteration in SAVINGS:
+    def savings(self, alterations: Sequence[Alteration]) -> Iterator[Change]:
+        for alteration in alterations:
             change = self._change((alteration,))
             if change and change.saved_bytes > _WORTHWHILE_SHARE * self.given.estimate.allocated_peak_bytes:
                 yield change

@@ -68,16 +68,18 @@ def _finding(finding: Finding) -> str:
 
 def _changes(check: FileCheck, *, canvas: Canvas) -> list[str]:
     """One change a line, those first that are enough."""
-    lines = _listed("to change", [_change(change) for change in check.changes[:SHOWN_CHANGES]], canvas=canvas)
+    fits_already = check.candidate is not None and check.candidate.estimate.fits
+    texts = [_change(change, says_fits=not fits_already) for change in check.changes[:SHOWN_CHANGES]]
+    lines = _listed("could change" if fits_already else "to change", texts, canvas=canvas)
     if check.together is not None:
-        lines += _listed("together", [_change(check.together)], canvas=canvas)
+        lines += _listed("together", [_change(check.together, says_fits=True)], canvas=canvas)
     return lines
 
 
-def _change(change: FileChange) -> str:
+def _change(change: FileChange, *, says_fits: bool) -> str:
     is_shorter = change.time_factor <= 0
     effect = saved_text(change.saved_bytes) + time_text(change.time_factor) + (", fewer tokens" if is_shorter else "")
-    return f"{_edits(change.edits)}   {effect}{', fits' if change.fits and change.saved_bytes > 0 else ''}"
+    return f"{_edits(change.edits)}   {effect}{', fits' if change.fits and says_fits else ''}"
 
 
 def _edits(edits: tuple[Edit, ...]) -> str:
