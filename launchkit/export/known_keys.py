@@ -235,7 +235,7 @@ TRL = _keys(
     warmup_steps weight_decay
     """
 )
-# Of ``accelerate launch``, and TRL's own two.
+# Of ``accelerate launch``, and TRL's own.
 TRL_LAUNCH = _keys(
     "accelerate_config env num_machines num_processes main_process_port machine_rank mixed_precision gpu_ids"
 )

@@ -45,8 +45,8 @@ _ATTENTION_MODULES: dict[str, tuple[str, ...]] = {
 }
 _USUAL_ATTENTION_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj")
 # Models whose blocks have no linear layers but those of the usual attention and a gated MLP.
-_USUAL_LINEAR_MODULES = (*_USUAL_ATTENTION_MODULES, "gate_proj", "up_proj", "down_proj")
-_USUAL_MODELS = ("gemma", "gemma2", "gemma3_text", "granite", "llama", "mistral", "olmo2", "qwen2", "qwen3", "smollm3")
+USUAL_LINEAR_MODULES = (*_USUAL_ATTENTION_MODULES, "gate_proj", "up_proj", "down_proj")
+USUAL_MODELS = ("gemma", "gemma2", "gemma3_text", "granite", "llama", "mistral", "olmo2", "qwen2", "qwen3", "smollm3")
 # What PEFT adapts where no ``target_modules`` are named. Source: peft 0.21
 # ``TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING``.
 _DEFAULT_LORA_MODULES: dict[str, tuple[str, ...]] = {
@@ -143,7 +143,7 @@ def named_targets(text: str, *, model_type: str) -> str:
     """``--lora-targets`` by the shortest name of the same layers: files spell out what has one, and the programs of the
     catalogue go by it."""
     names = frozenset(names_in(text))
-    if model_type in _USUAL_MODELS and names == frozenset(_USUAL_LINEAR_MODULES):
+    if model_type in USUAL_MODELS and names == frozenset(USUAL_LINEAR_MODULES):
         return "all-linear"
     return "attention" if names == frozenset(attention_modules(model_type)) else text
 

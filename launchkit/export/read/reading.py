@@ -139,7 +139,9 @@ class Draft:
         """The reading, with the keys that nobody read: those whose name begins as one of ``unrelated`` bear on nothing,
         and those that are not ``known`` are the lint's."""
         rest = [path for path, _ in keys.unread()]
-        harmless = [path for path in rest if path.rpartition(".")[2].startswith(unrelated)]
+        harmless = [
+            path for path in rest if path.startswith(unrelated) or path.rpartition(".")[2].startswith(unrelated)
+        ]
         others = [path for path in rest if path not in harmless and ("." in path or path in known)]
         return Reading(
             tool=self.tool,
