@@ -83,8 +83,9 @@ def _sharded(scenario: Scenario, cluster: Cluster) -> Scenario | None:
         return None
     if training.checkpointing is not Checkpointing.NONE:
         training = replace(training, checkpointing=Checkpointing.FULL)  # the one kind that FSDP has
-    if training.trainer is Trainer.AXOLOTL and training.precision is Precision.BF16_PARAMS:
-        training = replace(training, precision=Precision.BF16)  # what its autocast makes of FSDP's shards
+    upcasts = training.trainer is Trainer.AXOLOTL or training.method is Method.FULL
+    if upcasts and training.precision is Precision.BF16_PARAMS:
+        training = replace(training, precision=Precision.BF16)  # what autocast makes of FSDP's shards
     return replace(scenario, strategy=Strategy(kind=StrategyKind.FSDP2), training=training)
 
 

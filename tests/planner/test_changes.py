@@ -47,12 +47,13 @@ def found(where: Bench, **values: Any) -> tuple[Candidate, Changes]:
 
 
 def test_each_change_of_one_that_does_not_fit_saves_memory_and_alters_one_setting() -> None:
-    candidate, result = found(bench(memory_gib=12, num_gpus=4), strategy="ddp", precision="bf16-params")
+    where = bench(memory_gib=24, num_gpus=4, num_layers=32)
+    candidate, result = found(where, strategy="ddp", precision="bf16-params")
     assert not candidate.estimate.fits
     sets = [altered(candidate.scenario, change.candidate.scenario) for change in result.singles]
     assert {"training.checkpointing"} in sets
     assert {"batch.micro_batch", "batch.gradient_accumulation_steps"} in sets
-    assert {"strategy.kind"} in sets
+    assert {"strategy.kind", "training.precision"} in sets  # FSDP makes fp32 shards of trained weights
     assert {"training.method"} in sets
     assert all(change.saved_bytes > 0 for change in result.singles)
 
