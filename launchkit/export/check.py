@@ -26,9 +26,10 @@ class FileCheck:
     """A file of another tool, judged. ``candidate`` is None where the scenario would be refused by what runs it, for
     the reason in ``refusal``.
 
-    ``changes`` alter one setting each; ``together`` is the least of them that fits where none does alone; ``more_gpus``
-    is what to give as ``--gpus`` instead. What the file leaves open or says of something that is counted as something
-    else is in ``assumed``; ``ignored`` bears on memory or speed and is not counted; ``unrelated`` bears on neither.
+    ``changes`` alter one setting each; ``together`` is the least of them that fits where none does alone, or only
+    shorter sequences do; ``more_gpus`` is what to give as ``--gpus`` instead. What the file leaves open or says of
+    something that is counted as something else is in ``assumed``; ``ignored`` bears on memory or speed and is not
+    counted; ``unrelated`` bears on neither.
     """
 
     path: str

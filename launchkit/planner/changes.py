@@ -14,6 +14,7 @@ from launchkit.hardware import Cluster
 from launchkit.plan import Candidate
 from launchkit.planner.evaluate import Bench, sketch
 from launchkit.planner.search import Search
+from launchkit.program import Owner
 from launchkit.request import Request
 from launchkit.scenario import (
     Checkpointing,
@@ -30,6 +31,8 @@ from launchkit.scenario import (
 )
 
 SHORTEST_SEQUENCE = 128
+_MOST_HALVINGS = 6  # 8192 to 128 tokens
+_LARGE_LOGITS_SHARE = 0.2  # of the peak: worth tracing another loss for
 _WORTHWHILE_SHARE = 0.02  # of the peak: less is within what any estimate is off by
 _WORTHWHILE_SPEED = 0.97  # of the step's time
 _MOST_GPUS = 1024
@@ -169,8 +172,8 @@ SPEEDUPS: tuple[Alteration, ...] = (_unchecked, _with_double_micro_batch)
 @dataclass(frozen=True, kw_only=True)
 class Changes:
     """``singles`` alter one setting each, those first that are enough; ``together`` alters as few as are needed where
-    none is; ``more_gpus`` is the smallest multiple of the cluster that has room for the scenario, sharded, where it
-    does not fit."""
+    none is enough, or only shorter sequences are; ``more_gpus`` is the smallest multiple of the cluster that has room
+    for the scenario, sharded, where it does not fit."""
 
     singles: tuple[Change, ...] = ()
     together: Change | None = None
@@ -183,7 +186,8 @@ def changes(bench: Bench, given: Candidate) -> Changes:
     if given.estimate.fits:
         return Changes(singles=(*trial.speedups(), *trial.savings(_HARMLESS)))
     singles = sorted(trial.savings(SAVINGS), key=lambda change: (not change.fits, -change.saved_bytes))
-    together = None if any(change.fits for change in singles) else trial.together()
+    is_enough = any(change.fits and change.time_factor for change in singles)  # with as many tokens
+    together = None if is_enough else trial.together()
     return Changes(singles=tuple(singles), together=together, more_gpus=_more_gpus(bench, given.scenario))
 
 
@@ -197,9 +201,15 @@ class _Trial:
 
     def savings(self, alterations: Sequence[Alteration]) -> Iterator[Change]:
         for alteration in alterations:
-            change = self._change((alteration,))
+            change = self._shortened() if alteration is _with_half_length else self._change((alteration,))
             if change and change.saved_bytes > _WORTHWHILE_SHARE * self.given.estimate.allocated_peak_bytes:
                 yield change
+
+    def _shortened(self) -> Change | None:
+        """Half the length, or what is left of it when it fits."""
+        half = self._change((_with_half_length,))
+        tries = (self._change((_with_half_length,) * times) for times in range(1, _MOST_HALVINGS + 1))
+        return next((change for change in tries if change and change.fits), half)
 
     def speedups(self) -> Iterator[Change]:
         for alteration in SPEEDUPS:
@@ -210,7 +220,7 @@ class _Trial:
     def together(self) -> Change | None:
         """Alterations in their order until it fits, then without those that were not needed."""
         taken: list[Alteration] = []
-        for alteration in SAVINGS:
+        for alteration in (*SAVINGS, *(_with_half_length,) * (_MOST_HALVINGS - 1)):
             change = self._change((*taken, alteration))
             if change is None:
                 continue
@@ -234,7 +244,7 @@ class _Trial:
         scenario: Scenario | None = self.given.scenario
         for alteration in alterations:
             scenario = scenario and alteration(scenario, self.bench.cluster)
-        if scenario is None or not self._is_possible(scenario):
+        if scenario is None or not self._is_possible(scenario, traces=_with_fused_loss in alterations):
             return None
         try:
             candidate = sketch(self.bench, scenario)
@@ -249,10 +259,15 @@ class _Trial:
             fits=_has_room(self.search, scenario),
         )
 
-    def _is_possible(self, scenario: Scenario) -> bool:
+    def _is_possible(self, scenario: Scenario, *, traces: bool) -> bool:
+        """``traces``: a program that is not at hand is waited for, where logits are what is too much."""
         cluster = self.bench.cluster_of(scenario)
-        is_refused = strategies.refusal(scenario, self.bench.source.profile, cluster) is not None
-        return not is_refused and self.bench.source.has_program(self.bench.key(scenario))
+        if strategies.refusal(scenario, self.bench.source.profile, cluster) is not None:
+            return False
+        estimate = self.given.estimate
+        logits = estimate.at_peak.get(Owner.LOGITS, 0)
+        waits = traces and not estimate.fits and logits > _LARGE_LOGITS_SHARE * estimate.allocated_peak_bytes
+        return waits or self.bench.source.has_program(self.bench.key(scenario))
 
 
 def _has_room(search: Search, scenario: Scenario) -> bool:

@@ -1,4 +1,4 @@
-"""A change of a scenario as edits of a file: in its tool's own keys, and of other files and the script where it must."""
+"""A change of a scenario as edits of a file, in its tool's own keys; of other files and the script where it must."""
 
 from __future__ import annotations
 
@@ -16,9 +16,7 @@ from tests.builders import candidate, cluster
 BASE: dict[str, Any] = {"micro_batch": 2, "gradient_accumulation_steps": 4, "seq_len": 4096, "strategy": "ddp"}
 
 
-def made(
-    tool: Tool, before: dict[str, Any], after: dict[str, Any], config: dict[str, Any] | None = None
-) -> list[str]:
+def made(tool: Tool, before: dict[str, Any], after: dict[str, Any], config: dict[str, Any] | None = None) -> list[str]:
     one, other = candidate(**(BASE | before)), candidate(**(BASE | before | after))
     found = edits(one, other, cluster=cluster(), tool=tool, config=config or {})
     return [f"{edit.part}: {edit.text}" if edit.part else edit.text for edit in found]
@@ -125,7 +123,9 @@ def test_accelerates_own_keys_of_zero_are_used_where_it_names_no_file() -> None:
 
 def test_keys_that_no_longer_belong_are_taken_out_where_they_are() -> None:
     before, after = AXOLOTL | {"method": "lora"}, {"method": "full"}
-    removed = [text for text in made(Tool.AXOLOTL, before, after, {"adapter": "lora", "lora_r": 16}) if "remove" in text]
+    removed = [
+        text for text in made(Tool.AXOLOTL, before, after, {"adapter": "lora", "lora_r": 16}) if "remove" in text
+    ]
     assert removed == ["remove adapter", "remove lora_r"]
 
 

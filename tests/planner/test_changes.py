@@ -13,7 +13,7 @@ from launchkit.planner.changes import Changes, changes
 from launchkit.planner.evaluate import Bench, judge
 from launchkit.planner.search import Search
 from launchkit.request import Request
-from launchkit.scenario import Scenario
+from launchkit.scenario import Loss, Scenario, TraceKey
 from launchkit.units import GIB
 from tests.builders import cluster, scenario
 from tests.planner.sources import WrittenSource
@@ -78,7 +78,7 @@ def test_together_is_only_said_where_none_is_enough_and_takes_no_more_than_it_ne
     where = bench(memory_gib=5)
     candidate, result = found(where, precision="bf16-params", micro_batch=8)
     assert result.together is not None and result.together.fits
-    assert not any(change.fits for change in result.singles)
+    assert not any(change.fits and change.time_factor for change in result.singles)
     taken = altered(candidate.scenario, result.together.candidate.scenario)
     room = Search(bench=where, request=Request())
     for name in {path.split(".")[0] for path in taken}:
@@ -130,4 +130,25 @@ def test_a_program_that_is_not_at_hand_is_not_asked_for() -> None:
     candidate = given(where, precision="bf16-params")
     asked = len(source.asked)
     assert changes(where, candidate).singles == ()
-    assert len(source.asked) <= asked + 1
+    assert len(source.asked) == asked
+
+
+def test_another_loss_is_traced_where_logits_are_too_much() -> None:
+    class Unshipped(WrittenSource):
+        def has_program(self, key: object) -> bool:
+            return False
+
+    where = Bench(source=Unshipped(num_layers=1), cluster=cluster(num_gpus=1, memory_bytes=GIB))
+    candidate = given(where, precision="bf16-params", checkpointing="full", micro_batch=64)
+    asked: list[TraceKey] = where.source.asked  # type: ignore[attr-defined]
+    known = set(asked)
+    changes(where, candidate)
+    assert {key.loss for key in set(asked) - known} == {Loss.LIGER}
+
+
+def test_sequences_are_shortened_until_it_fits() -> None:
+    where = bench(memory_gib=12)
+    candidate, result = found(where, precision="bf16-params", checkpointing="full", micro_batch=1, seq_len=262_144)
+    lengths = [change for change in result.singles if not change.time_factor]
+    assert not candidate.estimate.fits and len(lengths) == 1
+    assert lengths[0].fits and lengths[0].candidate.scenario.batch.seq_len < 262_144 // 2
