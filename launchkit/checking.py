@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from launchkit import strategies
-from launchkit.errors import ConfigFileError, IllegalScenarioError
+from launchkit.errors import ConfigFileError, IllegalScenarioError, MissingExtraError
 from launchkit.export.check import FileChange, FileCheck
 from launchkit.export.edits import edits
 from launchkit.export.lint import Finding, Severity, Tool, lint, tool_of
@@ -28,6 +28,7 @@ from launchkit.plan import Candidate
 from launchkit.planner.changes import Change, changes
 from launchkit.planner.evaluate import Bench, judge
 from launchkit.request import Request
+from launchkit.scenario import Checkpointing, Scenario
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,9 +117,32 @@ def judge_file(file: FileText, reading: Reading, *, source: ModelSource, cluster
     reason = strategies.refusal(resolution.scenario, source.profile, bench.cluster_of(resolution.scenario))
     if reason is not None:
         return replace(check, refusal=reason)
-    candidate = judge(bench, resolution.scenario)
+    candidate, nearness = _judged(bench, resolution.scenario)
     candidate = replace(candidate, notes=(*resolution.notes, *candidate.notes))
-    return _with_changes(replace(check, candidate=candidate), candidate, bench=bench, config=file.config)
+    check = replace(check, candidate=candidate, assumed=(*check.assumed, *nearness))
+    return _with_changes(check, candidate, bench=bench, config=file.config)
+
+
+def _judged(bench: Bench, scenario: Scenario) -> tuple[Candidate, tuple[str, ...]]:
+    """The candidate; where its program would have to be traced and cannot be, the nearest one that may ship.
+
+    Dropout keeps a mask and an input in each adapter; a re-entrant backward holds one block more at its peak.
+    """
+    try:
+        return judge(bench, scenario), ()
+    except MissingExtraError as error:
+        training = scenario.training
+        reenters = training.checkpointing is Checkpointing.REENTRANT
+        near = replace(
+            training,
+            lora_dropout=0.0,
+            checkpointing=Checkpointing.FULL if reenters else training.checkpointing,
+        )
+        if near == training:
+            raise
+        parts = ["without lora_dropout"] * (training.lora_dropout > 0) + ["with full checkpointing"] * reenters
+        told = f"counted {' and '.join(parts)}, which takes less, since {str(error).partition(';')[0]}"
+        return judge(bench, replace(scenario, training=near)), (told,)
 
 
 def _defaults(reading: Reading, given: Request) -> tuple[str, ...]:
