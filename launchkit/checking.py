@@ -55,26 +55,27 @@ class FileText:
 
         Where ``gpus`` says how many there are, a file that starts more gets no more.
         """
-        machines, processes, on_cpu = spread_of(self.config, tool=self.tool, file=self.path.name)
+        machines, processes, on_cpu = spread_of(
+            self.config, tool=self.tool, file=self.path.name, open_file=self.open_file
+        )
         kind = gpus or ("cpu" if on_cpu else "auto")
         if processes and parse_spec(kind).num_gpus is None:
-            counts = f"{machines}x{processes // machines}x" if machines > 1 else f"{processes}x"
+            counts = f"{machines}x{max(1, processes // machines)}x" if machines > 1 else f"{processes}x"
             return find(counts + kind)
         cluster = find(kind)
         if not 0 < processes < cluster.num_gpus or machines > 1 or processes > cluster.node.num_gpus:
             return cluster
         return replace(cluster, num_nodes=1, node=replace(cluster.node, num_gpus=processes, name=""))
 
+    def open_file(self, name: str) -> str | None:
+        """A file that this one names, looked for where the tools do, in the current directory, else beside it."""
+        places = (Path(name).expanduser(), self.path.parent / name)
+        found = next((place for place in places if place.is_file()), None)
+        return None if found is None else read_config_file(found)
+
     def read(self, *, cluster: Cluster, given: Request) -> Reading:
-        """What the file says, and those that it names: these are looked for where the tools do, in the current
-        directory, else beside it."""
-
-        def open_file(name: str) -> str | None:
-            places = (Path(name).expanduser(), self.path.parent / name)
-            found = next((place for place in places if place.is_file()), None)
-            return None if found is None else read_config_file(found)
-
-        place = Place(file=self.path.name, cluster=cluster, given=given, open_file=open_file)
+        """What the file says, and those that it names."""
+        place = Place(file=self.path.name, cluster=cluster, given=given, open_file=self.open_file)
         return read_config(self.config, tool=self.tool, place=place)
 
 

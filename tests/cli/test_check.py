@@ -223,6 +223,15 @@ def test_as_many_gpus_are_counted_as_processes_are_started(text: str, gpus: str,
     assert check.cluster.num_gpus == num_gpus
 
 
+def test_trls_file_is_for_as_many_gpus_as_the_launcher_that_it_names() -> None:
+    (Path.cwd() / "two.yaml").write_text(ACCELERATE)
+    for name, num_gpus in (("two.yaml", 2), ("fsdp2", 8), ("single_gpu", 1)):
+        check = launchkit.check(written("t.yaml", TRL + f"accelerate_config: {name}\n"), gpus="H100")
+        assert check.cluster.num_gpus == num_gpus
+    check = launchkit.check(written("t.yaml", TRL + "accelerate_config: fsdp2\nnum_processes: 4\n"), gpus="H100")
+    assert check.cluster.num_gpus == 4
+
+
 def test_the_python_function_raises_what_the_command_prints() -> None:
     with pytest.raises(UsageError, match=r"acc\.yaml names no model"):
         launchkit.check("acc.yaml", gpus="4090")

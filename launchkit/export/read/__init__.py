@@ -42,11 +42,16 @@ def read_config(config: Mapping[str, Any], *, tool: Tool, place: Place) -> Readi
     return _READERS[tool](config, place)
 
 
-def spread_of(config: Mapping[str, Any], *, tool: Tool, file: str) -> tuple[int, int, bool]:
+def spread_of(
+    config: Mapping[str, Any], *, tool: Tool, file: str, open_file: Callable[[str], str | None] = lambda name: None
+) -> tuple[int, int, bool]:
     """Machines, processes over all of them (0 where the file does not say), and whether they are CPU processes."""
     if tool not in (Tool.ACCELERATE, Tool.TRL):
         return 1, 0, False
     keys = Section(config, file=file)
-    named = TRL_ACCELERATE.get(keys.text("accelerate_config") or "", {})
-    processes = keys.count("num_processes") or Section(named, file=file).count("num_processes") or 0
-    return keys.count("num_machines") or 1, processes, keys.switch("use_cpu") or False
+    name = keys.text("accelerate_config") or ""
+    text = open_file(name) if name else None
+    named = TRL_ACCELERATE.get(name, {}) if text is None else parse_config(text, name=name)
+    launch = Section({**named, **config}, file=file)
+    processes = launch.count("num_processes") or 0
+    return launch.count("num_machines") or 1, processes, keys.switch("use_cpu") or False

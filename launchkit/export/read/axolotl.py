@@ -28,6 +28,11 @@ _LEGACY_ATTENTION = {
     "flex_attention": "flex_attention",
     "sage_attention": "sage",
 }
+# What only an adapter reads.
+_DORMANT = (
+    *("lora_r", "lora_dropout", "lora_target_linear", "lora_target_modules", "lora_modules_to_save", "peft_use_dora"),
+    *("peft_use_rslora", "lora_target_parameters"),
+)
 # Data, schedules, logs, checkpoints: what no step's memory depends on. Prefixes of keys.
 _UNRELATED = (
     *("adam_", "added_tokens", "auto_resume", "base_model_config", "base_model_ignore", "chat_template", "comet_"),
@@ -73,6 +78,9 @@ def _method(keys: Section, draft: Draft, place: Place) -> None:
         draft.assumed.append("load_in_8bit is not modelled: base weights are counted in 16 bits, which takes more")
     if adapter is None:
         draft.flag("method", Method.FULL)
+        if dormant := [key for key in _DORMANT if keys.has(key)]:
+            draft.assumed.append(f"without adapter nothing comes of {', '.join(dormant)}")
+            keys.skip(*dormant)
         return
     if adapter == "lora" and is_4bit:
         draft.assumed.append("adapter lora with load_in_4bit is counted as qlora")

@@ -335,6 +335,7 @@ LINES: list[tuple[str, dict[str, Any], str]] = [
         "",
     ),
     ("adapter: lora\nlora_modules_to_save: [lm_head, embed_tokens]", {}, ""),
+    ("lora_r: 16", {"training.method": "full"}, "without adapter nothing comes of lora_r"),
     ("fp16: true", {"training.precision": "fp16"}, ""),
     ("bf16: false", {"training.precision": "fp32"}, ""),
     ("bf16: true\nfp16: true", {"training.precision": "bf16-params"}, ""),
