@@ -40,9 +40,9 @@ _EXCLUSIVE_IN_AXOLOTL = (
 
 def _keys(config: Config) -> Findings:
     # A plugin adds keys of its own, and only Axolotl's two of the loss are known here.
-    has_other_plugins = any(
-        "liger" not in str(name) and "cut_cross" not in str(name) for name in config.get("plugins") or ()
-    )
+    plugins = config.get("plugins")
+    names = [str(name) for name in plugins] if isinstance(plugins, list) else []
+    has_other_plugins = any("liger" not in name and "cut_cross" not in name for name in names)
     for finding in unknown_keys(config, known_keys.AXOLOTL):
         if not has_other_plugins:
             yield finding

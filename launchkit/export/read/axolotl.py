@@ -105,7 +105,7 @@ def _attention(keys: Section, draft: Draft, place: Place) -> None:
 
 
 def _loss(keys: Section, draft: Draft, place: Place) -> None:
-    plugins = " ".join(str(name) for name in keys.get("plugins") or ())
+    plugins = " ".join(keys.names("plugins"))
     is_fused = keys.switch("liger_fused_linear_cross_entropy") and "liger" in plugins.lower()
     cuts = keys.switch("cut_cross_entropy") is not False and "cut_cross_entropy" in plugins.lower()
     draft.flag("loss", Loss.LIGER if is_fused else Loss.CCE if cuts else Loss.PLAIN)

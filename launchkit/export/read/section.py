@@ -10,6 +10,7 @@ from launchkit.export.lint.findings import is_true
 from launchkit.request import MAXIMUM_COUNT
 
 AUTO = "auto"
+MAXIMUM_ELEMENTS = 1e18  # of a buffer: more than any that there is, so that infinities are none
 _FALSE = ("false", "0", "no", "off")
 _SHOWN_CHARACTERS = 40
 
@@ -70,7 +71,7 @@ class Section:
             number = -1.0 if isinstance(value, bool) else float(value)
         except (TypeError, ValueError):
             number = -1.0
-        if number < 0 or number != int(min(number, 1e18)):
+        if not 0 <= number < MAXIMUM_ELEMENTS or number != int(number):
             raise self._wrong(key, "not a whole number of elements", f"{key}: 50000000")
         return int(number)
 

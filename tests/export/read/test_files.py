@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from launchkit.errors import ConfigFileError
-from launchkit.export.lint import tool_of
+from launchkit.errors import ConfigFileError, LaunchkitError
+from launchkit.export import known_keys
+from launchkit.export.lint import Tool, lint, tool_of
 from launchkit.export.read import Place, Reading, parse_config, read_config
 from launchkit.export.read.shipped import AXOLOTL_DEEPSPEED, TRL_ACCELERATE
 from launchkit.hardware import Cluster
@@ -461,3 +462,32 @@ def test_a_wrong_value_is_one_line_that_says_what_to_write(text: str, message: s
     line = str(caught.value)
     assert message in line
     assert "; " in line and "\n" not in line and len(line) < 250
+
+
+JUNK = (-1, "x", [1], {"a": 1}, float("nan"))
+KEYS = {
+    Tool.ACCELERATE: (ACCELERATE_FSDP1, known_keys.ACCELERATE, {"fsdp_config": known_keys.ACCELERATE_FSDP}),
+    Tool.AXOLOTL: (AXOLOTL_FSDP2, known_keys.AXOLOTL, {"fsdp_config": known_keys.AXOLOTL_FSDP}),
+    Tool.DEEPSPEED: (DEEPSPEED_ZERO3, known_keys.DEEPSPEED, {"zero_optimization": known_keys.DEEPSPEED_ZERO}),
+    Tool.TRL: (TRL_QLORA, known_keys.TRL | known_keys.TRL_LAUNCH, {"gradient_checkpointing_kwargs": {"use_reentrant"}}),
+}
+
+
+@pytest.mark.parametrize("tool", Tool)
+def test_no_value_of_any_key_is_more_than_one_clear_line(tool: Tool) -> None:
+    text, keys, sections = KEYS[tool]
+    config = parse_config(text, name="f")
+    configs = [{**config, key: junk} for key in keys for junk in JUNK]
+    configs += [
+        {**config, section: {**config[section], key: junk}}
+        for section, known in sections.items()
+        for key in known
+        for junk in JUNK
+    ]
+    for changed in configs:
+        lint(changed, tool=tool, cluster=cluster())
+        try:
+            reading = read_config(changed, tool=tool, place=Place(file="f", cluster=cluster()))
+            reading.scenario(Request(), model=profile(), cluster=cluster())
+        except LaunchkitError as error:
+            assert "; " in str(error) and "\n" not in str(error)
