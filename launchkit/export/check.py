@@ -23,8 +23,8 @@ class FileChange:
 
 @dataclass(frozen=True, kw_only=True)
 class FileCheck:
-    """A file of another tool, judged. ``candidate`` is None where the scenario would be refused by what runs it, for
-    the reason in ``refusal``.
+    """A file of another tool, judged. ``candidate`` is None where the scenario would be refused by what runs it,
+    or is not modelled, for the reason in ``refusal``.
 
     ``changes`` alter one setting each; ``together`` is the least of them that fits where none does alone, or only
     shorter sequences do; ``more_gpus`` is what to give as ``--gpus`` instead. What the file leaves open or says of

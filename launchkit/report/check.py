@@ -52,7 +52,7 @@ def _verdict_lines(check: FileCheck, *, canvas: Canvas) -> list[str]:
     if check.candidate is not None:
         return estimate_lines(check.candidate, cluster=check.cluster, canvas=canvas)
     mark = Verdict.DOES_NOT_FIT.mark
-    lines = canvas.flow([f"not estimated, since it would be refused: {check.refusal}"], first=f" {mark} ", rest=INDENT)
+    lines = canvas.flow([f"not estimated: {check.refusal}"], first=f" {mark} ", rest=INDENT)
     return [canvas.paint(line, Ink.BAD) for line in lines]
 
 
