@@ -7,6 +7,7 @@
     plan = launchkit.plan("Qwen/Qwen3-8B", gpus="4x4090", seq_len=4096)
     print(plan.chosen.scenario.strategy.name, plan.chosen.estimate.device_peak_bytes)
     candidate = launchkit.estimate("./model", gpus="2xcpu", strategy="fsdp2")
+    check = launchkit.check("axolotl.yml", gpus="4x4090")
 
 ``flags`` are the command line's, spelled with underscores, and ``preset`` names those of a published recipe. The values
 that come back are ``launchkit.plan``'s classes ``Plan`` and ``Candidate``, and ``launchkit.serialize`` turns them into
@@ -20,10 +21,13 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from launchkit.export.check import FileCheck
     from launchkit.plan import Candidate, Plan
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "estimate", "plan"]
+__all__ = ["__version__", "check", "estimate", "plan"]
 
 
 class _Package(ModuleType):
@@ -53,3 +57,17 @@ def estimate(
     from launchkit import api  # lazy, as above
 
     return api.estimate(model, preset=preset, trust_remote_code=trust_remote_code, **flags)
+
+
+def check(
+    path: str | Path,
+    *,
+    model: str | None = None,
+    preset: str | None = None,
+    trust_remote_code: bool = False,
+    **flags: str | int | bool | None,
+) -> FileCheck:
+    """What a configuration file of Axolotl, accelerate, DeepSpeed or TRL takes, what is wrong in it, what to change."""
+    from launchkit import api  # lazy, as above
+
+    return api.check(path, model=model, preset=preset, trust_remote_code=trust_remote_code, **flags)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from launchkit import planner
 from launchkit.catalog.hardware import hardware_table
 from launchkit.catalog.models import Progress, find_model
 from launchkit.catalog.presets import find_preset
+from launchkit.errors import UsageError
 from launchkit.hardware import Cluster
 from launchkit.model import ModelProfile, ModelSource
 from launchkit.plan import Candidate, Plan
@@ -18,6 +21,9 @@ from launchkit.probe.spec import cluster_for
 from launchkit.program import StepProgram
 from launchkit.request import Request, resolve
 from launchkit.scenario import TraceKey
+
+if TYPE_CHECKING:
+    from launchkit.export.check import FileCheck
 
 
 def plan(
@@ -32,6 +38,22 @@ def estimate(
 ) -> Candidate:
     """Memory and speed of exactly one scenario; a flag that is not given has the preset's value, or its default."""
     return estimate_request(model, _request(flags, preset=preset), trust_remote_code=trust_remote_code)[0]
+
+
+def check(
+    path: str | Path,
+    *,
+    model: str | None = None,
+    preset: str | None = None,
+    trust_remote_code: bool = False,
+    **flags: str | int | bool | None,
+) -> FileCheck:
+    """A file of Axolotl, accelerate, DeepSpeed or TRL: what it takes, what is wrong in it, what to change.
+
+    ``model`` and ``flags`` win over what the file says, and say what it leaves open.
+    """
+    request = _request(flags, preset=preset)
+    return check_request(Path(path), request, model=model, trust_remote_code=trust_remote_code)
 
 
 def plan_request(
@@ -52,6 +74,26 @@ def estimate_request(
     resolution = resolve(request, model=source.profile, cluster=cluster)
     candidate = planner.estimate(source, cluster=cluster, scenario=resolution.scenario)
     return replace(candidate, notes=(*resolution.notes, *candidate.notes)), cluster
+
+
+def check_request(
+    path: Path,
+    request: Request,
+    *,
+    model: str | None = None,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> FileCheck:
+    """``check`` of a request that has been read already. Reads files, and writes none."""
+    from launchkit.checking import FileText, judge_file  # lazy: planning needs no reader of files
+
+    file = FileText.at(path)
+    cluster = file.cluster(request.gpus, find=find_cluster)
+    reading = file.read(cluster=cluster, given=request)
+    if not (name := model or reading.model):
+        raise UsageError(f"{path.name} names no model; add --model ID, such as --model Qwen/Qwen3-8B")
+    source = find_source(name, request, trust_remote_code=trust_remote_code, progress=progress)
+    return judge_file(file, reading, source=source, cluster=cluster, given=request)
 
 
 @dataclass(frozen=True, kw_only=True)

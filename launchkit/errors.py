@@ -9,6 +9,7 @@
     │   ├── ModelConfigError      a config.json that describes no model
     │   ├── IllegalScenarioError  a combination that the engine refuses
     │   ├── PlanFileError         a file that is not a plan
+    │   ├── ConfigFileError       a file of another tool that cannot be read
     │   └── OutputExistsError     a write that would overwrite (``--force``)
     ├── HubError                  the hub could not be read (offline, gated, absent)
     ├── MissingExtraError         an optional dependency is not installed
@@ -54,6 +55,10 @@ class IllegalScenarioError(UsageError):
 
 class PlanFileError(UsageError):
     """A file that is not a launchkit plan, or one of another schema version."""
+
+
+class ConfigFileError(UsageError):
+    """A file of another tool that is not there, is no YAML or JSON, or has a value of the wrong type."""
 
 
 class OutputExistsError(UsageError):

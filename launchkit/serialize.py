@@ -12,7 +12,7 @@ import types
 from collections.abc import Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from enum import Enum
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hints
 
 from launchkit import __version__
 from launchkit.errors import LaunchkitError, PlanFileError
@@ -22,6 +22,9 @@ from launchkit.plan import Candidate, Estimate, Plan, Rejected, StepTime
 from launchkit.request import scenario_flags
 from launchkit.scenario import Batch, Scenario, Strategy, Training
 from launchkit.strategies.split import mesh_of
+
+if TYPE_CHECKING:
+    from launchkit.export.check import FileCheck
 
 SCHEMA_VERSION = 1
 MAXIMUM_DOCUMENT_CHARACTERS = 64 * 1024**2
@@ -54,6 +57,28 @@ def plan_document(plan: Plan) -> dict[str, Any]:
         "notes": encode(plan.notes),
         "num_considered": plan.num_considered,
         "versions": encode(plan.versions),
+    }
+
+
+def check_document(check: FileCheck) -> dict[str, Any]:
+    """The JSON of ``check``: the candidate as ``estimate`` gives it, or null and the reason."""
+    candidate = check.candidate
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "launchkit": __version__,
+        "file": check.path,
+        "kind": check.tool.value,
+        "model": check.model,
+        "cluster": encode(check.cluster),
+        "candidate": None if candidate is None else _candidate(candidate, cluster=check.cluster),
+        "refusal": check.refusal,
+        "findings": encode(check.findings),
+        "changes": encode(check.changes),
+        "together": encode(check.together),
+        "more_gpus": check.more_gpus,
+        "assumed": encode(check.assumed),
+        "ignored": encode(check.ignored),
+        "unrelated": encode(check.unrelated),
     }
 
 

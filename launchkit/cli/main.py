@@ -43,6 +43,7 @@ VERBS = (
     ),
     Verb(name="estimate", arguments="MODEL", help="exactly this scenario, no search"),
     Verb(name="config", arguments="PLAN", help="write accelerate, DeepSpeed and Axolotl files"),
+    Verb(name="check", arguments="FILE", help="what somebody's own config takes, what is wrong in it, what to change"),
     Verb(name="launch", arguments="[SCRIPT]", help="run a script, or the built-in fine-tune, as planned"),
     Verb(name="trace", arguments="MODEL", help="trace a model's training step into the cache"),
     Verb(name="explain", arguments="[TERM]", help="where a number comes from"),

@@ -31,6 +31,13 @@ def accelerate_config(
     ``main_process_ip``, or ``--main_process_ip`` at launch; each node adds its ``--machine_rank``.
     """
     check_expressible(candidate, cluster)
+    return accelerate_keys(candidate, cluster, deepspeed_file=deepspeed_file, main_process_ip=main_process_ip)
+
+
+def accelerate_keys(
+    candidate: Candidate, cluster: Cluster, *, deepspeed_file: str = DEEPSPEED_FILE, main_process_ip: str | None = None
+) -> dict[str, object]:
+    """``accelerate_config`` without its checks."""
     scenario = candidate.scenario
     config: dict[str, object] = {
         "compute_environment": "LOCAL_MACHINE",

@@ -77,7 +77,19 @@ def axolotl_config(
     id, read as chat messages, or an entry of Axolotl's ``datasets`` as it stands.
     """
     check_expressible(candidate, cluster)
-    _check_axolotl_can(candidate, cluster)
+    check_axolotl(candidate, cluster)
+    return axolotl_keys(candidate, cluster, model=model, data=data, deepspeed_file=deepspeed_file)
+
+
+def axolotl_keys(
+    candidate: Candidate,
+    cluster: Cluster,
+    *,
+    model: str | None = None,
+    data: str | Mapping[str, object] = DEFAULT_DATA,
+    deepspeed_file: str = DEEPSPEED_FILE,
+) -> dict[str, object]:
+    """``axolotl_config`` without its checks: what a file says that somebody wrote in spite of them."""
     training, batch = candidate.scenario.training, candidate.scenario.batch
     recipe = RECIPES[training.method]
     return {
@@ -195,7 +207,7 @@ def _fsdp(candidate: Candidate, cluster: Cluster) -> dict[str, object]:
     }
 
 
-def _check_axolotl_can(candidate: Candidate, cluster: Cluster) -> None:
+def check_axolotl(candidate: Candidate, cluster: Cluster) -> None:
     """What the other files can say and Axolotl refuses, ignores, or does in another way that takes more memory."""
     for holds, fact, fix in _refusals(candidate, cluster):
         if holds:

@@ -28,6 +28,13 @@ def deepspeed_config(
     which a machine without a matching compiler cannot build).
     """
     check_expressible(candidate, cluster)
+    return deepspeed_keys(candidate, cluster, auto=auto, cpu_adam_builds=cpu_adam_builds)
+
+
+def deepspeed_keys(
+    candidate: Candidate, cluster: Cluster, *, auto: bool, cpu_adam_builds: bool = False
+) -> dict[str, object]:
+    """``deepspeed_config`` without its checks."""
     scenario = candidate.scenario
     config: dict[str, object] = {
         **_batch(candidate, cluster, auto=auto),

@@ -44,6 +44,19 @@ _ATTENTION_MODULES: dict[str, tuple[str, ...]] = {
     "phi3": ("qkv_proj", "o_proj"),
 }
 _USUAL_ATTENTION_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj")
+# Models whose blocks have no linear layers but those of the usual attention and a gated MLP.
+USUAL_LINEAR_MODULES = (*_USUAL_ATTENTION_MODULES, "gate_proj", "up_proj", "down_proj")
+USUAL_MODELS = ("gemma", "gemma2", "gemma3_text", "granite", "llama", "mistral", "olmo2", "qwen2", "qwen3", "smollm3")
+# What PEFT adapts where no ``target_modules`` are named. Source: peft 0.21
+# ``TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING``.
+_DEFAULT_LORA_MODULES: dict[str, tuple[str, ...]] = {
+    "bloom": ("query_key_value",),
+    "falcon": ("query_key_value",),
+    "gpt2": ("c_attn",),
+    "gpt_neox": ("query_key_value",),
+    "phi": ("q_proj", "v_proj", "fc1", "fc2"),
+}
+_USUAL_LORA_MODULES = ("q_proj", "v_proj")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,6 +137,20 @@ def float8_section(candidate: Candidate) -> dict[str, object]:
 def attention_modules(model_type: str) -> tuple[str, ...]:
     """The linear layers of the attention of ``model_type``, as PEFT's ``target_modules`` names them."""
     return _ATTENTION_MODULES.get(model_type, _USUAL_ATTENTION_MODULES)
+
+
+def named_targets(text: str, *, model_type: str) -> str:
+    """``--lora-targets`` by the shortest name of the same layers: files spell out what has one, and the programs of the
+    catalogue go by it."""
+    names = frozenset(names_in(text))
+    if model_type in USUAL_MODELS and names == frozenset(USUAL_LINEAR_MODULES):
+        return "all-linear"
+    return "attention" if names == frozenset(attention_modules(model_type)) else text
+
+
+def default_lora_modules(model_type: str) -> tuple[str, ...]:
+    """The modules that PEFT adapts in a model of ``model_type`` where none are named."""
+    return _DEFAULT_LORA_MODULES.get(model_type, _USUAL_LORA_MODULES)
 
 
 def lora_target_modules(candidate: Candidate) -> tuple[str, ...]:

@@ -30,7 +30,14 @@ def trl_config(
 ) -> dict[str, object]:
     """``SFTConfig``, ``ModelConfig`` and ``ScriptArguments`` in one file. Strategy keys live in accelerate's file."""
     check_expressible(candidate, cluster)
-    _check_trl_can(candidate)
+    check_trl(candidate)
+    return trl_keys(candidate, cluster, model=model, data=data)
+
+
+def trl_keys(
+    candidate: Candidate, cluster: Cluster, *, model: str | None = None, data: str = DEFAULT_DATASET
+) -> dict[str, object]:
+    """``trl_config`` without its checks."""
     training, batch = candidate.scenario.training, candidate.scenario.batch
     autocast = autocast_format(candidate.scenario)
     return {
@@ -94,7 +101,8 @@ def _adapter(candidate: Candidate) -> dict[str, object]:
     }
 
 
-def _check_trl_can(candidate: Candidate) -> None:
+def check_trl(candidate: Candidate) -> None:
+    """Raises ``IllegalScenarioError`` for what TRL has not, or computes otherwise."""
     training, task = candidate.scenario.training, candidate.model.task
     if training.loss is Loss.CCE:
         raise IllegalScenarioError("TRL has no cut cross-entropy; use --loss liger, or leave TRL out")

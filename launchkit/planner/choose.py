@@ -10,6 +10,7 @@ from launchkit.errors import IllegalScenarioError
 from launchkit.hardware import Cluster, format_gpus
 from launchkit.model import ModelProfile, ModelSource
 from launchkit.plan import Candidate, Plan, Rejected, Suggestion
+from launchkit.planner.changes import fully_checkpointed, widened, with_half_micro_batch
 from launchkit.planner.evaluate import Bench, judge, sketch
 from launchkit.planner.search import Option, Refused, Search
 from launchkit.request import Request, decisions
@@ -170,27 +171,16 @@ def _suggestions(search: Search, chosen: Candidate | None, losers: Sequence[Opti
 
 
 def _savings(search: Search, chosen: Candidate) -> Iterable[Suggestion]:
-    scenario = chosen.scenario
+    scenario, cluster = chosen.scenario, search.bench.cluster
     if scenario.training.checkpointing is Checkpointing.NONE:
-        yield from _change(
-            search,
-            chosen,
-            "--checkpointing full",
-            training=replace(scenario.training, checkpointing=Checkpointing.FULL),
-        )
-    if scenario.batch.micro_batch > 1:
-        half = scenario.batch.micro_batch // 2
-        steps = scenario.batch.gradient_accumulation_steps * scenario.batch.micro_batch // half
-        yield from _change(
-            search,
-            chosen,
-            f"--micro-batch {half}",
-            batch=replace(scenario.batch, micro_batch=half, gradient_accumulation_steps=steps),
-        )
+        yield from _change(search, chosen, "--checkpointing full", fully_checkpointed(scenario, cluster))
+    half = with_half_micro_batch(scenario, cluster)
+    yield from _change(search, chosen, f"--micro-batch {half.batch.micro_batch}" if half else "", half)
 
 
-def _change(search: Search, chosen: Candidate, flags: str, **fields: object) -> Iterable[Suggestion]:
-    scenario = replace(chosen.scenario, **fields)  # type: ignore[arg-type]
+def _change(search: Search, chosen: Candidate, flags: str, scenario: Scenario | None) -> Iterable[Suggestion]:
+    if scenario is None:
+        return
     other = sketch(search.bench, scenario)
     search.num_considered += 1
     saved = chosen.estimate.allocated_peak_bytes - other.estimate.allocated_peak_bytes
@@ -222,7 +212,7 @@ def _more_gpus(search: Search, nearest: Option) -> Iterable[Suggestion]:
     if strategy.kind in (StrategyKind.SINGLE, StrategyKind.DDP):
         strategy = replace(strategy, kind=StrategyKind.FSDP2)
     for factor in (2, 4, 8, 16, 32, 64):
-        wider = _widened(cluster, factor)
+        wider = widened(cluster, factor)
         if wider.num_gpus > 1024:
             return
         bench = Bench(source=search.bench.source, cluster=wider)
@@ -233,13 +223,6 @@ def _more_gpus(search: Search, nearest: Option) -> Iterable[Suggestion]:
             flags = f"--gpus {format_gpus(wider)} --strategy {strategy.kind}"
             yield Suggestion(flags=flags, saved_bytes=nearest.live_bytes - live, time_factor=0.0)
             return
-
-
-def _widened(cluster: Cluster, factor: int) -> Cluster:
-    """``factor`` times the GPUs: in the node up to eight, in more nodes beyond."""
-    in_node = min(max(8, cluster.node.num_gpus), cluster.node.num_gpus * factor)
-    nodes = cluster.num_nodes * cluster.node.num_gpus * factor // in_node
-    return replace(cluster, num_nodes=nodes, node=replace(cluster.node, num_gpus=in_node, name=""))
 
 
 def _assumptions(scenario: Scenario, profile: ModelProfile) -> tuple[str, ...]:

@@ -177,6 +177,20 @@ def worst_moment(estimate: Estimate) -> str:
     return f"worst moment: {_PHASES.get(estimate.worst_phase) or _STEP_PHASES[estimate.peak_phase]}"
 
 
+def saved_text(saved_bytes: int) -> str:
+    """``−3.2 GiB``."""
+    scale = MemoryScale(largest_bytes=abs(saved_bytes))
+    return f"{'−' if saved_bytes >= 0 else '+'}{scale.number(abs(saved_bytes))} {scale.unit}"
+
+
+def time_text(factor: float) -> str:
+    """``, +22% time``; nothing where the time is unknown."""
+    percent = round(100 * (factor - 1))
+    if factor <= 0:
+        return ""
+    return ", no slower" if percent == 0 else f", {'+' if percent > 0 else '−'}{abs(percent)}% time"
+
+
 _STEP_PHASES = {
     "forward": "the forward",
     "loss": "the loss",

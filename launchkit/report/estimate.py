@@ -12,6 +12,16 @@ from launchkit.units import count, gib
 
 def render_estimate(candidate: Candidate, *, cluster: Cluster, canvas: Canvas) -> str:
     """Verdict, peak and range, memory by owner, when, speed, and what was assumed."""
+    lines = estimate_lines(candidate, cluster=cluster, canvas=canvas)
+    for note in (*cluster.notes, *candidate.notes, *_idle(candidate, cluster=cluster)):
+        lines += canvas.section("note", [note])
+    if verdict(candidate.estimate) is not Verdict.FITS:
+        lines += canvas.section("next", [search_text(candidate, cluster=cluster)])
+    return "\n".join(lines) + "\n"
+
+
+def estimate_lines(candidate: Candidate, *, cluster: Cluster, canvas: Canvas) -> list[str]:
+    """All that is said of the memory of one scenario, without notes."""
     estimate = candidate.estimate
     lines = headline(candidate, cluster=cluster, canvas=canvas)
     lines += memory_lines(candidate, cluster=cluster, canvas=canvas)
@@ -20,13 +30,12 @@ def render_estimate(candidate: Candidate, *, cluster: Cluster, canvas: Canvas) -
     lines += [f"{' ' * MARGIN}{row}" for row in _owner_rows(estimate, canvas=canvas)]
     lines += canvas.section("phases", _phases(estimate), separator=" · ")
     lines += canvas.section("allocator", _allocator(estimate), separator=" · ")
-    lines += canvas.section("model", _subject(candidate, cluster=cluster), separator=" · ")
-    for note in (*cluster.notes, *candidate.notes, *_idle(candidate, cluster=cluster)):
-        lines += canvas.section("note", [note])
-    if verdict(estimate) is not Verdict.FITS:
-        search = f"launchkit plan {candidate.model.name} --gpus {format_gpus(cluster)}"
-        lines += canvas.section("next", [f"{search} looks for what fits"])
-    return "\n".join(lines) + "\n"
+    return lines + canvas.section("model", _subject(candidate, cluster=cluster), separator=" · ")
+
+
+def search_text(candidate: Candidate, *, cluster: Cluster) -> str:
+    """What to type where the scenario does not fit."""
+    return f"launchkit plan {candidate.model.name} --gpus {format_gpus(cluster)} looks for what fits"
 
 
 def _idle(candidate: Candidate, *, cluster: Cluster) -> list[str]:

@@ -11,11 +11,13 @@ from launchkit.report.candidate import (
     memory_lines,
     model_name,
     peak_text,
+    saved_text,
     short_name,
     step_text,
+    time_text,
     worst_moment,
 )
-from launchkit.report.text import MARGIN, Canvas, Ink, MemoryScale, beside, columns, shorten, table
+from launchkit.report.text import MARGIN, Canvas, Ink, beside, columns, shorten, table
 from launchkit.report.verdict import closest
 from launchkit.scenario import Trainer
 from launchkit.units import count, gib
@@ -113,20 +115,7 @@ def _labelled(label: str, rows: list[str], *, canvas: Canvas) -> list[str]:
 
 
 def _suggestions(suggestions: tuple[Suggestion, ...]) -> list[str]:
-    return [f"{item.flags}  {_saved(item.saved_bytes)}{_time(item.time_factor)}" for item in suggestions]
-
-
-def _saved(saved_bytes: int) -> str:
-    scale = MemoryScale(largest_bytes=abs(saved_bytes))
-    return f"{'−' if saved_bytes >= 0 else '+'}{scale.number(abs(saved_bytes))} {scale.unit}"
-
-
-def _time(factor: float) -> str:
-    """``, +22% time``; nothing where the time is unknown."""
-    percent = round(100 * (factor - 1))
-    if factor <= 0:
-        return ""
-    return ", no slower" if percent == 0 else f", {'+' if percent > 0 else '−'}{abs(percent)}% time"
+    return [f"{item.flags}  {saved_text(item.saved_bytes)}{time_text(item.time_factor)}" for item in suggestions]
 
 
 def _subject(plan: Plan) -> list[str]:

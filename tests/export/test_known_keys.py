@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
-from launchkit.export import known_keys
+from launchkit.export import known_keys, layout
 
+KNOWN = ("bloom", "falcon", "gpt2", "gpt_neox", "opt", "phi")
 pytestmark = [pytest.mark.real_loader, pytest.mark.filterwarnings("ignore")]
 
 
@@ -36,3 +39,34 @@ def test_the_known_keys_are_deepspeeds_own() -> None:
 def test_the_known_optimizers_are_those_of_transformers() -> None:
     training_args = pytest.importorskip("transformers.training_args")
     assert {str(name.value) for name in training_args.OptimizerNames} <= known_keys.AXOLOTL_OPTIMIZERS
+
+
+def test_the_known_keys_are_trls_own() -> None:
+    trl = pytest.importorskip("trl")
+    owners = (trl.SFTConfig, trl.ModelConfig, trl.ScriptArguments, trl.DatasetMixtureConfig)
+    names = {field.name for owner in owners for field in dataclasses.fields(owner) if field.init}
+    assert names == known_keys.TRL
+    launch = pytest.importorskip("accelerate.commands.launch")
+    options = {action.dest for action in launch.launch_command_parser()._actions}
+    assert known_keys.TRL_LAUNCH - options == {"accelerate_config"}  # TRL's own
+
+
+@pytest.mark.parametrize("model_type", layout.USUAL_MODELS)
+def test_usual_models_have_the_usual_linear_layers(model_type: str) -> None:
+    transformers, torch = pytest.importorskip("transformers"), pytest.importorskip("torch")
+    sizes = dict.fromkeys(("hidden_size", "intermediate_size", "vocab_size"), 64)
+    counts = dict.fromkeys(("num_hidden_layers", "num_attention_heads", "num_key_value_heads"), 2)
+    config = transformers.AutoConfig.for_model(model_type, **sizes, **counts, pad_token_id=0)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    linear = {name.rpartition(".")[2] for name, part in model.named_modules() if isinstance(part, torch.nn.Linear)}
+    assert linear - {"lm_head"} == set(layout.USUAL_LINEAR_MODULES)
+
+
+def test_the_default_targets_are_pefts() -> None:
+    constants = pytest.importorskip("peft.utils.constants")
+    defaults = constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    ours = {
+        name: list(layout.default_lora_modules(name)) for name in defaults if name in (*KNOWN, *layout.USUAL_MODELS)
+    }
+    assert ours == {name: defaults[name] for name in ours}

@@ -36,12 +36,33 @@ BASES: dict[Tool, dict[str, Any]] = {
         "fsdp_version": 2,
         "fsdp_config": {"auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "activation_checkpointing": True},
     },
+    Tool.TRL: {
+        "model_name_or_path": "org/model",
+        "dataset_name": "org/data",
+        "use_peft": True,
+        "lora_r": 16,
+        "attn_implementation": "flash_attention_2",
+        "packing": True,
+        "num_processes": 4,
+        "accelerate_config": "fsdp2",
+    },
 }
 DEEPSPEED_YAML = {"distributed_type": "DEEPSPEED", "mixed_precision": None, "fsdp_config": None}
 ZERO3 = {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True}
 
 # tool, what is written over the base (None removes), the path of the finding, a part of its text
 TRAPS: list[tuple[Tool, dict[str, Any], str, str]] = [
+    (Tool.TRL, {"max_seq_length": 2048}, "max_seq_length", "accelerate launch, which refuses it"),
+    (Tool.TRL, {"bf16": True, "fp16": True}, "bf16", "keep one of them"),
+    (Tool.TRL, {"use_peft": None, "load_in_4bit": True}, "use_peft", "quantised weights do not train"),
+    (Tool.TRL, {"use_peft": False}, "lora_r", "does nothing without use_peft"),
+    (Tool.TRL, {"attn_implementation": None}, "packing", "write attn_implementation: flash_attention_2"),
+    (
+        Tool.TRL,
+        {"gradient_checkpointing": False, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
+        "gradient_checkpointing_kwargs",
+        "remove it",
+    ),
     (Tool.ACCELERATE, {"num_process": 4}, "num_process", "write num_processes"),
     (
         Tool.ACCELERATE,

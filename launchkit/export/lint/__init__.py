@@ -1,4 +1,4 @@
-"""Traps in configuration files of accelerate, DeepSpeed and Axolotl: what they ignore, contradict or refuse later.
+"""Traps in configuration files of accelerate, DeepSpeed, Axolotl and TRL: what they ignore, contradict or refuse later.
 
 Accelerate checks only its top-level keys, DeepSpeed only the section ``zero_optimization``, Axolotl none; the rest of a
 typing slip has no effect and no message. A finding says where, what, and what to write instead.
@@ -9,7 +9,7 @@ from __future__ import annotations
 from enum import StrEnum
 
 from launchkit.export import known_keys
-from launchkit.export.lint import accelerate, axolotl, deepspeed
+from launchkit.export.lint import accelerate, axolotl, deepspeed, trl
 from launchkit.export.lint.findings import Check, Config, Finding, Severity
 from launchkit.hardware import Cluster
 
@@ -20,17 +20,25 @@ class Tool(StrEnum):
     ACCELERATE = "accelerate"
     DEEPSPEED = "deepspeed"
     AXOLOTL = "axolotl"
+    TRL = "trl"
+
+    @property
+    def called(self) -> str:
+        """The tool's name as its people write it."""
+        return {"deepspeed": "DeepSpeed", "axolotl": "Axolotl", "trl": "TRL"}.get(self.value, self.value)
 
 
 _CHECKS: dict[Tool, tuple[Check, ...]] = {
     Tool.ACCELERATE: accelerate.CHECKS,
     Tool.DEEPSPEED: deepspeed.CHECKS,
     Tool.AXOLOTL: axolotl.CHECKS,
+    Tool.TRL: trl.CHECKS,
 }
 _TOP_LEVEL_KEYS = {
     Tool.ACCELERATE: known_keys.ACCELERATE,
     Tool.DEEPSPEED: known_keys.DEEPSPEED,
     Tool.AXOLOTL: known_keys.AXOLOTL,
+    Tool.TRL: known_keys.TRL | known_keys.TRL_LAUNCH,
 }
 
 
@@ -38,6 +46,7 @@ def tool_of(config: Config) -> Tool | None:
     """Whose file this is, told by the keys that only that tool has; None where nothing tells."""
     for key, tool in (
         ("base_model", Tool.AXOLOTL),
+        ("model_name_or_path", Tool.TRL),
         ("distributed_type", Tool.ACCELERATE),
         ("zero_optimization", Tool.DEEPSPEED),
     ):

@@ -40,20 +40,22 @@ _EXCLUSIVE_IN_AXOLOTL = (
 
 def _keys(config: Config) -> Findings:
     # A plugin adds keys of its own, and only Axolotl's two of the loss are known here.
-    has_other_plugins = any(
-        "liger" not in str(name) and "cut_cross" not in str(name) for name in config.get("plugins") or ()
-    )
+    plugins = config.get("plugins")
+    names = [str(name) for name in plugins] if isinstance(plugins, list) else []
+    has_other_plugins = any("liger" not in name and "cut_cross" not in name for name in names)
     for finding in unknown_keys(config, known_keys.AXOLOTL):
         if not has_other_plugins:
             yield finding
-    for key in section_of(config, "fsdp_config"):
-        if str(key).startswith("fsdp_") and key != "fsdp_version":
-            yield Finding(
-                path=f"fsdp_config.{key}",
-                problem="has a prefix, which is deprecated",
-                fix=f"write {str(key).removeprefix('fsdp_')}",
-                severity=Severity.WARNING,
-            )
+    prefixed = [str(key) for key in section_of(config, "fsdp_config") if str(key).startswith("fsdp_")]
+    old = [key for key in prefixed if key != "fsdp_version" and key.removeprefix("fsdp_") in known_keys.AXOLOTL_FSDP]
+    if old:
+        others = f", and so have {len(old) - 1} more" if len(old) > 1 else ""
+        yield Finding(
+            path=f"fsdp_config.{old[0]}",
+            problem=f"has a prefix, which is deprecated{others}",
+            fix=f"write {old[0].removeprefix('fsdp_')}",
+            severity=Severity.WARNING,
+        )
     yield from unknown_keys(config.get("fsdp_config"), known_keys.AXOLOTL_FSDP, path="fsdp_config.", prefix="fsdp_")
 
 
@@ -118,7 +120,12 @@ def _fsdp(config: Config) -> Findings:
     fsdp = {str(key).removeprefix("fsdp_"): value for key, value in section.items()}
     version = config.get("fsdp_version") or fsdp.get("version")
     if version is None:
-        yield Finding(path="fsdp_version", problem="is missing and means version 1", fix="write fsdp_version: 2")
+        yield Finding(
+            path="fsdp_version",
+            problem="is missing and means version 1",
+            fix="write fsdp_version: 2",
+            severity=Severity.WARNING,
+        )
     if config.get("load_in_8bit"):
         yield Finding(
             path="load_in_8bit", problem="does not shard under FSDP", fix="write load_in_4bit and adapter: qlora"
