@@ -18,7 +18,7 @@ from launchkit.export.layout import num_nodes
 from launchkit.launch.command import Engine
 from launchkit.launch.record import RunRecord, comparison_text
 from launchkit.plan import Plan
-from launchkit.process.evidence import read_evidence
+from launchkit.process.evidence import RESULT_FILE, read_evidence
 from launchkit.process.run import RunOptions, launch_run, prepare_run
 
 
@@ -113,9 +113,14 @@ def report_run(record: RunRecord, *, console: Console) -> None:
     if record.log:
         console.note(f"log: {record.log}")
     if record.failure:
-        diagnosis = diagnose(read_evidence(Path(record.run_dir)))
-        cause = f"{diagnosis.headline}; " if diagnosis.cause else ""
-        console.note(f"{cause}next launchkit why {record.run_dir}")
+        console.note(f"{_cause(Path(record.run_dir))}next launchkit why {record.run_dir}")
+
+
+def _cause(run_dir: Path) -> str:
+    """What the logs are known to say, which can be more than the last line of the rank that failed."""
+    is_written = (run_dir / RESULT_FILE).is_file()
+    diagnosis = diagnose(read_evidence(run_dir)) if is_written else None
+    return f"{diagnosis.headline}; " if diagnosis is not None and diagnosis.cause else ""
 
 
 def write_configs(plan: Plan, directory: Path) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import signal
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 
@@ -609,12 +609,13 @@ RULES = (
     Rule(
         name="gated-model",
         pattern=_re(
-            r"Cannot access gated repo for url \S*?/(?:models/)?(?P<repo>[\w.-]+/[\w.-]+)",
-            "is a gated repo",
-            "Access to model .* is restricted",
+            r"Cannot access gated repo for url \S*?huggingface\.co/(?:api/models/)?(?P<repo>[\w.-]+/[\w.-]+)",
+            r"access a gated repo\.\s+Make sure to have access to it at https://huggingface\.co/(?P<at>[\w./-]+?)\.?$",
+            r"(?P<named>\S+) is a gated repository",
+            r"Access to model (?P<model>\S+) is restricted",
         ),
         fact="the model is gated and this user may not read it",
-        advice=("the licence on https://huggingface.co/{repo}, accepted there", "hf auth login"),
+        advice=("the licence on https://huggingface.co/{repo}{at}{named}{model}, accepted there", "hf auth login"),
         source="huggingface_hub/utils/_http.py; transformers/utils/hub.py",
     ),
     Rule(
@@ -902,6 +903,8 @@ RULES = (
     ),
 )
 
+_ORDER = {rule.name: place for place, rule in enumerate(RULES)}
+
 SIGNALS: Mapping[int, Cause] = {
     signal.SIGKILL: Cause(
         name="killed",
@@ -948,13 +951,23 @@ SIGNALS: Mapping[int, Cause] = {
 }
 
 
-def recognise(text: str, *, code: str = "", echoes: bool = True) -> Cause | None:
-    """The first rule that an error's text meets; without ``echoes`` none of those that speak of another rank."""
+def recognise(text: str, *, code: str = "") -> Cause | None:
+    """The first rule that an error's text meets."""
     for rule in RULES:
         match = rule.pattern.search(text)
-        if match and (echoes or not rule.is_echo) and (rule.code is None or rule.code.search(code)):
+        if match and (rule.code is None or rule.code.search(code)):
             return _filled(rule, match)
     return None
+
+
+def recognise_chain(messages: Sequence[str], *, code: str = "") -> Cause | None:
+    """What chained exceptions are known as: the most special of their rules. A chain tells of another rank only where
+    all of it does."""
+    causes = [recognise(message, code=code) for message in messages]
+    known = [cause for cause in causes if cause is not None and not cause.is_echo]
+    if known:
+        return min(known, key=lambda cause: _ORDER[cause.name])
+    return causes[-1] if all(causes) else None
 
 
 def is_echo(text: str) -> bool:

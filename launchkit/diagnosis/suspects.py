@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from launchkit.diagnosis.evidence import Evidence, Exit
 from launchkit.diagnosis.logs import Fault
-from launchkit.diagnosis.rules import SIGNALS, Cause, recognise, signal_name, signal_of
+from launchkit.diagnosis.rules import SIGNALS, Cause, recognise, recognise_chain, signal_name, signal_of
 
 # What launchers and peers send to whoever is left: no cause of a run's end.
 SENT_BY_LAUNCHERS = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGHUP})
@@ -98,16 +98,9 @@ def _accused(faults: Sequence[Fault], *, rank: int | None) -> Suspect:
     last_words = sorted(
         [*(fault for fault in faults if fault.is_native), *tracebacks], key=lambda fault: fault.place.line
     )
-    read = [Suspect(rank=rank, fault=fault, cause=_cause(fault)) for fault in last_words]
+    read = [
+        Suspect(rank=rank, fault=fault, cause=recognise_chain(fault.messages, code=fault.path)) for fault in last_words
+    ]
     known = [suspect for suspect in read if suspect.is_root and suspect.cause is not None]
     unknown = [suspect for suspect in read if suspect.is_root and suspect.fault in tracebacks]
     return (known or unknown or [suspect for suspect in read if suspect.cause] or read)[0]
-
-
-def _cause(fault: Fault) -> Cause | None:
-    """What an error is known as. A chain of exceptions tells of another rank only where all of it does."""
-    cause = recognise(fault.text, code=fault.path, echoes=False)
-    if cause is not None:
-        return cause
-    echoes = [recognise(message) for message in fault.messages]
-    return echoes[-1] if all(echoes) else None

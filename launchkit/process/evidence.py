@@ -159,31 +159,31 @@ def _torchrun_exits(directory: Path) -> Iterator[Exit]:
 def _metrics(path: Path) -> tuple[LoggedStep, ...]:
     if not path.is_file():
         return ()
-    lines = [_line(text) for text in path.read_text(encoding="utf-8").splitlines()]
+    lines = (_line(text) for text in path.read_text(encoding="utf-8").splitlines())
     return tuple(
         LoggedStep(
-            step=int(line.get("step", 0)),
-            loss=float(line.get("loss", 0.0)),
-            gradient_norm=float(line.get("gradient_norm", 0.0)),
+            step=int(line["step"]), loss=float(line["loss"]), gradient_norm=float(line.get("gradient_norm", 0.0))
         )
         for line in lines
+        if line is not None
     )
 
 
-def _line(text: str) -> dict[str, Any]:
+def _line(text: str) -> dict[str, Any] | None:
+    """One logged step; None for a line that was cut, as the last of a run that was killed."""
     try:
         line = json.loads(text)
     except ValueError:
-        return {}
-    return line if isinstance(line, dict) else {}
+        return None
+    return line if isinstance(line, dict) and {"step", "loss"} <= set(line) else None
 
 
 def _is_alive(path: Path) -> bool:
     """Whether the process that carries the run out is there; one on another machine is taken for it."""
     document = _json(path)
-    if not isinstance(document, dict):
+    if not isinstance(document, dict) or "host" not in document:
         return False
-    if document.get("host") != platform.node():
+    if document["host"] != platform.node():
         return True
     try:
         return bool(abs(psutil.Process(int(document["pid"])).create_time() - float(document["started"])) < 1.0)

@@ -21,7 +21,7 @@ from launchkit.launch.environment import recorded_environment
 from launchkit.launch.job import Data, job_notes, split_gguf
 from launchkit.launch.record import RankRecord, RunRecord, predicted_values, rank_record, strategy_is_live
 from launchkit.plan import Candidate, Plan
-from launchkit.process.evidence import PROCESS_FILE, own_process
+from launchkit.process.evidence import COMMAND_FILE, PROCESS_FILE, RESULT_FILE, own_process
 from launchkit.process.extensions import stale_locks
 from launchkit.process.failure import Failure, find_failure
 from launchkit.process.ports import free_port, is_free
@@ -246,7 +246,7 @@ def _write_inputs(prepared: PreparedRun, plan: Plan, environment: Mapping[str, s
     command = prepared.command
     texts = {
         "plan.json": document_text(plan_document(plan)),
-        "command.txt": command.text + "\n",
+        COMMAND_FILE: command.text + "\n",
         PROCESS_FILE: _json(own_process()),
         "environment.json": _json(recorded_environment(command.environment, environment)),
         **{needed.name: needed.text for needed in command.files},
@@ -266,7 +266,7 @@ def _finish(prepared: PreparedRun, *, outcome: Outcome, failure: Failure | None,
         stopped_by=signal_name(outcome.received) if outcome.received else "",
         notes=_notes(prepared, outcome, failure, measured),
     )
-    (prepared.run_dir / "result.json").write_text(_json(record.document), encoding="utf-8")
+    (prepared.run_dir / RESULT_FILE).write_text(_json(record.document), encoding="utf-8")
     return record
 
 
