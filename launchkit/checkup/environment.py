@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from launchkit.checkup.facts import Facts
 from launchkit.checkup.rows import Level, Row, ok, problem, warning
+from launchkit.launch.environment import SECRET
 
 _LAUNCHERS = r"RANK|LOCAL_RANK|WORLD_SIZE|LOCAL_WORLD_SIZE|MASTER_ADDR|MASTER_PORT"
 _SHOWN_NAMES = 4
@@ -110,7 +111,7 @@ TABLE = (
 
 
 def check_variables(facts: Facts) -> Iterator[Row]:
-    """One row for each line of the table that applies. Of a single variable the value is shown: none is a secret."""
+    """One row for each line of the table that applies. Of a single variable the value is shown."""
     for line in TABLE:
         found = {
             name: value
@@ -119,8 +120,12 @@ def check_variables(facts: Facts) -> Iterator[Row]:
         }
         if found and line.applies(facts):
             names = list(found)
-            text = f"{names[0]}={found[names[0]]}" if len(names) == 1 else _shortened(names)
+            text = _setting(names[0], found[names[0]]) if len(names) == 1 else _shortened(names)
             yield Row(level=line.level, fact=f"{text}: {line.does}", fix=line.fix.format(names=" ".join(names)))
+
+
+def _setting(name: str, value: str) -> str:
+    return f"{name} is set" if SECRET.search(name) else f"{name}={value}"
 
 
 def _shortened(names: list[str]) -> str:
