@@ -404,7 +404,7 @@ RULES = (
         ),
         fact="the disk is full",
         meaning="A checkpoint was being written, or a download. torch.save says it as a wrong position in its file.",
-        advice=("df -h", "another --run-dir, or a smaller save_total_limit"),
+        advice=("another --run-dir, or a smaller save_total_limit", "df -h"),
         source="errno ENOSPC; torch caffe2/serialize/inline_container.cc; safetensors",
     ),
     Rule(
