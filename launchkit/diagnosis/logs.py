@@ -24,6 +24,7 @@ BARE_EXCEPTION = re.compile(r"^(?:[A-Za-z_]\w*\.)*[A-Z]\w*(?:Error|Exception|Int
 # Where an exception's message ends: the next thing that a log is made of.
 OTHER = re.compile(r"^(?:[WEI]\d{4} |\[\d{4}-\d\d-\d\d |={5,}|-{5,}|\{'|\[[WEI]\d|terminate called|\s*\d+%\|)")
 MAXIMUM_MESSAGE_LINES = 12
+MAXIMUM_LINE_CHARACTERS = 4000  # some libraries print a whole command or batch in one line
 # Lines that no traceback holds and that still are somebody's last words.
 NATIVE = re.compile(
     r"^terminate called|^Fatal Python error|Segmentation fault|^Bus error|^Aborted\b|^(?:\S+: line \d+: +\d+ )?Killed\b"
@@ -138,7 +139,7 @@ def _by_rank(log: Log) -> dict[int | None, list[_Line]]:
         text, rank = ANSI.sub("", raw).rstrip("\r").rsplit("\r", 1)[-1].rstrip(), log.rank
         while match := PREFIX.match(text):
             text, rank = text[match.end() :], int(match[1])
-        ranks.setdefault(rank, []).append(_Line(number=number, text=text))
+        ranks.setdefault(rank, []).append(_Line(number=number, text=text[:MAXIMUM_LINE_CHARACTERS]))
     return ranks
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from launchkit.diagnosis.diagnose import diagnose
 from launchkit.diagnosis.evidence import Diagnosis, Evidence, Exit, Log, LoggedStep, State
@@ -167,6 +170,12 @@ def test_colours_and_progress_bars_do_not_hide_an_error() -> None:
     assert read(text).error == "ValueError: the end"
 
 
+def test_a_line_without_end_is_read_in_no_time() -> None:
+    began = time.monotonic()
+    assert read("RuntimeError: Error building extension 'x'" + " size mismatch for Error building" * 30_000).cause
+    assert time.monotonic() - began < 1.0
+
+
 def test_a_log_that_is_long_keeps_its_line_numbers() -> None:
     log = Log(path="a", text=raised("ValueError: x"), first_line=1001)
     place = diagnose(Evidence(path="a", logs=(log,))).place
@@ -277,3 +286,15 @@ def test_an_echo_is_the_cause_only_where_there_is_no_other() -> None:
     assert recognise_chain(["ValueError: x", "ncclRemoteError"]) is None
     assert is_echo("torch.distributed.DistBackendError: NCCL error\nncclRemoteError: A call failed")
     assert "gave up first" in read(NCCL_TIMEOUT).headline
+
+
+LINES = sorted({line for path in LOGS.glob("*.log") for line in path.read_text(encoding="utf-8").split("\n")})
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.one_of(st.sampled_from(LINES), st.text(max_size=40)), max_size=40))
+def test_no_log_is_too_strange(lines: list[str]) -> None:
+    found = read("\n".join(lines))
+    assert found.headline
+    if found.place is not None:
+        assert 1 <= found.place.line <= "\n".join(lines).count("\n") + 1
