@@ -65,7 +65,10 @@ INSTALL = {
     "sklearn": "scikit-learn",
     "yaml": "PyYAML",
 }
-SMALLER_STEP = ("a smaller --micro-batch or --seq-len, or --checkpointing full",)
+SMALLER_STEP = (
+    "a smaller --micro-batch or --seq-len, or --checkpointing full",
+    "launchkit plan MODEL says what fits these GPUs",
+)
 LESS_HOST_MEMORY = ("fewer processes, a smaller --seq-len, or no --offload",)
 OTHER_DATA = ("--data FILE.jsonl with one JSON object per line: messages, prompt + completion, or text",)
 NCCL_DEBUG = "NCCL_DEBUG=INFO before the command says which step hangs"

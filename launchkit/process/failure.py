@@ -22,18 +22,20 @@ DEEPSPEED_RETURN_CODE = re.compile(r"exits with return code = (-?\d+)")
 
 @dataclass(frozen=True, kw_only=True)
 class Failure:
-    """The first failure of a run. ``rank`` is -1 when it was the launcher's own."""
+    """The first failure of a run. ``rank`` is -1 when it was the launcher's own, or when nobody says whose it was."""
 
     rank: int
     exit_code: int
     line: str
     explanation: str = ""
     log: str = ""
+    is_launchers: bool = False
 
     @property
     def text(self) -> str:
         """One sentence: ``rank 1 failed first: RuntimeError: … (out of GPU memory; …)``."""
-        who = f"rank {self.rank} failed first" if self.rank >= 0 else "the launcher failed"
+        nameless = "the launcher failed" if self.is_launchers else "a process failed"
+        who = f"rank {self.rank} failed first" if self.rank >= 0 else nameless
         return f"{who}: {self.line}" + (f" ({self.explanation})" if self.explanation else "")
 
 
@@ -91,15 +93,17 @@ def _recorded(ended: RankExit, log_dir: Path) -> Failure:
 
 
 def _killed_rank(launcher_text: str, *, silent: Sequence[int], outcome: Outcome) -> tuple[int, int] | None:
-    """The rank that a signal ended, with its negative exit code, as far as the launcher tells."""
+    """The rank that a signal ended, with its negative exit code, as far as the launcher tells. DeepSpeed ends the other
+    ranks without naming the first: where several left no word, it is -1."""
     found = TORCHRUN_ROOT_CAUSE.search(launcher_text)
     if found and int(found.group(2)) < 0:
         return int(found.group(1)), int(found.group(2))
     code = DEEPSPEED_RETURN_CODE.search(launcher_text)
+    rank = silent[0] if len(silent) == 1 else -1
     if code and silent and signal_of(int(code.group(1))):
-        return silent[0], -signal_of(int(code.group(1)))
+        return rank, -signal_of(int(code.group(1)))
     if silent and signal_of(outcome.returncode):
-        return silent[0], -signal_of(outcome.returncode)
+        return rank, -signal_of(outcome.returncode)
     return None
 
 
@@ -110,7 +114,7 @@ def _from_signal(rank: int, exit_code: int, *, log_dir: Path) -> Failure:
         exit_code=128 + number,
         line=f"ended by {signal_name(number)}",
         explanation=explain("", exit_code),
-        log=str(log_path(log_dir, rank)),
+        log=str(log_path(log_dir, rank) if rank >= 0 else log_dir / LAUNCHER_LOG),
     )
 
 
@@ -127,6 +131,7 @@ def _without_records(log_dir: Path, launcher_text: str, *, silent: Sequence[int]
         line=line,
         explanation=explain(launcher_text, outcome.returncode),
         log=str(log_dir / LAUNCHER_LOG),
+        is_launchers=True,
     )
 
 
