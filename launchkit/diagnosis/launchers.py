@@ -10,7 +10,7 @@ from launchkit.diagnosis.evidence import Exit
 # torch/distributed/elastic/multiprocessing/errors/__init__.py, ChildFailedError._format_failure; printed by torchrun,
 # and by accelerate, which calls it.
 _FAILURE = re.compile(
-    r"time\s+: (?P<time>\S+)\s+host\s+: \S*\s+rank\s+: (?P<rank>\d+) .*?exitcode\s+: (?P<code>-?\d+)", re.DOTALL
+    r"time\s+: (?P<time>\S+)\s+(?:host\s+: \S*\s+)?rank\s+: (?P<rank>\d+) .*?exitcode\s+: (?P<code>-?\d+)", re.DOTALL
 )
 _ROOT = re.compile(r"Root Cause \(first observed failure\)")
 # torch/distributed/elastic/multiprocessing/api.py: the first worker that its agent saw failing.

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from launchkit.diagnosis.launchers import launcher_exits
 from launchkit.diagnosis.rules import explain, is_echo, signal_name, signal_of
 from launchkit.process.supervisor import LAUNCHER_LOG, Outcome
 from launchkit.process.worker import RankExit, exit_path, log_path
@@ -16,8 +17,6 @@ TAIL_BYTES = 64 * 1024
 
 ERROR_LINE = re.compile(r"^(?:\[rank\d+\]: ?)?((?:[\w.]+(?:Error|Exception|Interrupt|Exit))\b.*)$")
 NATIVE_CRASH = re.compile(r"^(terminate called .*|Fatal Python error: .*|.*Segmentation fault.*)$")
-TORCHRUN_ROOT_CAUSE = re.compile(r"Root Cause.*?rank\s*:\s*(\d+).*?exitcode\s*:\s*(-?\d+)", re.DOTALL)
-DEEPSPEED_RETURN_CODE = re.compile(r"exits with return code = (-?\d+)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,15 +94,13 @@ def _recorded(ended: RankExit, log_dir: Path) -> Failure:
 def _killed_rank(launcher_text: str, *, silent: Sequence[int], outcome: Outcome) -> tuple[int, int] | None:
     """The rank that a signal ended, with its negative exit code, as far as the launcher tells. DeepSpeed ends the other
     ranks without naming the first: where several left no word, it is -1."""
-    found = TORCHRUN_ROOT_CAUSE.search(launcher_text)
-    if found and int(found.group(2)) < 0:
-        return int(found.group(1)), int(found.group(2))
-    code = DEEPSPEED_RETURN_CODE.search(launcher_text)
-    rank = silent[0] if len(silent) == 1 else -1
-    if code and silent and signal_of(int(code.group(1))):
-        return rank, -signal_of(int(code.group(1)))
-    if silent and signal_of(outcome.returncode):
-        return rank, -signal_of(outcome.returncode)
+    first = next(iter(launcher_exits(launcher_text)), None)
+    if first is not None and first.rank is not None and first.exit_code < 0:
+        return first.rank, first.exit_code
+    told = first.exit_code if first is not None and first.rank is None else 0
+    number = signal_of(told) or signal_of(outcome.returncode)
+    if silent and number:
+        return silent[0] if len(silent) == 1 else -1, -number
     return None
 
 
