@@ -66,6 +66,25 @@ class GpuPair:
     peer_to_peer: bool | None
 
 
+class ComputeMode(StrEnum):
+    """Who may compute on a GPU."""
+
+    DEFAULT = "default"
+    EXCLUSIVE = "exclusive"
+    PROHIBITED = "prohibited"
+
+
+@dataclass(frozen=True, kw_only=True)
+class GpuHealth:
+    """What can keep a GPU from working; ``None`` and 0 where the driver would not say. ``pids`` compute on it now."""
+
+    index: int
+    num_uncorrected_errors: int = 0
+    compute_mode: ComputeMode = ComputeMode.DEFAULT
+    persistence: bool | None = None
+    pids: tuple[int, ...] = ()
+
+
 @dataclass(frozen=True, kw_only=True)
 class Host:
     """The machine around the GPUs. ``memory_limit_bytes`` is a container's limit, 0 without one."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Mapping
-from importlib import metadata
 
 import click
 
@@ -13,20 +12,9 @@ from launchkit import __version__
 from launchkit.cli.console import Console
 from launchkit.cli.options import console_options
 from launchkit.probe.detect import detect
+from launchkit.probe.packages import REPORTED, installed_version
 from launchkit.serialize import encode
 
-PACKAGES = (
-    "torch",
-    "transformers",
-    "accelerate",
-    "peft",
-    "trl",
-    "deepspeed",
-    "bitsandbytes",
-    "datasets",
-    "huggingface-hub",
-    "nvidia-ml-py",
-)
 PREFIXES = ("LAUNCHKIT_", "ACCELERATE_", "FSDP_", "CUDA_", "NCCL_", "PYTORCH_", "HF_", "TORCH_", "DS_")
 SECRET_WORDS = ("TOKEN", "KEY", "SECRET", "PASSWORD")
 
@@ -36,7 +24,7 @@ SECRET_WORDS = ("TOKEN", "KEY", "SECRET", "PASSWORD")
 @click.pass_obj
 def command(console: Console, /) -> None:
     """Versions, hardware and settings: a block to paste into a bug report. Tokens are never printed."""
-    versions = {name: _version(name) for name in PACKAGES}
+    versions = {name: installed_version(name) or "not installed" for name in REPORTED}
     variables = relevant_variables(os.environ)
     system = {"launchkit": __version__, "python": platform.python_version(), "platform": platform.platform()}
     hardware = encode(detect())
@@ -53,13 +41,6 @@ def relevant_variables(environment: Mapping[str, str]) -> dict[str, str]:
         for name, value in sorted(environment.items())
         if name.startswith(PREFIXES)
     }
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def _flat(value: object, *, name: str) -> dict[str, object]:

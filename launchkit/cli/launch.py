@@ -11,12 +11,14 @@ import click
 from launchkit.cli.console import Console
 from launchkit.cli.files import DEFAULT_PLAN, read_plan, show, write
 from launchkit.cli.options import console_options
+from launchkit.diagnosis.diagnose import diagnose
 from launchkit.errors import IllegalScenarioError
 from launchkit.export.files import expressible_files
 from launchkit.export.layout import num_nodes
 from launchkit.launch.command import Engine
 from launchkit.launch.record import RunRecord, comparison_text
 from launchkit.plan import Plan
+from launchkit.process.evidence import RESULT_FILE, read_evidence
 from launchkit.process.run import RunOptions, launch_run, prepare_run
 
 
@@ -103,13 +105,22 @@ def live_stream(console: Console) -> BinaryIO | None:
 
 
 def report_run(record: RunRecord, *, console: Console) -> None:
-    """How a run ended, and what was measured beside what was predicted."""
+    """What was measured beside what was predicted; of a run that failed at last why, and where to read more."""
+    lines = [line for line in (comparison_text(record), f"run: {record.run_dir}") if line]
+    console.text("\n".join(lines) + "\n")
     if record.ending:
         console.note(f"launchkit: {record.ending}")
     if record.log:
         console.note(f"log: {record.log}")
-    lines = [line for line in (comparison_text(record), f"run: {record.run_dir}") if line]
-    console.text("\n".join(lines) + "\n")
+    if record.failure:
+        console.note(f"{_cause(Path(record.run_dir))}next launchkit why {record.run_dir}")
+
+
+def _cause(run_dir: Path) -> str:
+    """What the logs are known to say, which can be more than the last line of the rank that failed."""
+    is_written = (run_dir / RESULT_FILE).is_file()
+    diagnosis = diagnose(read_evidence(run_dir)) if is_written else None
+    return f"{diagnosis.headline}; " if diagnosis is not None and diagnosis.cause else ""
 
 
 def write_configs(plan: Plan, directory: Path) -> None:

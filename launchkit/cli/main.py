@@ -45,9 +45,11 @@ VERBS = (
     Verb(name="config", arguments="PLAN", help="write accelerate, DeepSpeed and Axolotl files"),
     Verb(name="check", arguments="FILE", help="what somebody's own config takes, what is wrong in it, what to change"),
     Verb(name="launch", arguments="[SCRIPT]", help="run a script, or the built-in fine-tune, as planned"),
+    Verb(name="why", arguments="[RUN]", help="what went wrong first in a run, and what to do about it"),
     Verb(name="trace", arguments="MODEL", help="trace a model's training step into the cache"),
     Verb(name="explain", arguments="[TERM]", help="where a number comes from"),
     Verb(name="gpus", arguments="", help="the hardware found here, and the table of known GPUs"),
+    Verb(name="doctor", arguments="", help="what would break here, with fixes"),
     Verb(name="env", arguments="", help="versions and settings, as a block for bug reports"),
     Verb(name="demo", arguments="", help="the whole path on a tiny model, on whatever is here"),
 )

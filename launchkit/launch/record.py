@@ -186,9 +186,13 @@ def _is_proven(kind: StrategyKind, proof: Proof, *, world_size: int) -> bool:
 
 
 def comparison_text(record: RunRecord) -> str:
-    """Predicted beside measured, a few lines: memory of the largest rank, speed, whether the strategy was live."""
-    lines = [line for line in (_memory_line(record), _speed_line(record), _live_line(record)) if line]
-    return "\n".join([*lines, *(f"note: {note}" for note in record.notes)])
+    """Predicted beside measured, a few lines, and what is to be noted of it."""
+    return "\n".join([*comparison_lines(record), *(f"note: {note}" for note in record.notes)])
+
+
+def comparison_lines(record: RunRecord) -> tuple[str, ...]:
+    """Predicted beside measured: memory of the largest rank, speed, whether the strategy was live."""
+    return tuple(line for line in (_memory_line(record), _speed_line(record), _live_line(record)) if line)
 
 
 def _memory_line(record: RunRecord) -> str:

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import pynvml
 
-from launchkit.detection import DetectedGpu, GpuPair, MigInstance, Topology
+from launchkit.detection import ComputeMode, DetectedGpu, GpuHealth, GpuPair, MigInstance, Topology
 
 _T = TypeVar("_T")
 
@@ -55,6 +55,42 @@ _PROBLEMS = {
     pynvml.NVML_ERROR_LIB_RM_VERSION_MISMATCH: "the NVIDIA driver was updated and not reloaded; restart the machine",
     pynvml.NVML_ERROR_NO_PERMISSION: "the NVIDIA driver may not be used by this user",
 }
+
+
+_COMPUTE_MODES = {
+    pynvml.NVML_COMPUTEMODE_EXCLUSIVE_PROCESS: ComputeMode.EXCLUSIVE,
+    pynvml.NVML_COMPUTEMODE_EXCLUSIVE_THREAD: ComputeMode.EXCLUSIVE,
+    pynvml.NVML_COMPUTEMODE_PROHIBITED: ComputeMode.PROHIBITED,
+}
+
+
+def read_health() -> tuple[GpuHealth, ...]:
+    """What may keep each GPU from working; nothing where there is no driver."""
+    try:
+        with _session():
+            handles = ((index, _ask(pynvml.nvmlDeviceGetHandleByIndex, index)) for index in range(_count()))
+            return tuple(_health(index, handle) for index, handle in handles if handle is not None)
+    except pynvml.NVMLError:
+        return ()
+
+
+def _health(index: int, handle: Any) -> GpuHealth:
+    errors = _ask(
+        pynvml.nvmlDeviceGetTotalEccErrors, handle, pynvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED, pynvml.NVML_VOLATILE_ECC
+    )
+    mode, persistence = _ask(pynvml.nvmlDeviceGetComputeMode, handle), _ask(pynvml.nvmlDeviceGetPersistenceMode, handle)
+    processes = _ask(pynvml.nvmlDeviceGetComputeRunningProcesses, handle) or []
+    return GpuHealth(
+        index=index,
+        num_uncorrected_errors=errors or 0,
+        compute_mode=_COMPUTE_MODES.get(mode, ComputeMode.DEFAULT),
+        persistence=None if persistence is None else bool(persistence),
+        pids=tuple(process.pid for process in processes),
+    )
+
+
+def _count() -> int:
+    return _ask(pynvml.nvmlDeviceGetCount) or 0
 
 
 @contextmanager

@@ -4,60 +4,37 @@ from __future__ import annotations
 
 import json
 import re
-import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from launchkit.diagnosis.launchers import launcher_exits
+from launchkit.diagnosis.rules import explain, is_echo, signal_name, signal_of
 from launchkit.process.supervisor import LAUNCHER_LOG, Outcome
 from launchkit.process.worker import RankExit, exit_path, log_path
 
 TAIL_BYTES = 64 * 1024
 
-# What a rank says when *another* one died; never the root cause while a better line exists.
-PEER_ERRORS = re.compile(
-    r"Connection (?:closed|reset) by peer|Broken pipe|ncclRemoteError|Watchdog caught collective operation timeout"
-    r"|DistNetworkError|recvValue failed|Socket closed|timed out waiting for clients|Read timeout"
-)
 ERROR_LINE = re.compile(r"^(?:\[rank\d+\]: ?)?((?:[\w.]+(?:Error|Exception|Interrupt|Exit))\b.*)$")
 NATIVE_CRASH = re.compile(r"^(terminate called .*|Fatal Python error: .*|.*Segmentation fault.*)$")
-TORCHRUN_ROOT_CAUSE = re.compile(r"Root Cause.*?rank\s*:\s*(\d+).*?exitcode\s*:\s*(-?\d+)", re.DOTALL)
-DEEPSPEED_RETURN_CODE = re.compile(r"exits with return code = (-?\d+)")
-
-EXPLANATIONS = (
-    (
-        re.compile(r"CUDA out of memory|OutOfMemoryError|HIP out of memory"),
-        "out of GPU memory; plan again with a smaller --micro-batch or --seq-len, or --checkpointing full",
-    ),
-    (
-        re.compile(r"can't allocate memory|Cannot allocate memory|MemoryError"),
-        "out of host memory; fewer processes, a smaller --seq-len, or no --offload",
-    ),
-    (re.compile(r"EADDRINUSE|[Aa]ddress already in use"), "the rendezvous port is taken; pass another --master-port"),
-    (re.compile(r"No space left on device"), "the disk is full; free space, or choose another --run-dir"),
-    (re.compile(r"Error building extension|Ninja is required"), "a C++ extension did not build; see logs/rank0.log"),
-)
-SIGNAL_EXPLANATIONS: dict[int, str] = {
-    signal.SIGKILL: "killed, probably out of host memory; fewer processes, a smaller --seq-len, or no --offload",
-    signal.SIGSEGV: "a crash in native code; run again with one process to see whether it stays",
-    signal.SIGABRT: "a native library gave up; its last words are in the rank's log",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Failure:
-    """The first failure of a run. ``rank`` is -1 when it was the launcher's own."""
+    """The first failure of a run. ``rank`` is -1 when it was the launcher's own, or when nobody says whose it was."""
 
     rank: int
     exit_code: int
     line: str
     explanation: str = ""
     log: str = ""
+    is_launchers: bool = False
 
     @property
     def text(self) -> str:
         """One sentence: ``rank 1 failed first: RuntimeError: … (out of GPU memory; …)``."""
-        who = f"rank {self.rank} failed first" if self.rank >= 0 else "the launcher failed"
+        nameless = "the launcher failed" if self.is_launchers else "a process failed"
+        who = f"rank {self.rank} failed first" if self.rank >= 0 else nameless
         return f"{who}: {self.line}" + (f" ({self.explanation})" if self.explanation else "")
 
 
@@ -72,7 +49,7 @@ def find_failure(log_dir: Path, *, outcome: Outcome, ranks: Sequence[int]) -> Fa
     if outcome.received or (len(exits) == len(ranks) and all(ended.exit_code == 0 for ended in exits)):
         return None
     failed = sorted((ended for ended in exits if ended.exit_code), key=lambda ended: ended.unix_seconds)
-    roots = [ended for ended in failed if not PEER_ERRORS.search(ended.error)]
+    roots = [ended for ended in failed if not is_echo(ended.error)]
     launcher_text = _tail(log_dir / LAUNCHER_LOG)
     silent = sorted(set(ranks) - {ended.rank for ended in exits})
     if roots:
@@ -95,19 +72,11 @@ def read_exits(log_dir: Path, ranks: Sequence[int]) -> list[RankExit]:
     return exits
 
 
-def explain(line: str, exit_code: int = 1) -> str:
-    """What an error line or exit code means and what to do about it; empty when nothing is known."""
-    for pattern, explanation in EXPLANATIONS:
-        if pattern.search(line):
-            return explanation
-    return SIGNAL_EXPLANATIONS.get(_signal_of(exit_code), "") if exit_code else ""
-
-
 def root_cause_line(text: str) -> str:
     """The last exception line of a log that does not only report a peer's death; else its last line."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     matches = [match.group(1) for line in lines if (match := ERROR_LINE.match(line) or NATIVE_CRASH.match(line))]
-    roots = [line for line in matches if not PEER_ERRORS.search(line)]
+    roots = [line for line in matches if not is_echo(line)]
     return (roots or matches or lines or ["no output"])[-1]
 
 
@@ -123,15 +92,15 @@ def _recorded(ended: RankExit, log_dir: Path) -> Failure:
 
 
 def _killed_rank(launcher_text: str, *, silent: Sequence[int], outcome: Outcome) -> tuple[int, int] | None:
-    """The rank that a signal ended, with its negative exit code, as far as the launcher tells."""
-    found = TORCHRUN_ROOT_CAUSE.search(launcher_text)
-    if found and int(found.group(2)) < 0:
-        return int(found.group(1)), int(found.group(2))
-    code = DEEPSPEED_RETURN_CODE.search(launcher_text)
-    if code and silent and _signal_of(int(code.group(1))):
-        return silent[0], -_signal_of(int(code.group(1)))
-    if silent and _signal_of(outcome.returncode):
-        return silent[0], -_signal_of(outcome.returncode)
+    """The rank that a signal ended, with its negative exit code, as far as the launcher tells. DeepSpeed ends the other
+    ranks without naming the first: where several left no word, it is -1."""
+    first = next(iter(launcher_exits(launcher_text)), None)
+    if first is not None and first.rank is not None and first.exit_code < 0:
+        return first.rank, first.exit_code
+    told = first.exit_code if first is not None and first.rank is None else 0
+    number = signal_of(told) or signal_of(outcome.returncode)
+    if silent and number:
+        return silent[0] if len(silent) == 1 else -1, -number
     return None
 
 
@@ -141,8 +110,8 @@ def _from_signal(rank: int, exit_code: int, *, log_dir: Path) -> Failure:
         rank=rank,
         exit_code=128 + number,
         line=f"ended by {signal_name(number)}",
-        explanation=SIGNAL_EXPLANATIONS.get(number, ""),
-        log=str(log_path(log_dir, rank)),
+        explanation=explain("", exit_code),
+        log=str(log_path(log_dir, rank) if rank >= 0 else log_dir / LAUNCHER_LOG),
     )
 
 
@@ -159,23 +128,8 @@ def _without_records(log_dir: Path, launcher_text: str, *, silent: Sequence[int]
         line=line,
         explanation=explain(launcher_text, outcome.returncode),
         log=str(log_dir / LAUNCHER_LOG),
+        is_launchers=True,
     )
-
-
-def _signal_of(exit_code: int) -> int:
-    """The signal behind an exit code in any of its spellings: -9, 137 (a shell's), 247 (-9 as a byte); 0 for none."""
-    for number in (-exit_code, exit_code - 128, 256 - exit_code):
-        if 0 < number < signal.NSIG:
-            return number
-    return 0
-
-
-def signal_name(number: int) -> str:
-    """``SIGINT`` for 2."""
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return f"signal {number}"
 
 
 def _tail(path: Path) -> str:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from launchkit.diagnosis.rules import signal_name
 from launchkit.errors import IllegalScenarioError, LaunchError, MissingExtraError, UsageError
 from launchkit.hardware import Backend, Cluster
 from launchkit.launch.build import BuiltIn, Launcher, Script, build_command, child_environment, local_ranks, nodes_of
@@ -20,8 +21,9 @@ from launchkit.launch.environment import recorded_environment
 from launchkit.launch.job import Data, job_notes, split_gguf
 from launchkit.launch.record import RankRecord, RunRecord, predicted_values, rank_record, strategy_is_live
 from launchkit.plan import Candidate, Plan
+from launchkit.process.evidence import COMMAND_FILE, PROCESS_FILE, RESULT_FILE, own_process
 from launchkit.process.extensions import stale_locks
-from launchkit.process.failure import Failure, find_failure, signal_name
+from launchkit.process.failure import Failure, find_failure
 from launchkit.process.ports import free_port, is_free
 from launchkit.process.supervisor import Outcome, Supervision, supervise
 from launchkit.process.worker import PROGRESS_LOG
@@ -244,7 +246,8 @@ def _write_inputs(prepared: PreparedRun, plan: Plan, environment: Mapping[str, s
     command = prepared.command
     texts = {
         "plan.json": document_text(plan_document(plan)),
-        "command.txt": command.text + "\n",
+        COMMAND_FILE: command.text + "\n",
+        PROCESS_FILE: _json(own_process()),
         "environment.json": _json(recorded_environment(command.environment, environment)),
         **{needed.name: needed.text for needed in command.files},
     }
@@ -263,7 +266,7 @@ def _finish(prepared: PreparedRun, *, outcome: Outcome, failure: Failure | None,
         stopped_by=signal_name(outcome.received) if outcome.received else "",
         notes=_notes(prepared, outcome, failure, measured),
     )
-    (prepared.run_dir / "result.json").write_text(_json(record.document), encoding="utf-8")
+    (prepared.run_dir / RESULT_FILE).write_text(_json(record.document), encoding="utf-8")
     return record
 
 

@@ -90,6 +90,7 @@ def test_the_child_s_exit_code_is_ours(
     assert "exit code 7: CUDA out of memory" in captured.err
     assert "runs/1/logs/rank1.log" in captured.err
     assert "run: runs/1" in captured.out
+    assert captured.err.endswith("next launchkit why runs/1\n")
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,9 @@ import json, os, sys
 from launchkit.catalog.hardware import hardware_table
 from launchkit.probe.cluster import cluster_from
 from launchkit.probe.detect import detect
+from launchkit.probe.nvml import read_health
 from launchkit.report.gpus import gpus_document
+from launchkit.serialize import encode
 table, outer = hardware_table(), dict(os.environ)
 for line in sys.stdin:
     os.environ.clear()
@@ -31,6 +33,7 @@ for line in sys.stdin:
     cluster = cluster_from(detection, table)
     print(json.dumps({
         "detected": gpus_document(detection, table)["detected"],
+        "health": encode(read_health()),
         "cluster": {
             "text": cluster.text, "backend": cluster.gpu.backend, "memory_bytes": cluster.gpu.memory_bytes,
             "reserved_by_driver_bytes": cluster.gpu.reserved_by_driver_bytes, "used_bytes": cluster.used_bytes,

@@ -6,6 +6,7 @@
  *     MIG           '-' mode off; '+' on without slices; otherwise slices 'profile:MiB' joined by '+'
  * FAKE_NVML_P2P     'no' refuses peer-to-peer, 'mute' gives no answer, anything else grants it
  * FAKE_NVML_OLD     set: a driver without the second version of the memory call
+ * FAKE_NVML_HEALTH  of GPU 0: uncorrected errors, compute mode, persistence, a process: '2,3,0,4242'
  * FAKE_NVML_INIT    an error number that initialisation returns
  */
 #include <stdio.h>
@@ -16,6 +17,7 @@
 #define INVALID_ARGUMENT 2
 #define NOT_SUPPORTED 3
 #define NOT_FOUND 6
+#define INSUFFICIENT_SIZE 7
 #define FUNCTION_NOT_FOUND 13
 #define ARGUMENT_VERSION_MISMATCH 25
 #define MAX_GPUS 8
@@ -36,6 +38,7 @@ typedef struct {
     char bus_id[32];
 } PciInfo;
 
+typedef struct { unsigned int pid; unsigned long long used; unsigned int gpu_instance, compute_instance; } ProcessInfo;
 typedef struct { unsigned long long total, free, used; } Memory;
 typedef struct { unsigned int version; unsigned long long total, reserved, free, used; } MemoryV2;
 
@@ -206,5 +209,47 @@ int nvmlDeviceGetMaxMigDeviceCount(Device *device, unsigned int *count) {
 int nvmlDeviceGetMigDeviceHandleByIndex(Device *device, unsigned int number, Device **slice) {
     if ((int)number >= num_slices[device->index]) return NOT_FOUND;
     *slice = &slices[device->index][number];
+    return SUCCESS;
+}
+
+static int health(Device *device, int field, unsigned long long *value) {
+    unsigned long long fields[4];
+    const char *text = getenv("FAKE_NVML_HEALTH");
+    if (!text || device->index != 0) return NOT_SUPPORTED;
+    if (sscanf(text, "%llu,%llu,%llu,%llu", &fields[0], &fields[1], &fields[2], &fields[3]) != 4) return NOT_SUPPORTED;
+    *value = fields[field];
+    return SUCCESS;
+}
+
+int nvmlDeviceGetTotalEccErrors(Device *device, unsigned int type, unsigned int counter, unsigned long long *count) {
+    (void)counter;
+    return type == 1 ? health(device, 0, count) : INVALID_ARGUMENT;
+}
+
+int nvmlDeviceGetComputeMode(Device *device, unsigned int *mode) {
+    unsigned long long value = 0;
+    int status = health(device, 1, &value);
+    *mode = (unsigned int)value;
+    return status;
+}
+
+int nvmlDeviceGetPersistenceMode(Device *device, unsigned int *mode) {
+    unsigned long long value = 0;
+    int status = health(device, 2, &value);
+    *mode = (unsigned int)value;
+    return status;
+}
+
+int nvmlDeviceGetComputeRunningProcesses_v3(Device *device, unsigned int *count, ProcessInfo *processes) {
+    unsigned long long pid = 0;
+    int status = health(device, 3, &pid);
+    if (status != SUCCESS) return status;
+    if (processes == NULL) {
+        *count = 1;
+        return INSUFFICIENT_SIZE;
+    }
+    *count = 1;
+    memset(processes, 0, sizeof *processes);
+    processes->pid = (unsigned int)pid;
     return SUCCESS;
 }

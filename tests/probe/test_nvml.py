@@ -177,3 +177,20 @@ def test_a_machine_without_a_driver_is_a_sentence(bare_machine: Machine) -> None
         pytest.skip("this machine has a GPU")
     assert (found["cluster"]["text"], found["cluster"]["detected"]) == ("CPU", True)
     assert found["detected"]["notes"][0].startswith("no GPU found: ")
+
+
+def test_what_can_keep_a_gpu_from_working_is_recorded(detect_with: Detect) -> None:
+    health = detect_with(FAKE_NVML=f"{a100()};{a100()}", FAKE_NVML_HEALTH="2,3,0,4242")["health"]
+    assert health == [
+        {"index": 0, "num_uncorrected_errors": 2, "compute_mode": "exclusive", "persistence": False, "pids": [4242]},
+        {"index": 1, "num_uncorrected_errors": 0, "compute_mode": "default", "persistence": None, "pids": []},
+    ]
+
+
+@pytest.mark.parametrize(("mode", "text"), [(0, "default"), (1, "exclusive"), (2, "prohibited")])
+def test_every_compute_mode_is_told(mode: int, text: str, detect_with: Detect) -> None:
+    assert detect_with(FAKE_NVML=a100(), FAKE_NVML_HEALTH=f"0,{mode},1,1")["health"][0]["compute_mode"] == text
+
+
+def test_without_a_driver_there_is_no_health(detect_with: Detect) -> None:
+    assert detect_with(FAKE_NVML=a100(), FAKE_NVML_INIT="9")["health"] == []

@@ -62,6 +62,12 @@ FAILURES = [
         (0, 137, "ended by SIGKILL"),
         id="deepspeed-returns-247",
     ),
+    pytest.param(
+        {"rank0": None, "rank1": None, "launcher": "['python'] exits with return code = -9"},
+        outcome(247),
+        (-1, 137, "ended by SIGKILL"),
+        id="deepspeed-does-not-say-which",
+    ),
     pytest.param({"rank0": None}, outcome(-9), (0, 137, "ended by SIGKILL"), id="a-single-process-killed"),
     pytest.param(
         {"rank0": DONE, "rank1": None},
