@@ -21,10 +21,19 @@ from launchkit.scenario import TraceKey
 
 
 def plan(
-    model: str, *, preset: str | None = None, trust_remote_code: bool = False, **flags: str | int | bool | None
+    model: str,
+    *,
+    preset: str | None = None,
+    trust_remote_code: bool = False,
+    in_full: bool = False,
+    **flags: str | int | bool | None,
 ) -> Plan:
-    """The best way to fine-tune ``model``; ``flags`` are the command line's (``gpus="4x4090", seq_len=4096``)."""
-    return plan_request(model, _request(flags, preset=preset), trust_remote_code=trust_remote_code)
+    """The best way to fine-tune ``model``; ``flags`` are the command line's (``gpus="4x4090", seq_len=4096``).
+
+    ``in_full`` runs alternatives and what is rejected through the allocator too: exact figures instead of ranges.
+    """
+    request = _request(flags, preset=preset)
+    return plan_request(model, request, trust_remote_code=trust_remote_code, in_full=in_full)
 
 
 def estimate(
@@ -35,12 +44,17 @@ def estimate(
 
 
 def plan_request(
-    model: str, request: Request, *, trust_remote_code: bool = False, progress: Progress | None = None
+    model: str,
+    request: Request,
+    *,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+    in_full: bool = False,
 ) -> Plan:
     """``plan`` of a request that has been read already."""
     cluster = find_cluster(request.gpus)
     source = find_source(model, request, trust_remote_code=trust_remote_code, progress=progress)
-    return planner.plan(source, cluster=cluster, request=request)
+    return planner.plan(source, cluster=cluster, request=request, in_full=in_full)
 
 
 def estimate_request(

@@ -51,7 +51,7 @@ def test_the_function_survives_its_namesake_module() -> None:
 def test_flags_reach_the_planner(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[str, Request]] = []
 
-    def plan_request(model: str, request: Request, *, trust_remote_code: bool = False) -> object:
+    def plan_request(model: str, request: Request, **_: object) -> object:
         asked.append((model, request))
         return plans.plan()
 

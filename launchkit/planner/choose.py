@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from launchkit import __version__
@@ -33,12 +33,15 @@ SAME_SPEED = 0.10
 SHOWN_ALTERNATIVES = 3
 SHOWN_REJECTED = 4
 
+Reader = Callable[[Bench, Scenario], Candidate]  # ``judge`` or ``sketch``
 
-def plan(source: ModelSource, *, cluster: Cluster, request: Request) -> Plan:
+
+def plan(source: ModelSource, *, cluster: Cluster, request: Request, in_full: bool = False) -> Plan:
     """The best way to fine-tune the model of ``source`` on ``cluster`` within ``request``.
 
     Without a method asked for: a full fine-tune if it fits without offload, else LoRA, else QLoRA, else offload.
-    Raises ``IllegalScenarioError`` when every combination asked for is one that its engine refuses.
+    What is chosen has been run through the allocator, what is shown beside it ``in_full`` only. Raises
+    ``IllegalScenarioError`` when every combination asked for is one that its engine refuses.
     """
     bench = Bench(source=source, cluster=cluster)
     search = Search(bench=bench, request=request)
@@ -47,18 +50,19 @@ def plan(source: ModelSource, *, cluster: Cluster, request: Request) -> Plan:
     if not options:
         reasons = dict.fromkeys(item.reason for item in refused)
         raise IllegalScenarioError("; ".join(reasons) or "nothing is left to choose from; give fewer flags")
-    chosen, misfits = _verified(search, options)
-    losers = [option for option in options if not option.fits or option.scenario in misfits]
-    taken = {*misfits, chosen.scenario} if chosen else misfits
-    fitting = [o for o in _best_of_each_method_first(_ranking(options)) if o.fits and o.scenario not in taken]
-    alternatives = _alternatives(bench, fitting) if chosen else ()
+    chosen, judged = _verified(search, options)
+    fitting = [o for o in _best_of_each_method_first(_ranking(options)) if o.fits and o.scenario not in judged]
+    read = judge if in_full else sketch
+    alternatives = _alternatives(bench, fitting, seen=judged, read=read) if chosen else ()
+    shown = {candidate.scenario for candidate in (chosen, *alternatives) if candidate}
+    losers = [o for o in options if (not o.fits or o.scenario in judged) and o.scenario not in shown]
     return Plan(
         request=request.given(),
         model=source.profile,
         cluster=cluster,
         chosen=chosen,
         alternatives=alternatives,
-        rejected=_rejected(bench, losers, misfits),
+        rejected=_rejected(bench, losers, seen=judged, read=read),
         suggestions=_suggestions(search, chosen, losers),
         assumptions=_assumptions(chosen.scenario if chosen else min(options, key=_need).scenario, source.profile),
         notes=_notes(request, source.profile, chosen),
@@ -86,19 +90,25 @@ def _explore(search: Search) -> tuple[list[Option], list[Refused]]:
 
 
 def _verified(search: Search, options: list[Option]) -> tuple[Candidate | None, dict[Scenario, Candidate]]:
-    """The first option in the order of preference that fits after its run through the allocator too, and those before
-    it that do not. One that does not makes place in ``options`` for the next best batch of its strategy."""
-    misfits: dict[Scenario, Candidate] = {}
-    while unseen := [option for option in options if option.fits and option.scenario not in misfits]:
+    """The first option in the order of preference that fits after its run through the allocator too, and all that were
+    run. One that does not fit makes place in ``options`` for the next best batch of its strategy.
+
+    Where none is left, the nearest to fitting is run as well: its cache may add less than was allowed for.
+    """
+    judged: dict[Scenario, Candidate] = {}
+    while unseen := [option for option in options if option.fits and option.scenario not in judged]:
         option = _ranking(unseen)[0]
-        candidate = judge(search.bench, option.scenario)
+        candidate = judged[option.scenario] = judge(search.bench, option.scenario)
         if candidate.estimate.fits:
-            return candidate, misfits
-        misfits[option.scenario] = candidate
-        smaller = search.next_batch(option.scenario, tried=misfits)
+            return candidate, judged
+        smaller = search.next_batch(option.scenario, tried=judged)
         if smaller is not None:
             options[options.index(option)] = smaller
-    return None, misfits
+    nearest = min(options, key=_need).scenario
+    candidate = judged.get(nearest) or judge(search.bench, nearest)
+    judged[nearest] = candidate
+    fits = candidate.estimate.fits and search.bench.host_shortage(nearest) is None
+    return candidate if fits else None, judged
 
 
 def _ranking(options: Sequence[Option]) -> list[Option]:
@@ -132,14 +142,28 @@ def _best_of_each_method_first(ranked: Sequence[Option]) -> list[Option]:
     return [*leading, *(option for option in ranked if option not in leading)]
 
 
-def _alternatives(bench: Bench, options: Sequence[Option]) -> tuple[Candidate, ...]:
-    return tuple(sketch(bench, option.scenario) for option in options[:SHOWN_ALTERNATIVES])
+def _alternatives(
+    bench: Bench, options: Sequence[Option], *, seen: dict[Scenario, Candidate], read: Reader
+) -> tuple[Candidate, ...]:
+    """The first few of ``options`` that fit at the top of their range. Those that may not are added to ``seen``."""
+    found: list[Candidate] = []
+    for option in options:
+        candidate = read(bench, option.scenario)
+        if candidate.estimate.fits:
+            found.append(candidate)
+        else:
+            seen[option.scenario] = candidate
+        if len(found) == SHOWN_ALTERNATIVES or len(seen) > 2 * SHOWN_ALTERNATIVES:
+            break
+    return tuple(found)
 
 
-def _rejected(bench: Bench, options: Sequence[Option], judged: Mapping[Scenario, Candidate]) -> tuple[Rejected, ...]:
+def _rejected(
+    bench: Bench, options: Sequence[Option], *, seen: Mapping[Scenario, Candidate], read: Reader
+) -> tuple[Rejected, ...]:
     """Those that need too much, the nearest to fitting of each method first, with what weighs most in them."""
     shown = _best_of_each_method_first(sorted(options, key=_need))[:SHOWN_REJECTED]
-    candidates = [judged.get(option.scenario) or sketch(bench, option.scenario) for option in shown]
+    candidates = [seen.get(option.scenario) or read(bench, option.scenario) for option in shown]
     return tuple(Rejected(candidate=candidate, reason=_reason(bench, candidate)) for candidate in candidates)
 
 
@@ -151,7 +175,8 @@ def _reason(bench: Bench, candidate: Candidate) -> str:
     if lack and (estimate.fits or candidate.scenario.strategy.offload is not Offload.NONE):
         return f"host memory {lack.needed_bytes / GIB:.1f} {lack.doing}"
     if estimate.device_peak_bytes <= estimate.device_usable_bytes < estimate.device_peak_high_bytes:
-        return f"may reach {estimate.device_peak_high_bytes / GIB:.1f}"
+        top = f"{estimate.device_peak_high_bytes / GIB:.1f}"
+        return f"may reach {top}" if estimate.is_simulated else "may fit: -v says"
     owner, num_bytes = max(estimate.at_peak.items(), key=lambda item: item[1])
     return f"{owner.replace('_', ' ')} {num_bytes / GIB:.1f}"
 

@@ -34,10 +34,12 @@ from launchkit.simulate.clock import Job, simulate_time
 from launchkit.simulate.memory import MemoryReading, read_memory, simulate_memory
 from launchkit.simulate.overheads import (
     ByteRange,
+    DevicePeak,
     communicator_buffers,
     cublas_workspaces,
     cuda_context,
     device_peak,
+    unsimulated_peak,
 )
 from launchkit.simulate.reading import CompiledProgram, compile_program
 from launchkit.strategies.base import compact
@@ -209,7 +211,8 @@ def judge(bench: Bench, scenario: Scenario) -> Candidate:
         device_kind=device_kind,
         capacity_bytes=None if device_kind is DeviceKind.CPU else usable_bytes(cluster) - outside.typical,
     )
-    candidate = candidate_of(bench, scenario, reading)
+    device = device_peak(reading, cluster, num_communicators=_num_communicators(scenario))
+    candidate = candidate_of(bench, scenario, reading, device)
     steps = _steps(bench, scenario, reading)
     phases = phase_peaks(run_of(bench, scenario, reading.steady_bytes), reading, steps)
     candidate = replace(candidate, estimate=replace(candidate.estimate, phases=phases))
@@ -347,21 +350,24 @@ def _num_communicators(scenario: Scenario) -> int:
 
 
 def sketch(bench: Bench, scenario: Scenario) -> Candidate:
-    """The candidate by its live bytes alone, for those that are shown beside the chosen one.
+    """The candidate by its live bytes alone, in a twentieth of the time of ``judge``.
 
-    Its reserved memory is the allocated with the share that the allocator run of the chosen one adds left out; the
-    fragmentation it will have is within the error band of every estimate.
+    What is allocated is at most 0.2 % below what ``judge`` says, of small models 2 %. Its device peak is a range that
+    holds ``judge``'s, and ``Estimate.is_simulated`` says so.
     """
+    cluster = bench.cluster_of(scenario)
     reading = read_memory(bench.program(scenario), point_of(scenario))
-    return candidate_of(bench, scenario, reading)
+    device = unsimulated_peak(reading, scenario, cluster, num_communicators=_num_communicators(scenario))
+    reserved = reading.allocated_peak_bytes + device.fragmentation_bytes
+    candidate = candidate_of(bench, scenario, replace(reading, reserved_peak_bytes=reserved), device)
+    return replace(candidate, estimate=replace(candidate.estimate, is_simulated=False))
 
 
-def candidate_of(bench: Bench, scenario: Scenario, reading: MemoryReading) -> Candidate:
-    """A candidate from a reading of its memory."""
+def candidate_of(bench: Bench, scenario: Scenario, reading: MemoryReading, device: DevicePeak) -> Candidate:
+    """A candidate from a reading of its memory and what that is on the device."""
     profile, cluster = bench.source.profile, bench.cluster_of(scenario)
     run = run_of(bench, scenario, reading.steady_bytes)
     checkpoint = checkpoint_files(run.sizes, scenario, num_ranks=cluster.num_gpus)
-    device = device_peak(reading, cluster, num_communicators=_num_communicators(scenario))
     at_peak: dict[str, int] = {str(owner): reading.at_peak[owner] for owner in Owner}
     at_peak |= {
         "cuda_context": device.cuda_context_bytes,

@@ -146,6 +146,18 @@ def peak_text(estimate: Estimate, *, cluster: Cluster) -> str:
     return f"{scale.number(estimate.device_peak_bytes)} {scale.unit} of {usable} usable per {place}{spread}"
 
 
+def device_text(estimate: Estimate) -> str:
+    """``20.9 GiB``; where the allocator was not run, the range that its cache leaves open, ``13.5–21.4 GiB``, of which
+    the low end is enough, ``≥ 38.1 GiB``, where that is too much already."""
+    low, high = estimate.device_peak_low_bytes, estimate.device_peak_high_bytes
+    if estimate.is_simulated or low == high:
+        return gib(estimate.device_peak_bytes)
+    if low > estimate.device_usable_bytes:
+        return f"≥ {gib(low)}"
+    scale = MemoryScale(largest_bytes=high)
+    return f"{scale.number(low)}–{scale.number(high)} {scale.unit}"
+
+
 def speed_text(candidate: Candidate) -> str:
     """Step time and tokens per second, with ``~`` where nobody measured; empty where nothing is known."""
     step = candidate.step

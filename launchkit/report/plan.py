@@ -7,6 +7,7 @@ from launchkit.plan import Candidate, Plan, Rejected, Suggestion
 from launchkit.report.candidate import (
     INDENT,
     bars,
+    device_text,
     headline,
     memory_lines,
     model_name,
@@ -87,7 +88,7 @@ def _alternative_rows(candidates: tuple[Candidate, ...], cluster: Cluster, *, ca
     rows = [
         [
             short_name(item.scenario, cluster=cluster),
-            gib(item.estimate.device_peak_bytes),
+            device_text(item.estimate),
             step_text(item.step),
         ]
         for item in candidates
@@ -99,7 +100,7 @@ def _rejected_rows(rejected: tuple[Rejected, ...], cluster: Cluster, *, canvas: 
     rows = [
         [
             short_name(item.candidate.scenario, cluster=cluster),
-            gib(item.candidate.estimate.device_peak_bytes),
+            device_text(item.candidate.estimate),
             f"({item.reason})",
         ]
         for item in rejected

@@ -44,4 +44,4 @@ def plan_verdict(plan: Plan) -> Verdict:
 def closest(plan: Plan) -> Candidate | None:
     """Of what was rejected for its memory, the candidate that needs least."""
     too_large = [item.candidate for item in plan.rejected if verdict(item.candidate.estimate) is not Verdict.FITS]
-    return min(too_large, key=lambda candidate: candidate.estimate.device_peak_bytes, default=None)
+    return min(too_large, key=lambda candidate: candidate.estimate.allocated_peak_bytes, default=None)

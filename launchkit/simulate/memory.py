@@ -171,15 +171,16 @@ class _CudaRun:
 
 def _replay(allocator: CachingAllocator, handles: dict[int, int], events: Iterable[MemoryEvent]) -> list[int]:
     """The allocated bytes after each of ``events``."""
-    levels = []
+    levels: list[int] = []
+    malloc, free, note = allocator.malloc, allocator.free, levels.append
     for tensor, delta_bytes, _, _, stream, lag in events:
         if delta_bytes > 0:
             if lag and stream == Stream.GATHER:
                 allocator.begin_gather()
-            handles[tensor] = allocator.malloc(delta_bytes, stream)
+            handles[tensor] = malloc(delta_bytes, stream)
         else:
-            allocator.free(handles.pop(tensor), lag)
-        levels.append(allocator.allocated_bytes)
+            free(handles.pop(tensor), lag)
+        note(allocator.allocated_bytes)
     return levels
 
 
