@@ -15,7 +15,7 @@ from launchkit.hardware import Backend, Cluster, Gpu
 from launchkit.program import Owner, Persistent, Size
 from launchkit.scenario import Checkpointing, DeviceKind, Scenario, StrategyKind
 from launchkit.simulate.memory import MemoryReading
-from launchkit.units import MIB
+from launchkit.units import GIB, MIB
 
 # Shares of the reserved peak that are allowed for above and below it. Traced models are within 2 % of the real
 # allocator in what they allocate, but the cache of a real run fills differently: nine tenths of the published runs of
@@ -37,6 +37,7 @@ class CacheShare(NamedTuple):
 # By engine, by whether weights (of ZeRO-1 and 2: states) wait on the host, and by whether blocks are checkpointed:
 # weights that come and go leave holes of their size, and more of them where a block runs twice. Source: the allocator
 # model over 516 scenarios of six catalogued models, every strategy of the search (``python -m bench.cache``).
+# Of small models more, since segments and buckets do not shrink with them: 0.8 GiB beside 1.5 in GPT-2.
 _CACHE_SHARES: Mapping[tuple[str, bool, bool], CacheShare] = {
     ("", False, False): CacheShare(0.04, 0.23),
     ("", False, True): CacheShare(0.09, 0.20),
@@ -51,6 +52,7 @@ _CACHE_SHARES: Mapping[tuple[str, bool, bool], CacheShare] = {
     ("zero3", True, False): CacheShare(0.07, 0.18),
     ("zero3", True, True): CacheShare(0.30, 0.71),
 }
+SMALL_CACHE_BYTES = GIB
 
 
 def cache_share(scenario: Scenario) -> CacheShare:
@@ -195,18 +197,18 @@ def unsimulated_peak(
 ) -> DevicePeak:
     """The peak on the device where ``reading`` is of live bytes alone.
 
-    Formula: ``device_peak`` with ``cache_share`` of the allocated bytes reserved beside them: nothing at the low end,
-    ``typical`` between, ``most`` at the high end. On the CPU nothing is cached.
+    Formula: ``device_peak`` with more reserved than allocated: nothing at the low end, ``CacheShare.typical`` of it
+    between, ``CacheShare.most`` but at least ``SMALL_CACHE_BYTES`` at the high end. On the CPU nothing is cached.
     """
-    is_cached = cluster.gpu.device_kind is DeviceKind.CUDA
-    share = cache_share(scenario) if is_cached else CacheShare(0.0, 0.0)
+    allocated, share = reading.allocated_peak_bytes, cache_share(scenario)
+    caches = (0, round(share.typical * allocated), max(round(share.most * allocated), SMALL_CACHE_BYTES))
+    if cluster.gpu.device_kind is DeviceKind.CPU:
+        caches = (0, 0, 0)
     low, typical, high = (
         device_peak(
-            replace(reading, reserved_peak_bytes=round(reading.allocated_peak_bytes * (1 + cached))),
-            cluster,
-            num_communicators=num_communicators,
+            replace(reading, reserved_peak_bytes=allocated + cached), cluster, num_communicators=num_communicators
         )
-        for cached in (0.0, *share)
+        for cached in caches
     )
     return replace(typical, low_bytes=low.low_bytes, high_bytes=high.high_bytes)
 
