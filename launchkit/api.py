@@ -9,7 +9,7 @@ from launchkit import planner
 from launchkit.catalog.hardware import hardware_table
 from launchkit.catalog.models import Progress, find_model
 from launchkit.catalog.presets import find_preset
-from launchkit.hardware import Cluster
+from launchkit.hardware import Cluster, with_host_memory
 from launchkit.model import ModelProfile, ModelSource
 from launchkit.plan import Candidate, Plan
 from launchkit.planner.evaluate import Bench
@@ -52,7 +52,7 @@ def plan_request(
     in_full: bool = False,
 ) -> Plan:
     """``plan`` of a request that has been read already."""
-    cluster = find_cluster(request.gpus)
+    cluster = find_cluster(request.gpus, host_memory=request.host_memory)
     source = find_source(model, request, trust_remote_code=trust_remote_code, progress=progress)
     return planner.plan(source, cluster=cluster, request=request, in_full=in_full)
 
@@ -61,7 +61,7 @@ def estimate_request(
     model: str, request: Request, *, trust_remote_code: bool = False, progress: Progress | None = None
 ) -> tuple[Candidate, Cluster]:
     """``estimate`` of a request that has been read already, with the cluster that it is about."""
-    cluster = find_cluster(request.gpus)
+    cluster = find_cluster(request.gpus, host_memory=request.host_memory)
     source = find_source(model, request, trust_remote_code=trust_remote_code, progress=progress)
     resolution = resolve(request, model=source.profile, cluster=cluster)
     candidate = planner.estimate(source, cluster=cluster, scenario=resolution.scenario)
@@ -82,7 +82,7 @@ def trace_request(
     model: str, request: Request, *, trust_remote_code: bool = False, progress: Progress | None = None
 ) -> Traced:
     """The step program that ``estimate`` of the same request starts from; traced where nobody has yet."""
-    cluster = find_cluster(request.gpus)
+    cluster = find_cluster(request.gpus, host_memory=request.host_memory)
     source = find_source(model, request, trust_remote_code=trust_remote_code, progress=progress)
     scenario = resolve(request, model=source.profile, cluster=cluster).scenario
     key = Bench(source=source, cluster=cluster).key(scenario)
@@ -97,9 +97,11 @@ def find_source(
     return find_model(model, config_path=request.config, trust_remote_code=trust_remote_code, progress=progress)
 
 
-def find_cluster(spec: str | None) -> Cluster:
-    """The cluster that a GPU spec names; nothing, ``auto`` and ``2xauto`` are what this machine has."""
-    return cluster_for(spec, hardware_table())
+def find_cluster(spec: str | None, *, host_memory: str | None = None) -> Cluster:
+    """The cluster that a GPU spec names; nothing, ``auto`` and ``2xauto`` are what this machine has. ``host_memory`` is
+    what each node is said to have."""
+    cluster = cluster_for(spec, hardware_table())
+    return cluster if host_memory is None else with_host_memory(cluster, host_memory)
 
 
 def _request(flags: Mapping[str, str | int | bool | None], *, preset: str | None) -> Request:

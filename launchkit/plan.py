@@ -89,6 +89,12 @@ class Estimate:
         return max(self.device_peak_high_bytes, *tops, 0) <= self.device_usable_bytes
 
     @property
+    def host_needed_bytes(self) -> int:
+        """What a node must have in the phase that asks most of it; resident memory where phases are not known."""
+        phases = (phase.host_needed_bytes for phase in self.phases)
+        return max(phases) if self.phases else max(self.host_peak_bytes, self.host_load_peak_bytes)
+
+    @property
     def certain_phases(self) -> tuple[PhasePeak, ...]:
         """The phases that every run goes through: all but the evaluation."""
         return tuple(peak for peak in self.phases if peak.phase is not RunPhase.EVALUATION)

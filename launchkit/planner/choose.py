@@ -83,7 +83,10 @@ def _explore(search: Search) -> tuple[list[Option], list[Refused]]:
 
     for method in search.methods():
         collect(search.options(method, offload=False))
-    if not any(option.fits for option in options) or search.request.offload not in (None, Offload.NONE):
+    if not any(option.fits and not option.asks_rare_host for option in options) or search.request.offload not in (
+        None,
+        Offload.NONE,
+    ):
         for method in search.methods():
             collect(search.options(method, offload=True))
     return options, refused
@@ -112,12 +115,13 @@ def _verified(search: Search, options: list[Option]) -> tuple[Candidate | None, 
 
 
 def _ranking(options: Sequence[Option]) -> list[Option]:
-    """Best first: no offload before offload, the fuller method before the lesser, then the faster, and of those that
-    are equally fast the simpler engine."""
+    """Best first: a likely host before a rare one, no offload before offload, the fuller method before the lesser, then
+    the faster, and of those that are equally fast the simpler engine."""
     ranked: list[Option] = []
-    groups: dict[tuple[bool, int], list[Option]] = {}
+    groups: dict[tuple[bool, bool, int], list[Option]] = {}
     for option in options:
         key = (
+            option.asks_rare_host,
             option.scenario.strategy.offload is not Offload.NONE,
             list(Method).index(option.scenario.training.method),
         )

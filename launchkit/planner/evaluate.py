@@ -13,7 +13,7 @@ from launchkit.optimizers import FP32_BYTES, LocalTensor, find, traffic_bytes
 from launchkit.plan import Candidate, Estimate, RunPhase, StepTime
 from launchkit.planner.disk import checkpoint_files
 from launchkit.planner.evaluation import evaluated, evaluation_micro_batch, evaluation_peak
-from launchkit.planner.host import Shortage, known_host_bytes, shortage
+from launchkit.planner.host import HostNeed, greatest_need, known_host_bytes, rare_host_bytes
 from launchkit.planner.phases import Run, StepPeak, phase_peaks
 from launchkit.planner.point import point_of
 from launchkit.planner.sizes import ModelSizes
@@ -66,7 +66,7 @@ class Bench:
     _forward_passes: dict[TraceKey, CompiledProgram] = field(default_factory=dict)
     step_times: dict[Scenario, StepTime] = field(default_factory=dict)
     _sizes: dict[Scenario, ModelSizes] = field(default_factory=dict)
-    _shortages: dict[Scenario, Shortage | None] = field(default_factory=dict)
+    _host_needs: dict[Scenario, HostNeed] = field(default_factory=dict)
 
     def cluster_of(self, scenario: Scenario) -> Cluster:
         """The part of the cluster that a scenario uses: all, or the GPUs of a single copy of the model, one or those
@@ -131,17 +131,27 @@ class Bench:
             self._sizes[same] = ModelSizes.of(program, self.source.profile, scenario=scenario)
         return self._sizes[same]
 
-    def host_shortage(self, scenario: Scenario) -> Shortage | None:
+    def host_need(self, scenario: Scenario) -> HostNeed:
+        """What the scenario needs of each node's memory, at the moment that needs most."""
+        same = scenario
+        if scenario.training.checkpointing is not Checkpointing.OFFLOAD:  # whose activations wait on the host
+            same = _of_any_batch(scenario)
+        if same not in self._host_needs:
+            self._host_needs[same] = greatest_need(run_of(self, scenario).hosts())
+        return self._host_needs[same]
+
+    def host_shortage(self, scenario: Scenario) -> HostNeed | None:
         """Where the scenario needs more of its host than a node has. Memory that nobody knows is taken to be enough."""
         memory_bytes = known_host_bytes(self.cluster_of(scenario))
         if not memory_bytes:
             return None
-        same = scenario
-        if scenario.training.checkpointing is not Checkpointing.OFFLOAD:  # whose activations wait on the host
-            same = _of_any_batch(scenario)
-        if same not in self._shortages:
-            self._shortages[same] = shortage(run_of(self, scenario).hosts(), memory_bytes=memory_bytes)
-        return self._shortages[same]
+        need = self.host_need(scenario)
+        return need if need.needed_bytes > memory_bytes else None
+
+    def asks_rare_host(self, scenario: Scenario) -> bool:
+        """Whether the scenario needs more than a host of unknown memory is likely to have."""
+        rare_bytes = rare_host_bytes(self.cluster_of(scenario))
+        return rare_bytes > 0 and self.host_need(scenario).needed_bytes > rare_bytes
 
     def _identity(self, scenario: Scenario) -> tuple[TraceKey, Scenario]:
         """The key, and the scenario without what a rewrite does not depend on: lengths, and how many micro-batches."""
@@ -263,6 +273,12 @@ def _warnings(bench: Bench, candidate: Candidate) -> Iterator[str]:
         yield (
             f"{gib(lack.needed_bytes)} of host memory are needed {lack.doing} and a node has "
             f"{gib(node.host_memory_bytes)}: the kernel would kill the processes (exit code −9)"
+        )
+    if bench.asks_rare_host(candidate.scenario):
+        need = bench.host_need(candidate.scenario)
+        yield (
+            f"{gib(need.needed_bytes)} of host memory are needed {need.doing}, and nodes of these GPUs seldom have "
+            f"more than {gib(rare_host_bytes(cluster))}; --host-memory says what yours have"
         )
     for peak in candidate.estimate.phases:
         if peak.phase is RunPhase.EVALUATION and peak.device_peak_high_bytes > candidate.estimate.device_usable_bytes:

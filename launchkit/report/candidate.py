@@ -9,7 +9,7 @@ from launchkit.hardware import Backend, Cluster
 from launchkit.model import ModelProfile
 from launchkit.plan import Candidate, Estimate, RunPhase, StepTime
 from launchkit.report.text import Canvas, Ink, MemoryScale, bar
-from launchkit.report.verdict import Verdict, verdict
+from launchkit.report.verdict import Verdict, asks_rare_host, verdict
 from launchkit.scenario import Checkpointing, Method, Precision, Scenario, StrategyKind, Training
 from launchkit.units import duration, gib, gigabytes
 
@@ -35,13 +35,21 @@ SMALLEST_SHOWN = 0.005  # of the peak; what is below is left to the JSON
 def headline(candidate: Candidate, *, cluster: Cluster, canvas: Canvas) -> list[str]:
     """The verdict line: mark, method, strategy, precision, batch."""
     judged = verdict(candidate.estimate)
+    mark, ink = judged.mark, judged.ink
     parts = describe(candidate.scenario, cluster=cluster)
+    if judged is Verdict.FITS and asks_rare_host(candidate.estimate, cluster):
+        mark, ink = "?", Ink.CARE
+        parts = [f"fits if {_host(cluster)} has {gib(candidate.estimate.host_needed_bytes)}", *parts]
     if judged is Verdict.NARROW:
         parts = ["fits only within the error band", *parts]
     if judged is Verdict.DOES_NOT_FIT:
         parts = ["does not fit", *parts]
-    lines = canvas.flow(parts, first=f" {judged.mark} ", rest=INDENT, separator=" · ")
-    return [canvas.paint(line, judged.ink) for line in lines]
+    lines = canvas.flow(parts, first=f" {mark} ", rest=INDENT, separator=" · ")
+    return [canvas.paint(line, ink) for line in lines]
+
+
+def _host(cluster: Cluster) -> str:
+    return "the host" if cluster.num_nodes == 1 else "each host"
 
 
 def describe(scenario: Scenario, *, cluster: Cluster) -> list[str]:
@@ -67,11 +75,11 @@ def model_name(model: ModelProfile) -> str:
     return PurePath(model.name).name if PurePath(model.name).is_absolute() else model.name
 
 
-def short_name(scenario: Scenario, *, cluster: Cluster) -> str:
-    """A scenario in a table: what tells it from its neighbours."""
+def short_name(scenario: Scenario, *, cluster: Cluster, usual: Precision = Precision.BF16) -> str:
+    """A scenario in a table: what tells it from its neighbours, the ``usual`` precision not being of that."""
     training = scenario.training
     parts = [_METHODS[training.method], strategy_text(scenario, cluster=cluster)]
-    if training.precision is not Precision.BF16:
+    if training.precision not in (usual, Precision.BF16):
         parts.append(training.precision.value)
     if training.checkpointing is not Checkpointing.NONE:
         parts.append(f"{training.checkpointing} ckpt")
@@ -119,8 +127,9 @@ def batch_text(scenario: Scenario, *, cluster: Cluster) -> str:
 def memory_lines(candidate: Candidate, *, cluster: Cluster, canvas: Canvas) -> list[str]:
     """The peak with its range, the host, the disk and the speed."""
     estimate = candidate.estimate
-    host = "host" if cluster.num_nodes == 1 else "each host"
-    parts = [peak_text(estimate, cluster=cluster), f"{host} {gib(estimate.host_peak_bytes)}"]
+    host = _host(cluster).removeprefix("the ")
+    needs = " needs" if asks_rare_host(estimate, cluster) else ""
+    parts = [peak_text(estimate, cluster=cluster), f"{host}{needs} {gib(estimate.host_peak_bytes)}"]
     if estimate.host_load_peak_bytes > estimate.host_peak_bytes:
         parts[-1] += f" ({gib(estimate.host_load_peak_bytes)} while loading)"
     parts.append(f"{gigabytes(_checkpoint_bytes(estimate))} per checkpoint")

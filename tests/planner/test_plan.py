@@ -110,6 +110,33 @@ def test_unknown_host_memory_is_taken_to_be_enough() -> None:
     assert chosen_of(made(350, host_bytes=0)).scenario.strategy.offload is Offload.ALL
 
 
+def of_unknown_host(num_gpus: int, *, plausible_gib: int) -> Cluster:
+    gpus = cluster(num_gpus=num_gpus)
+    return replace(gpus, node=replace(gpus.node, host_memory_bytes=0, plausible_host_bytes=plausible_gib * GIB))
+
+
+@pytest.mark.parametrize(("plausible_gib", "method"), [(0, Method.FULL), (1024, Method.FULL), (24, Method.LORA)])
+def test_a_host_of_likely_size_is_preferred(plausible_gib: int, method: Method) -> None:
+    """A full fine-tune of 1.6 billion parameters loads 26 GB of fp32 copies in four processes; adapters load none."""
+    request = Request.from_flags({"strategy": "fsdp2", "offload": "none"})
+    gpus = of_unknown_host(4, plausible_gib=plausible_gib)
+    plan = planner.plan(WrittenSource(12), cluster=gpus, request=request)
+    assert chosen_of(plan).scenario.training.method is method
+    assert {Method.FULL, Method.LORA} <= {candidate.scenario.training.method for candidate in shown(plan)}
+
+
+def test_a_rare_host_is_said_where_there_is_no_other_way() -> None:
+    gpus = cluster(num_gpus=1)
+    gpus = replace(gpus, node=replace(gpus.node, host_memory_bytes=0, plausible_host_bytes=64 * GIB))
+    chosen = chosen_of(planner.plan(WrittenSource(350), cluster=gpus, request=Request()))
+    assert chosen.estimate.host_needed_bytes > 64 * GIB
+    assert [
+        note
+        for note in chosen.notes
+        if note.endswith("seldom have more than 64.0 GiB; --host-memory says what yours have")
+    ]
+
+
 @pytest.mark.parametrize("num_gpus", [1, 2, 4, 8])
 @pytest.mark.parametrize("num_layers", [2, 30])
 @pytest.mark.parametrize("global_batch", [None, 64])

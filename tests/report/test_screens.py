@@ -15,6 +15,7 @@ from launchkit.report.plan import render_plan
 from launchkit.report.text import Canvas, columns
 from launchkit.report.verdict import Verdict, plan_verdict, verdict
 from launchkit.scenario import StrategyKind, Trainer
+from launchkit.units import GIB
 from tests.report import plans
 
 PLAN_FILE = ".launchkit/plan.json"
@@ -200,3 +201,31 @@ def test_all_that_was_considered_is_shown_on_demand() -> None:
     short, full = render_plan(many, canvas=Canvas()), render_plan(many, canvas=Canvas(), in_full=True)
     assert (short.count("QLoRA · DDP"), full.count("QLoRA · DDP")) == (2, 4)
     assert (short.count("full · ZeRO-3"), full.count("full · ZeRO-3")) == (2, 4)
+
+
+@pytest.mark.parametrize(
+    ("known_gib", "plausible_gib", "mark", "host"),
+    [
+        (128, 0, " ✓ ", "host 21.0 GiB"),
+        (0, 0, " ✓ ", "host 21.0 GiB"),
+        (0, 256, " ✓ ", "host 21.0 GiB"),
+        (0, 32, " ? fits if the host has 38.0 GiB · ", "host needs 21.0 GiB"),
+    ],
+)
+def test_a_host_that_is_seldom_had_is_in_the_verdict(known_gib: int, plausible_gib: int, mark: str, host: str) -> None:
+    node = replace(plans.CLUSTER.node, host_memory_bytes=known_gib * GIB, plausible_host_bytes=plausible_gib * GIB)
+    plan = plans.plan(cluster=replace(plans.CLUSTER, node=node))
+    text = render_plan(plan, canvas=Canvas(), plan_file=PLAN_FILE)
+    assert text.startswith(f"{mark}LoRA r=16")
+    assert f"· {host} (38.0 GiB while loading)" in text
+    assert ("if its host has 38.0 GiB" in text) is (plausible_gib == 32)
+    assert plan_verdict(plan) is Verdict.FITS
+
+
+def test_what_lacks_host_memory_alone_is_the_closest() -> None:
+    lacking = replace(
+        plans.rejected()[0], candidate=plans.candidate(peak_gib=11.0), reason="host memory 369.0 while saving"
+    )
+    text = render_plan(plans.plan(chosen=None, alternatives=(), rejected=(lacking, *plans.rejected())), canvas=Canvas())
+    assert "closest: LoRA · FSDP2 takes 11.0 GiB of 23.5 usable per GPU" in text
+    assert "but host memory 369.0 while saving of 128.0 GiB" in " ".join(text.split())
