@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from launchkit.plan import Estimate, Plan
+from launchkit.plan import Estimate, Plan, Rejected
 from launchkit.report.candidate import OWNERS, bars, model_name
 from launchkit.report.estimate import render_estimate
 from launchkit.report.plan import render_plan
@@ -223,9 +223,7 @@ def test_a_host_that_is_seldom_had_is_in_the_verdict(known_gib: int, plausible_g
 
 
 def test_what_lacks_host_memory_alone_is_the_closest() -> None:
-    lacking = replace(
-        plans.rejected()[0], candidate=plans.candidate(peak_gib=11.0), reason="host memory 369.0 while saving"
-    )
+    lacking = Rejected(candidate=plans.candidate(peak_gib=11.0), reason="host memory 369.0 while saving")
     text = render_plan(plans.plan(chosen=None, alternatives=(), rejected=(lacking, *plans.rejected())), canvas=Canvas())
     assert "closest: LoRA · FSDP2 takes 11.0 GiB of 23.5 usable per GPU" in text
-    assert "but host memory 369.0 while saving of 128.0 GiB" in " ".join(text.split())
+    assert "; host memory 369.0 while saving, of 128.0 GiB" in " ".join(text.split())
