@@ -54,7 +54,7 @@ def plan_request(
     """``plan`` of a request that has been read already."""
     cluster = find_cluster(request.gpus, host_memory=request.host_memory)
     source = find_source(model, request, trust_remote_code=trust_remote_code, progress=progress)
-    return planner.plan(source, cluster=cluster, request=request, in_full=in_full)
+    return planner.plan(source, cluster=cluster, request=request, in_full=in_full, progress=progress)
 
 
 def estimate_request(

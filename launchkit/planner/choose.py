@@ -33,15 +33,23 @@ SAME_SPEED = 0.10
 SHOWN_ALTERNATIVES = 3
 SHOWN_REJECTED = 4
 
-Reader = Callable[[Bench, Scenario], Candidate]  # ``judge`` or ``sketch``
+Progress = Callable[[int, int, str], None]  # runs done, runs in all, what is being run
 
 
-def plan(source: ModelSource, *, cluster: Cluster, request: Request, in_full: bool = False) -> Plan:
+def plan(
+    source: ModelSource,
+    *,
+    cluster: Cluster,
+    request: Request,
+    in_full: bool = False,
+    progress: Progress | None = None,
+) -> Plan:
     """The best way to fine-tune the model of ``source`` on ``cluster`` within ``request``.
 
     Without a method asked for: a full fine-tune if it fits without offload, else LoRA, else QLoRA, else offload.
-    What is chosen has been run through the allocator, what is shown beside it ``in_full`` only. Raises
-    ``IllegalScenarioError`` when every combination asked for is one that its engine refuses.
+    What is chosen has been run through the allocator. ``in_full`` the best batch of every other strategy is as well, and
+    all of them are in the plan, not the first few; ``progress`` hears of that. Raises ``IllegalScenarioError`` when
+    every combination asked for is one that its engine refuses.
     """
     bench = Bench(source=source, cluster=cluster)
     search = Search(bench=bench, request=request)
@@ -51,9 +59,9 @@ def plan(source: ModelSource, *, cluster: Cluster, request: Request, in_full: bo
         reasons = dict.fromkeys(item.reason for item in refused)
         raise IllegalScenarioError("; ".join(reasons) or "nothing is left to choose from; give fewer flags")
     chosen, judged = _verified(search, options)
-    fitting = [o for o in _best_of_each_method_first(_ranking(options)) if o.fits and o.scenario not in judged]
-    read = judge if in_full else sketch
-    alternatives = _alternatives(bench, fitting, seen=judged, read=read) if chosen else ()
+    if in_full:
+        judged |= _run_all(bench, options, judged=judged, progress=progress)
+    alternatives = _alternatives(bench, options, chosen=chosen, seen=judged, in_full=in_full) if chosen else ()
     shown = {candidate.scenario for candidate in (chosen, *alternatives) if candidate}
     losers = [o for o in options if (not o.fits or o.scenario in judged) and o.scenario not in shown]
     return Plan(
@@ -62,8 +70,8 @@ def plan(source: ModelSource, *, cluster: Cluster, request: Request, in_full: bo
         cluster=cluster,
         chosen=chosen,
         alternatives=alternatives,
-        rejected=_rejected(bench, losers, seen=judged, read=read),
-        suggestions=_suggestions(search, chosen, losers),
+        rejected=_rejected(bench, losers, seen=judged, most=len(losers) if in_full else SHOWN_REJECTED),
+        suggestions=_suggestions(search, chosen, options),
         assumptions=_assumptions(chosen.scenario if chosen else min(options, key=_need).scenario, source.profile),
         notes=_notes(request, source.profile, chosen),
         num_considered=search.num_considered,
@@ -146,28 +154,45 @@ def _best_of_each_method_first(ranked: Sequence[Option]) -> list[Option]:
     return [*leading, *(option for option in ranked if option not in leading)]
 
 
+def _run_all(
+    bench: Bench, options: Sequence[Option], *, judged: Mapping[Scenario, Candidate], progress: Progress | None
+) -> dict[Scenario, Candidate]:
+    """Those of ``options`` that were not run through the allocator yet, run."""
+    waiting = [option.scenario for option in options if option.scenario not in judged]
+    found: dict[Scenario, Candidate] = {}
+    for number, scenario in enumerate(waiting):
+        if progress:
+            progress(number, len(waiting), f"{scenario.training.method} {scenario.strategy.name}")
+        found[scenario] = judge(bench, scenario)
+    return found
+
+
 def _alternatives(
-    bench: Bench, options: Sequence[Option], *, seen: dict[Scenario, Candidate], read: Reader
+    bench: Bench, options: Sequence[Option], *, chosen: Candidate, seen: dict[Scenario, Candidate], in_full: bool
 ) -> tuple[Candidate, ...]:
-    """The first few of ``options`` that fit at the top of their range. Those that may not are added to ``seen``."""
+    """What fits at the top of its range beside ``chosen``, the best of each method first; without ``in_full`` the first
+    few. What may not fit is added to ``seen``."""
     found: list[Candidate] = []
-    for option in options:
-        candidate = read(bench, option.scenario)
-        if candidate.estimate.fits:
+    most = len(options) if in_full else SHOWN_ALTERNATIVES
+    for option in _best_of_each_method_first(_ranking([o for o in options if o.fits or in_full])):
+        if option.scenario == chosen.scenario or (option.scenario in seen and not in_full):
+            continue
+        candidate = seen.get(option.scenario) or sketch(bench, option.scenario)
+        if candidate.estimate.fits and bench.host_shortage(option.scenario) is None:
             found.append(candidate)
         else:
             seen[option.scenario] = candidate
-        if len(found) == SHOWN_ALTERNATIVES or len(seen) > 2 * SHOWN_ALTERNATIVES:
+        if len(found) == most or len(seen) > 2 * most:
             break
     return tuple(found)
 
 
 def _rejected(
-    bench: Bench, options: Sequence[Option], *, seen: Mapping[Scenario, Candidate], read: Reader
+    bench: Bench, options: Sequence[Option], *, seen: Mapping[Scenario, Candidate], most: int
 ) -> tuple[Rejected, ...]:
     """Those that need too much, the nearest to fitting of each method first, with what weighs most in them."""
-    shown = _best_of_each_method_first(sorted(options, key=_need))[:SHOWN_REJECTED]
-    candidates = [seen.get(option.scenario) or read(bench, option.scenario) for option in shown]
+    shown = _best_of_each_method_first(sorted(options, key=_need))[:most]
+    candidates = [seen.get(option.scenario) or sketch(bench, option.scenario) for option in shown]
     return tuple(Rejected(candidate=candidate, reason=_reason(bench, candidate)) for candidate in candidates)
 
 
@@ -189,13 +214,11 @@ def _need(option: Option) -> int:
     return option.live_bytes
 
 
-def _suggestions(search: Search, chosen: Candidate | None, losers: Sequence[Option]) -> tuple[Suggestion, ...]:
+def _suggestions(search: Search, chosen: Candidate | None, options: Sequence[Option]) -> tuple[Suggestion, ...]:
     """What would save memory on the chosen one, or make the nearest one fit."""
     if chosen is not None:
         return tuple(_savings(search, chosen))
-    if not losers:
-        return ()
-    return tuple(_rescues(search, min(losers, key=_need)))
+    return tuple(_rescues(search, min(options, key=_need)))
 
 
 def _savings(search: Search, chosen: Candidate) -> Iterable[Suggestion]:

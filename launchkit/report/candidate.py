@@ -198,6 +198,49 @@ def worst_moment(estimate: Estimate) -> str:
     return f"worst moment: {_PHASES.get(estimate.worst_phase) or _STEP_PHASES[estimate.peak_phase]}"
 
 
+def phases(estimate: Estimate) -> list[str]:
+    """Peaks on the device, and on the host of it, in the phases that are not the step that all other figures are of."""
+    parts = [
+        f"{name} {gib(peak.device_peak_bytes)} (host {gib(peak.host_peak_bytes)})"
+        for peak in estimate.phases
+        if (name := _PHASE_NAMES.get(peak.phase))
+    ]
+    return [f"device peak {parts[0]}", *parts[1:]] if parts else []
+
+
+def host_uses(estimate: Estimate) -> list[str]:
+    """What a node's memory is needed for, and what mapped weight files may take beside it."""
+    moments = {RunPhase.LOAD: "loading", RunPhase.STEADY_STEP: "training", RunPhase.SAVE: "saving"}
+    parts = []
+    for peak in estimate.phases:
+        if name := moments.get(peak.phase):
+            mapped = peak.host_peak_bytes - peak.host_needed_bytes
+            parts.append(
+                f"{name} {gib(peak.host_needed_bytes)}" + (f" and {gib(mapped)} of mapped files" * (mapped > 0))
+            )
+    return parts
+
+
+def disk_uses(estimate: Estimate) -> list[str]:
+    """What a checkpoint is made of, and what a run holds of them."""
+    files = estimate.checkpoint
+    if files is None:
+        return []
+    parts = {
+        "weights": files.weights_bytes,
+        "the engine's own copy": files.engine_weights_bytes,
+        "optimizer": files.optimizer_bytes,
+        f"at most at once, with {files.num_kept} kept": files.disk_peak_bytes,
+    }
+    return [f"{name} {gigabytes(num_bytes)}" for name, num_bytes in parts.items() if num_bytes]
+
+
+_PHASE_NAMES = {
+    RunPhase.LOAD: "loading",
+    RunPhase.FIRST_STEP: "first step",
+    RunPhase.EVALUATION: "evaluation",
+    RunPhase.SAVE: "saving",
+}
 _STEP_PHASES = {
     "forward": "the forward",
     "loss": "the loss",

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from launchkit.hardware import Cluster
-from launchkit.plan import Candidate, Plan, Rejected, Suggestion
+from launchkit.plan import Candidate, Estimate, Plan, Rejected, Suggestion
 from launchkit.report.candidate import (
     INDENT,
     bars,
     device_text,
+    disk_uses,
     headline,
+    host_uses,
     memory_lines,
     model_name,
     peak_text,
+    phases,
     short_name,
     step_text,
     worst_moment,
@@ -32,10 +35,12 @@ def render_plan(
     """The screen of ``launchkit plan``; ``plan_file`` is where the plan was written, if it was, and
     ``how_to_keep`` what to type for that, if it was not.
 
-    ``in_full`` shows all that also fits and all that was rejected, not only the first few.
+    ``in_full`` shows all that also fits and all that was rejected, not only the first few, and the phases of the run.
     """
     head = _nothing_fits(plan, canvas=canvas) if plan.chosen is None else _chosen(plan, plan.chosen, canvas=canvas)
     lines = [*head, *_others(plan, canvas=canvas, in_full=in_full)]
+    if in_full and plan.chosen is not None:
+        lines += _particulars(plan.chosen.estimate, canvas=canvas)
     lines += canvas.section(
         "to fit more" if plan.chosen else "would fit", _suggestions(plan.suggestions), separator="  ·  "
     )
@@ -55,6 +60,13 @@ def _chosen(plan: Plan, chosen: Candidate, *, canvas: Canvas) -> list[str]:
     for note in chosen.notes:
         lines += canvas.flow([note], first=INDENT, rest=INDENT)
     return lines
+
+
+def _particulars(estimate: Estimate, *, canvas: Canvas) -> list[str]:
+    """Phase by phase, the host and the disk by what they are needed for."""
+    lines = canvas.section("phases", phases(estimate), separator=" · ")
+    lines += canvas.section("host", host_uses(estimate), separator=" · ")
+    return lines + canvas.section("disk", disk_uses(estimate), separator=" · ")
 
 
 def _nothing_fits(plan: Plan, *, canvas: Canvas) -> list[str]:
