@@ -47,9 +47,9 @@ def plan(
     """The best way to fine-tune the model of ``source`` on ``cluster`` within ``request``.
 
     Without a method asked for: a full fine-tune if it fits without offload, else LoRA, else QLoRA, else offload.
-    What is chosen has been run through the allocator. ``in_full`` the best batch of every other strategy is as well, and
-    all of them are in the plan, not the first few; ``progress`` hears of that. Raises ``IllegalScenarioError`` when
-    every combination asked for is one that its engine refuses.
+    What is chosen has been run through the allocator. ``in_full`` the best batch of every other strategy is as well,
+    and all of them are in the plan, not the first few; ``progress`` hears of that. Raises ``IllegalScenarioError``
+    when every combination asked for is one that its engine refuses.
     """
     bench = Bench(source=source, cluster=cluster)
     search = Search(bench=bench, request=request)
