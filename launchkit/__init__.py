@@ -42,12 +42,17 @@ sys.modules[__name__].__class__ = _Package
 
 
 def plan(
-    model: str, *, preset: str | None = None, trust_remote_code: bool = False, **flags: str | int | bool | None
+    model: str,
+    *,
+    preset: str | None = None,
+    trust_remote_code: bool = False,
+    in_full: bool = False,
+    **flags: str | int | bool | None,
 ) -> Plan:
     """The best way to fine-tune ``model`` (hub id, directory or ``config.json``) under what ``flags`` ask for."""
     from launchkit import api  # lazy: importing launchkit costs next to nothing
 
-    return api.plan(model, preset=preset, trust_remote_code=trust_remote_code, **flags)
+    return api.plan(model, preset=preset, trust_remote_code=trust_remote_code, in_full=in_full, **flags)
 
 
 def estimate(

@@ -12,7 +12,7 @@ from launchkit.catalog.hardware import hardware_table
 from launchkit.catalog.models import Progress, find_model
 from launchkit.catalog.presets import find_preset
 from launchkit.errors import UsageError
-from launchkit.hardware import Cluster
+from launchkit.hardware import Cluster, with_host_memory
 from launchkit.model import ModelProfile, ModelSource
 from launchkit.plan import Candidate, Plan
 from launchkit.planner.evaluate import Bench
@@ -27,10 +27,19 @@ if TYPE_CHECKING:
 
 
 def plan(
-    model: str, *, preset: str | None = None, trust_remote_code: bool = False, **flags: str | int | bool | None
+    model: str,
+    *,
+    preset: str | None = None,
+    trust_remote_code: bool = False,
+    in_full: bool = False,
+    **flags: str | int | bool | None,
 ) -> Plan:
-    """The best way to fine-tune ``model``; ``flags`` are the command line's (``gpus="4x4090", seq_len=4096``)."""
-    return plan_request(model, _request(flags, preset=preset), trust_remote_code=trust_remote_code)
+    """The best way to fine-tune ``model``; ``flags`` are the command line's (``gpus="4x4090", seq_len=4096``).
+
+    ``in_full`` runs alternatives and what is rejected through the allocator too: exact figures instead of ranges.
+    """
+    request = _request(flags, preset=preset)
+    return plan_request(model, request, trust_remote_code=trust_remote_code, in_full=in_full)
 
 
 def estimate(
@@ -57,19 +66,24 @@ def check(
 
 
 def plan_request(
-    model: str, request: Request, *, trust_remote_code: bool = False, progress: Progress | None = None
+    model: str,
+    request: Request,
+    *,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+    in_full: bool = False,
 ) -> Plan:
     """``plan`` of a request that has been read already."""
-    cluster = find_cluster(request.gpus)
+    cluster = find_cluster(request.gpus, host_memory=request.host_memory)
     source = find_source(model, request, trust_remote_code=trust_remote_code, progress=progress)
-    return planner.plan(source, cluster=cluster, request=request)
+    return planner.plan(source, cluster=cluster, request=request, in_full=in_full, progress=progress)
 
 
 def estimate_request(
     model: str, request: Request, *, trust_remote_code: bool = False, progress: Progress | None = None
 ) -> tuple[Candidate, Cluster]:
     """``estimate`` of a request that has been read already, with the cluster that it is about."""
-    cluster = find_cluster(request.gpus)
+    cluster = find_cluster(request.gpus, host_memory=request.host_memory)
     source = find_source(model, request, trust_remote_code=trust_remote_code, progress=progress)
     resolution = resolve(request, model=source.profile, cluster=cluster)
     candidate = planner.estimate(source, cluster=cluster, scenario=resolution.scenario)
@@ -110,7 +124,7 @@ def trace_request(
     model: str, request: Request, *, trust_remote_code: bool = False, progress: Progress | None = None
 ) -> Traced:
     """The step program that ``estimate`` of the same request starts from; traced where nobody has yet."""
-    cluster = find_cluster(request.gpus)
+    cluster = find_cluster(request.gpus, host_memory=request.host_memory)
     source = find_source(model, request, trust_remote_code=trust_remote_code, progress=progress)
     scenario = resolve(request, model=source.profile, cluster=cluster).scenario
     key = Bench(source=source, cluster=cluster).key(scenario)
@@ -125,9 +139,11 @@ def find_source(
     return find_model(model, config_path=request.config, trust_remote_code=trust_remote_code, progress=progress)
 
 
-def find_cluster(spec: str | None) -> Cluster:
-    """The cluster that a GPU spec names; nothing, ``auto`` and ``2xauto`` are what this machine has."""
-    return cluster_for(spec, hardware_table())
+def find_cluster(spec: str | None, *, host_memory: str | None = None) -> Cluster:
+    """The cluster that a GPU spec names; nothing, ``auto`` and ``2xauto`` are what this machine has. ``host_memory`` is
+    what each node is said to have."""
+    cluster = cluster_for(spec, hardware_table())
+    return cluster if host_memory is None else with_host_memory(cluster, host_memory)
 
 
 def _request(flags: Mapping[str, str | int | bool | None], *, preset: str | None) -> Request:

@@ -29,6 +29,15 @@ _PCIE_TRANSFERS_PER_S = {1: 2.5e9, 2: 5e9, 3: 8e9, 4: 16e9, 5: 32e9, 6: 64e9}
 # (AWS p4d), 100 Gb/s for nodes of PCIe cards (AWS g5.48xlarge).
 _FABRIC_NODE_NETWORK_BYTES_PER_S = 50e9
 _PCIE_NODE_NETWORK_BYTES_PER_S = 12.5e9
+# What a host is taken to have at most where no node of its GPUs is known to have more: four modules of 64 GiB, which is
+# what boards for desktop processors take.
+DESKTOP_HOST_BYTES = 256 * GIB
+HOST_UNKNOWN = (
+    "host memory unknown: taken to be enough for what is offloaded and loaded; --host-memory 256GiB would say it"
+)
+_HOST_MEMORY = re.compile(r"([0-9]{1,7}(?:\.[0-9]{1,3})?) ?([mgt]i?b)?", re.IGNORECASE)
+_HOST_UNITS = {"mib": MIB, "mb": 10**6, "gib": GIB, "gb": GB, "tib": 1024 * GIB, "tb": 1000 * GB}
+_MAX_HOST_BYTES = 1024 * 1024 * GIB
 _MEMORY = re.compile(
     r"(.*?)[\s_-]*(?<![a-z0-9.])([0-9]{1,6}(?:\.[0-9]{1,3})?) ?([gm])(i?)b?(?:[ _-]?gpus?)?", re.IGNORECASE
 )
@@ -119,6 +128,7 @@ class Gpu:
 class Node:
     """One host: GPUs alike, what joins them, and its memory. Zero bytes mean unknown.
 
+    ``plausible_host_bytes`` is the most that a host of stated GPUs, whose memory is unknown, is likely to have.
     ``name`` is the catalogue's (``p4d.24xlarge``), empty for a node of stated GPUs. Without ``peer_to_peer`` what one
     GPU sends another passes through host memory; ``gpu_link_bytes_per_s`` has that in it already.
     """
@@ -131,6 +141,7 @@ class Node:
     num_cpu_cores: int = 0
     peer_to_peer: bool = True
     name: str = ""
+    plausible_host_bytes: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,6 +222,15 @@ class HardwareTable:
 
     def node_called(self, text: str) -> NodeType | None:
         return self._nodes_by_key.get(name_key(text))
+
+    def plausible_host_bytes(self, gpu: Gpu, *, num_gpus: int) -> int:
+        """The most that a node of ``num_gpus`` of these is likely to have of host memory: as much per GPU as the known
+        node that has most, but no more than any node, and no less than a desktop takes."""
+        per_gpu = max(
+            (node.host_memory_bytes // node.num_gpus for node in self.nodes if node.gpu == gpu.name), default=0
+        )
+        most = max((node.host_memory_bytes for node in self.nodes), default=0)
+        return max(DESKTOP_HOST_BYTES, min(num_gpus * per_gpu, most))
 
     def similar_names(self, text: str) -> list[str]:
         """Up to three known names that look like ``text``, in the form that can be typed."""
@@ -314,7 +334,9 @@ def resolve_spec(spec: GpuSpec, table: HardwareTable) -> Cluster:
     gpu, notes = _find_gpu(spec.name, table)
     if gpu.backend is Backend.CPU:
         return cpu_cluster(gpu, num_processes=(spec.num_nodes or 1) * (spec.num_gpus or 1))
-    return stated_cluster(gpu, num_gpus=spec.num_gpus or 1, num_nodes=spec.num_nodes, notes=notes)
+    stated = stated_cluster(gpu, num_gpus=spec.num_gpus or 1, num_nodes=spec.num_nodes, notes=notes)
+    plausible = table.plausible_host_bytes(gpu, num_gpus=stated.node.num_gpus)
+    return replace(stated, node=replace(stated.node, plausible_host_bytes=plausible))
 
 
 def format_gpus(cluster: Cluster) -> str:
@@ -354,12 +376,24 @@ def stated_cluster(gpu: Gpu, *, num_gpus: int, num_nodes: int | None, notes: tup
         node = replace(node, host_memory_bytes=gpu.memory_bytes)
         notes += ("memory is shared between CPU and GPU",)
     else:
-        notes += ("host memory unknown: taken to be enough for what is offloaded and loaded",)
+        notes += (HOST_UNKNOWN,)
     network = 0.0
     if num_nodes > 1:
         network = _FABRIC_NODE_NETWORK_BYTES_PER_S if gpu.fabric.joins_all else _PCIE_NODE_NETWORK_BYTES_PER_S
         notes += (f"network between nodes assumed: {network * 8 / 1e9:.0f} Gb/s per node",)
     return Cluster(gpu=gpu, node=node, num_nodes=num_nodes, network_bytes_per_s=network, notes=notes)
+
+
+def with_host_memory(cluster: Cluster, text: str) -> Cluster:
+    """The cluster whose nodes have the memory that ``text`` says: ``512GiB``, ``1.5TB``, ``512`` in GiB."""
+    match = _HOST_MEMORY.fullmatch(text.strip())
+    number = float(match[1]) if match else 0.0
+    unit = _HOST_UNITS[(match[2] or "gib").lower()] if match else 0
+    num_bytes = round(number * unit)
+    if not MIB <= num_bytes <= _MAX_HOST_BYTES:
+        raise UsageError(f"--host-memory {_quoted(text)} is no size of a host's memory; write something like 512GiB")
+    notes = tuple(note for note in cluster.notes if note != HOST_UNKNOWN)
+    return replace(cluster, node=replace(cluster.node, host_memory_bytes=num_bytes), notes=notes)
 
 
 def gpu_node(gpu: Gpu, *, num_gpus: int) -> Node:

@@ -62,7 +62,8 @@ class Estimate:
     """Memory of the largest rank, in bytes. ``at_peak`` holds live bytes by owner (every ``Owner``) at the moment
     of the allocated peak, plus ``cuda_context``, ``nccl`` and ``fragmentation``; without these three it sums to
     ``allocated_peak_bytes``. ``steady_bytes`` is what is live between steps. ``phases`` are those of the whole run,
-    where they were asked for: all other figures are the step's."""
+    where they were asked for: all other figures are the step's. Where ``is_simulated`` is false, the allocator was not
+    run: reserved and device peak are then typical values, in a range wide enough for all that its cache may add."""
 
     allocated_peak_bytes: int
     reserved_peak_bytes: int
@@ -79,6 +80,7 @@ class Estimate:
     checkpoint_bytes: int
     checkpoint: CheckpointFiles | None = None
     phases: tuple[PhasePeak, ...] = ()
+    is_simulated: bool = True
 
     @property
     def fits(self) -> bool:
@@ -90,6 +92,12 @@ class Estimate:
     def step_fits(self) -> bool:
         """Whether the top of the step's range is within the usable memory."""
         return self.device_peak_high_bytes <= self.device_usable_bytes
+
+    @property
+    def host_needed_bytes(self) -> int:
+        """What a node must have in the phase that asks most of it; resident memory where phases are not known."""
+        phases = (phase.host_needed_bytes for phase in self.phases)
+        return max(phases) if self.phases else max(self.host_peak_bytes, self.host_load_peak_bytes)
 
     @property
     def certain_phases(self) -> tuple[PhasePeak, ...]:

@@ -46,10 +46,11 @@ MAXIMUM_COUNT = 10**8  # no batch, length or rank is larger; a typing slip is
 class Request:
     """Everything typed besides the model. ``None`` means that ``plan`` may choose and ``estimate`` takes the default.
 
-    ``gpus`` and ``config`` say where the cluster and the model come from; the rest narrows the search.
+    ``gpus``, ``host_memory`` and ``config`` say where the cluster and the model come from; the rest narrows the search.
     """
 
     gpus: str | None = None
+    host_memory: str | None = None
     strategy: StrategyKind | None = None
     tp: int | None = None
     cp: int | None = None
@@ -167,6 +168,7 @@ class Flag:
 
 FLAGS: tuple[Flag, ...] = (
     Flag(name="gpus", kind=str, default="auto", help="4x4090, 2x8xH100, A100-80GB:4, 24GiB, cpu, 2xcpu; auto detects"),
+    Flag(name="host_memory", kind=str, help="memory of each node, such as 256GiB [unknown; detected with --gpus auto]"),
     Flag(name="strategy", kind=StrategyKind, default="single", help="how the job is spread over the GPUs"),
     Flag(name="tp", kind=int, default=1, help="ranks that share each matrix (tensor parallel)"),
     Flag(name="cp", kind=int, default=1, help="ranks that share each sequence, in a ring (context parallel, FSDP2)"),

@@ -15,6 +15,7 @@ from launchkit.catalog.models import load_index
 from launchkit.catalog.presets import find_preset
 from launchkit.errors import UsageError
 from launchkit.request import Request
+from launchkit.serialize import plan_document
 from tests.report import plans
 
 ROOT = Path(__file__).parent.parent
@@ -51,7 +52,7 @@ def test_the_function_survives_its_namesake_module() -> None:
 def test_flags_reach_the_planner(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[str, Request]] = []
 
-    def plan_request(model: str, request: Request, *, trust_remote_code: bool = False) -> object:
+    def plan_request(model: str, request: Request, **_: object) -> object:
         asked.append((model, request))
         return plans.plan()
 
@@ -96,3 +97,12 @@ def test_planning_a_catalogued_model_imports_no_torch(verb: str) -> None:
     code = f"from launchkit.cli.main import main; import sys; assert main({arguments}) == 0; print(*sys.modules)"
     modules = set(_python(code).splitlines()[-1].split())
     assert modules & set(HEAVY) == set()
+
+
+@pytest.mark.parametrize(("host_memory", "fits"), [("1TiB", True), ("64GiB", False)])
+def test_host_memory_is_what_the_user_says(host_memory: str, fits: bool) -> None:
+    plan = launchkit.plan("Qwen/Qwen3-8B", gpus="4x4090", method="full", host_memory=host_memory)
+    assert (plan.chosen is not None) is fits
+    document = plan_document(plan)
+    assert document["request"]["host_memory"] == host_memory
+    assert document["cluster"]["node"]["host_memory_bytes"] == (1024**4 if fits else 64 * 1024**3)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from launchkit.catalog.hardware import hardware_table
 from launchkit.errors import UnknownGpuError, UsageError
 from launchkit.hardware import (
+    HOST_UNKNOWN,
     Backend,
     Cluster,
     GpuSpec,
@@ -21,6 +22,7 @@ from launchkit.hardware import (
     parse_gpus,
     parse_spec,
     pcie_bytes_per_s,
+    with_host_memory,
 )
 from launchkit.units import GIB, MIB
 
@@ -270,3 +272,43 @@ def test_vendor_words_and_punctuation_do_not_matter(spelling: str, same: str) ->
 def test_only_cpu_devices_are_of_the_cpu_kind() -> None:
     assert {gpu.name for gpu in TABLE.gpus if gpu.device_kind.value == "cpu"} == {CPU.name}
     assert CPU.backend is Backend.CPU
+
+
+@pytest.mark.parametrize(
+    ("text", "num_bytes"),
+    [
+        ("512GiB", 512 * GIB),
+        ("512", 512 * GIB),
+        ("512 GB", 512 * 10**9),
+        ("1.5tib", 1536 * GIB),
+        ("2TB", 2 * 10**12),
+        ("65536MiB", 64 * GIB),
+    ],
+)
+def test_host_memory_is_read(text: str, num_bytes: int) -> None:
+    stated = parse_gpus("4x4090", hardware_table())
+    told = with_host_memory(stated, text)
+    assert told.node.host_memory_bytes == num_bytes
+    assert set(stated.notes) - set(told.notes) == {HOST_UNKNOWN}
+
+
+@pytest.mark.parametrize("text", ["", "0", "0GiB", "-4GiB", "lots", "512KiB", "9999999TiB", "1e3GiB", "4x512GiB"])
+def test_host_memory_that_no_host_has_is_refused(text: str) -> None:
+    with pytest.raises(UsageError, match="is no size of a host's memory; write something like 512GiB"):
+        with_host_memory(parse_gpus("4x4090", hardware_table()), text)
+
+
+@pytest.mark.parametrize(
+    ("spec", "plausible_gib"),
+    [
+        ("1x4090", 256),  # a desktop
+        ("8xH100", 2048),  # AWS p5.48xlarge
+        ("2x8xH100", 2048),  # of each node
+        ("4xA100-80GB", 1024),
+        ("24GiB", 256),
+        ("p4d.24xlarge", 0),  # known
+        ("cpu", 0),
+    ],
+)
+def test_a_stated_host_is_as_large_as_known_ones(spec: str, plausible_gib: int) -> None:
+    assert parse_gpus(spec, hardware_table()).node.plausible_host_bytes == plausible_gib * GIB

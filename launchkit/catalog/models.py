@@ -19,7 +19,7 @@ from launchkit.catalog.codec import ProgramFile
 from launchkit.catalog.fingerprint import fingerprint
 from launchkit.catalog.index import Index, models_directory
 from launchkit.errors import LaunchkitError, MissingExtraError, ModelConfigError, ProgramError
-from launchkit.hub.local import ModelFiles, is_local, read_local
+from launchkit.hub.local import ModelFiles, is_local, read_local, similar_models
 from launchkit.hub.remote import fetch_config
 from launchkit.model import ModelProfile, ModelSource
 from launchkit.program import StepProgram
@@ -82,7 +82,7 @@ def _find(name: str, *, config_path: str | None, index: Index, trusted: bool) ->
         return Found(name=entry.id, source="catalogue", files=ModelFiles(config=index.config(entry)))
     if os.path.isdir(name):  # as from_pretrained has it: no hub model is asked for by a directory's name
         return Found(name=name, source="local", files=read_local(name), trusted=trusted)
-    suggestions = " or ".join(index.suggest(name))
+    suggestions = " or ".join([*similar_models(name), *index.suggest(name)])
     hint = f"did you mean {suggestions}?" if suggestions else ""
     return Found(name=name, source="hub", files=ModelFiles(config=fetch_config(name, hint=hint)), trusted=trusted)
 

@@ -13,7 +13,9 @@ from launchkit.report.text import Canvas
 PIPE_COLUMNS = 100
 MAXIMUM_COLUMNS = 140  # wider lines are harder to read, not easier
 # For terminals whose encoding lacks these characters.
-PLAIN = str.maketrans({"✓": "+", "✗": "x", "▇": "#", "·": "-", "×": "x", "–": "-", "−": "-", "…": "...", "→": "->"})
+PLAIN = str.maketrans(
+    {"✓": "+", "✗": "x", "▇": "#", "·": "-", "×": "x", "–": "-", "−": "-", "…": "...", "→": "->", "≥": ">="}
+)
 
 
 @dataclass(kw_only=True)

@@ -44,7 +44,9 @@ def command(
     if request.data is not None and not Path(request.data).exists():
         console.note(f"note: {request.data} is not a file here; the plan keeps the name, and launch will look for it")
     with progress_bar(console) as progress:
-        plan = api.plan_request(model, request, trust_remote_code=trust_remote_code, progress=progress)
+        plan = api.plan_request(
+            model, request, trust_remote_code=trust_remote_code, progress=progress, in_full=console.verbose
+        )
     plan_file = "" if dry_run or (check and output is None) else _keep(plan, output, force=force, console=console)
     how_to_keep = "leave out --dry-run" if dry_run else "add --output FILE"
     console.text(

@@ -6,6 +6,7 @@ import os
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 from launchkit.catalog.presets import find_preset
@@ -42,7 +43,10 @@ class Settings:
     def text(self) -> str:
         """``--gpus 2x4090 (LAUNCHKIT_GPUS)``, for all that was not typed; empty when nothing took effect."""
         values = {**self.request.given(), PRESET: self.preset}
-        return ", ".join(f"{_option(name)} {values[name]} ({origin})" for name, origin in self.origins.items())
+        groups = groupby(self.origins, key=self.origins.__getitem__)  # a preset has many, and is named once
+        return ", ".join(
+            f"{' '.join(f'{_option(name)} {values[name]}' for name in names)} ({origin})" for origin, names in groups
+        )
 
 
 def gather(typed: Mapping[str, object], *, environment: Mapping[str, str], directory: Path) -> Settings:

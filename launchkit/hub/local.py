@@ -14,6 +14,8 @@ from launchkit.hub.safetensors import StoredWeights, read_stored_weights
 from launchkit.hub.validate import read_config_file, validate_config
 
 LOCAL_PREFIXES = ("./", "../", "/", "~", ".\\", "..\\")
+MAX_SUGGESTIONS = 3
+MAX_LISTED = 1000  # entries of a directory that are looked at for what was meant
 LOCAL_SUFFIXES = (".json", ".gguf", ".safetensors", ".bin")
 
 
@@ -30,10 +32,7 @@ def is_local(name: str) -> bool:
     model. The latter is what ``from_pretrained`` does, so that plan and launch mean the same model."""
     if name in (".", "..") or name.startswith(LOCAL_PREFIXES) or name.endswith(LOCAL_SUFFIXES):
         return True
-    # os.path, unlike pathlib, answers False to a name that no path can have.
-    return os.path.isfile(os.path.join(name, "config.json")) or (
-        os.path.isdir(name) and _gguf_in(Path(name)) is not None
-    )
+    return _holds_model(name)  # os.path, unlike pathlib, answers False to a name that no path can have
 
 
 def read_local(name: str | Path) -> ModelFiles:
@@ -42,7 +41,9 @@ def read_local(name: str | Path) -> ModelFiles:
     if os.path.isdir(path):
         return _read_directory(path)
     if not os.path.exists(path):
-        raise UnknownModelError(f"{name} does not exist; check the path, or give a hub id like Qwen/Qwen3-8B")
+        near = similar_models(str(name))
+        advice = f"did you mean {' or '.join(near)}?" if near else "check the path, or give a hub id like Qwen/Qwen3-8B"
+        raise UnknownModelError(f"{name} does not exist; {advice}")
     if path.suffix == ".gguf":
         return _read_gguf(path)
     if path.suffix in (".safetensors", ".bin", ".pt", ".pth"):
@@ -60,7 +61,35 @@ def _read_directory(directory: Path) -> ModelFiles:
     adapter = directory / "adapter_config.json"
     if adapter.is_file():
         raise UnknownModelError(f"{directory} holds an adapter, not a model; plan its base model{_base_of(adapter)}")
-    raise UnknownModelError(f"{directory} holds no config.json; pass a model's directory, or --config FILE")
+    near = similar_models(str(directory)) or _models_in(str(directory))[:MAX_SUGGESTIONS]
+    advice = f"did you mean {' or '.join(near)}?" if near else "pass a model's directory, or --config FILE"
+    raise UnknownModelError(f"{directory} holds no config.json; {advice}")
+
+
+def similar_models(name: str) -> list[str]:
+    """Models beside the path ``name`` whose names look like its last part, as they would be typed."""
+    import difflib  # lazy: needed only on the way to an error
+
+    parent, last = os.path.split(name.rstrip("/\\"))
+    models = {os.path.basename(path): path for path in _models_in(parent) if path != name.rstrip("/\\")}
+    return [models[near] for near in difflib.get_close_matches(last, models, n=MAX_SUGGESTIONS)]
+
+
+def _models_in(directory: str) -> list[str]:
+    """The directories in ``directory`` that hold a model, in the order of their names, and GGUF files."""
+    try:
+        names = sorted(os.listdir(os.path.expanduser(directory) or "."))[:MAX_LISTED]
+    except OSError:
+        return []
+    paths = [os.path.join(directory, name) for name in names]
+    return [path for path in paths if path.endswith(".gguf") or _holds_model(os.path.expanduser(path))]
+
+
+def _holds_model(path: str) -> bool:
+    """Whether a directory would be read as a model."""
+    return os.path.isfile(os.path.join(path, "config.json")) or (
+        os.path.isdir(path) and _gguf_in(Path(path)) is not None
+    )
 
 
 def _gguf_in(directory: Path) -> Path | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from launchkit import __version__
@@ -34,12 +34,23 @@ SAME_SPEED = 0.10
 SHOWN_ALTERNATIVES = 3
 SHOWN_REJECTED = 4
 
+Progress = Callable[[int, int, str], None]  # runs done, runs in all, what is being run
 
-def plan(source: ModelSource, *, cluster: Cluster, request: Request) -> Plan:
+
+def plan(
+    source: ModelSource,
+    *,
+    cluster: Cluster,
+    request: Request,
+    in_full: bool = False,
+    progress: Progress | None = None,
+) -> Plan:
     """The best way to fine-tune the model of ``source`` on ``cluster`` within ``request``.
 
     Without a method asked for: a full fine-tune if it fits without offload, else LoRA, else QLoRA, else offload.
-    Raises ``IllegalScenarioError`` when every combination asked for is one that its engine refuses.
+    What is chosen has been run through the allocator. ``in_full`` the best batch of every other strategy is as well,
+    and all of them are in the plan, not the first few; ``progress`` hears of that. Raises ``IllegalScenarioError``
+    when every combination asked for is one that its engine refuses.
     """
     bench = Bench(source=source, cluster=cluster)
     search = Search(bench=bench, request=request)
@@ -48,19 +59,20 @@ def plan(source: ModelSource, *, cluster: Cluster, request: Request) -> Plan:
     if not options:
         reasons = dict.fromkeys(item.reason for item in refused)
         raise IllegalScenarioError("; ".join(reasons) or "nothing is left to choose from; give fewer flags")
-    chosen, misfits = _verified(search, options)
-    losers = [option for option in options if not option.fits or option.scenario in misfits]
-    taken = {*misfits, chosen.scenario} if chosen else misfits
-    fitting = [o for o in _best_of_each_method_first(_ranking(options)) if o.fits and o.scenario not in taken]
-    alternatives = _alternatives(bench, fitting) if chosen else ()
+    chosen, judged = _verified(search, options)
+    if in_full:
+        judged |= _run_all(bench, options, judged=judged, progress=progress)
+    alternatives = _alternatives(bench, options, chosen=chosen, seen=judged, in_full=in_full) if chosen else ()
+    shown = {candidate.scenario for candidate in (chosen, *alternatives) if candidate}
+    losers = [o for o in options if (not o.fits or o.scenario in judged) and o.scenario not in shown]
     return Plan(
         request=request.given(),
         model=source.profile,
         cluster=cluster,
         chosen=chosen,
         alternatives=alternatives,
-        rejected=_rejected(bench, losers, misfits),
-        suggestions=_suggestions(search, chosen, losers),
+        rejected=_rejected(bench, losers, seen=judged, most=len(losers) if in_full else SHOWN_REJECTED),
+        suggestions=_suggestions(search, chosen, options),
         assumptions=_assumptions(chosen.scenario if chosen else min(options, key=_need).scenario, source.profile),
         notes=_notes(request, source.profile, chosen),
         num_considered=search.num_considered,
@@ -80,35 +92,45 @@ def _explore(search: Search) -> tuple[list[Option], list[Refused]]:
 
     for method in search.methods():
         collect(search.options(method, offload=False))
-    if not any(option.fits for option in options) or search.request.offload not in (None, Offload.NONE):
+    if not any(option.fits and not option.asks_rare_host for option in options) or search.request.offload not in (
+        None,
+        Offload.NONE,
+    ):
         for method in search.methods():
             collect(search.options(method, offload=True))
     return options, refused
 
 
 def _verified(search: Search, options: list[Option]) -> tuple[Candidate | None, dict[Scenario, Candidate]]:
-    """The first option in the order of preference that fits after its run through the allocator too, and those before
-    it that do not. One that does not makes place in ``options`` for the next best batch of its strategy."""
-    misfits: dict[Scenario, Candidate] = {}
-    while unseen := [option for option in options if option.fits and option.scenario not in misfits]:
+    """The first option in the order of preference that fits after its run through the allocator too, and all that were
+    run. One that does not fit makes place in ``options`` for the next best batch of its strategy.
+
+    Where none is left, the nearest to fitting is run as well: its cache may add less than was allowed for.
+    """
+    judged: dict[Scenario, Candidate] = {}
+    while unseen := [option for option in options if option.fits and option.scenario not in judged]:
         option = _ranking(unseen)[0]
-        candidate = judge(search.bench, option.scenario)
+        candidate = judged[option.scenario] = judge(search.bench, option.scenario)
         if candidate.estimate.fits:
-            return candidate, misfits
-        misfits[option.scenario] = candidate
-        smaller = search.next_batch(option.scenario, tried=misfits)
+            return candidate, judged
+        smaller = search.next_batch(option.scenario, tried=judged)
         if smaller is not None:
             options[options.index(option)] = smaller
-    return None, misfits
+    nearest = min(options, key=_need).scenario
+    candidate = judged.get(nearest) or judge(search.bench, nearest)
+    judged[nearest] = candidate
+    fits = candidate.estimate.fits and search.bench.host_shortage(nearest) is None
+    return candidate if fits else None, judged
 
 
 def _ranking(options: Sequence[Option]) -> list[Option]:
-    """Best first: no offload before offload, the fuller method before the lesser, then the faster, and of those that
-    are equally fast the simpler engine."""
+    """Best first: a likely host before a rare one, no offload before offload, the fuller method before the lesser, then
+    the faster, and of those that are equally fast the simpler engine."""
     ranked: list[Option] = []
-    groups: dict[tuple[bool, int], list[Option]] = {}
+    groups: dict[tuple[bool, bool, int], list[Option]] = {}
     for option in options:
         key = (
+            option.asks_rare_host,
             option.scenario.strategy.offload is not Offload.NONE,
             list(Method).index(option.scenario.training.method),
         )
@@ -133,14 +155,45 @@ def _best_of_each_method_first(ranked: Sequence[Option]) -> list[Option]:
     return [*leading, *(option for option in ranked if option not in leading)]
 
 
-def _alternatives(bench: Bench, options: Sequence[Option]) -> tuple[Candidate, ...]:
-    return tuple(sketch(bench, option.scenario) for option in options[:SHOWN_ALTERNATIVES])
+def _run_all(
+    bench: Bench, options: Sequence[Option], *, judged: Mapping[Scenario, Candidate], progress: Progress | None
+) -> dict[Scenario, Candidate]:
+    """Those of ``options`` that were not run through the allocator yet, run."""
+    waiting = [option.scenario for option in options if option.scenario not in judged]
+    found: dict[Scenario, Candidate] = {}
+    for number, scenario in enumerate(waiting):
+        if progress:
+            progress(number, len(waiting), f"{scenario.training.method} {scenario.strategy.name}")
+        found[scenario] = judge(bench, scenario)
+    return found
 
 
-def _rejected(bench: Bench, options: Sequence[Option], judged: Mapping[Scenario, Candidate]) -> tuple[Rejected, ...]:
+def _alternatives(
+    bench: Bench, options: Sequence[Option], *, chosen: Candidate, seen: dict[Scenario, Candidate], in_full: bool
+) -> tuple[Candidate, ...]:
+    """What fits at the top of its range beside ``chosen``, the best of each method first; without ``in_full`` the first
+    few. What may not fit is added to ``seen``."""
+    found: list[Candidate] = []
+    most = len(options) if in_full else SHOWN_ALTERNATIVES
+    for option in _best_of_each_method_first(_ranking([o for o in options if o.fits or in_full])):
+        if option.scenario == chosen.scenario or (option.scenario in seen and not in_full):
+            continue
+        candidate = seen.get(option.scenario) or sketch(bench, option.scenario)
+        if candidate.estimate.fits and bench.host_shortage(option.scenario) is None:
+            found.append(candidate)
+        else:
+            seen[option.scenario] = candidate
+        if len(found) == most or len(seen) > 2 * most:
+            break
+    return tuple(found)
+
+
+def _rejected(
+    bench: Bench, options: Sequence[Option], *, seen: Mapping[Scenario, Candidate], most: int
+) -> tuple[Rejected, ...]:
     """Those that need too much, the nearest to fitting of each method first, with what weighs most in them."""
-    shown = _best_of_each_method_first(sorted(options, key=_need))[:SHOWN_REJECTED]
-    candidates = [judged.get(option.scenario) or sketch(bench, option.scenario) for option in shown]
+    shown = _best_of_each_method_first(sorted(options, key=_need))[:most]
+    candidates = [seen.get(option.scenario) or sketch(bench, option.scenario) for option in shown]
     return tuple(Rejected(candidate=candidate, reason=_reason(bench, candidate)) for candidate in candidates)
 
 
@@ -152,7 +205,8 @@ def _reason(bench: Bench, candidate: Candidate) -> str:
     if lack and (estimate.fits or candidate.scenario.strategy.offload is not Offload.NONE):
         return f"host memory {lack.needed_bytes / GIB:.1f} {lack.doing}"
     if estimate.device_peak_bytes <= estimate.device_usable_bytes < estimate.device_peak_high_bytes:
-        return f"may reach {estimate.device_peak_high_bytes / GIB:.1f}"
+        top = f"{estimate.device_peak_high_bytes / GIB:.1f}"
+        return f"may reach {top}" if estimate.is_simulated else "may fit: -v says"
     owner, num_bytes = max(estimate.at_peak.items(), key=lambda item: item[1])
     return f"{owner.replace('_', ' ')} {num_bytes / GIB:.1f}"
 
@@ -161,13 +215,11 @@ def _need(option: Option) -> int:
     return option.live_bytes
 
 
-def _suggestions(search: Search, chosen: Candidate | None, losers: Sequence[Option]) -> tuple[Suggestion, ...]:
+def _suggestions(search: Search, chosen: Candidate | None, options: Sequence[Option]) -> tuple[Suggestion, ...]:
     """What would save memory on the chosen one, or make the nearest one fit."""
     if chosen is not None:
         return tuple(_savings(search, chosen))
-    if not losers:
-        return ()
-    return tuple(_rescues(search, min(losers, key=_need)))
+    return tuple(_rescues(search, min(options, key=_need)))
 
 
 def _savings(search: Search, chosen: Candidate) -> Iterable[Suggestion]:

@@ -107,8 +107,8 @@ def host_while_saving(
     return HostUse(training.needed_bytes + on_host + copies)
 
 
-class Shortage(NamedTuple):
-    """What a node needs of its host's memory, more than it has, and what it is doing then (``while loading``)."""
+class HostNeed(NamedTuple):
+    """What a node needs of its host's memory at most, and what it is doing then (``while loading``)."""
 
     doing: str
     needed_bytes: int
@@ -119,11 +119,15 @@ def known_host_bytes(cluster: Cluster) -> int:
     return 0 if _is_host(cluster) else cluster.node.host_memory_bytes
 
 
-def shortage(uses: Mapping[str, HostUse], *, memory_bytes: int) -> Shortage | None:
-    """The moment that asks most of a node, if it asks for more than there is: then the kernel kills processes (exit
-    code -9). None where all have room."""
+def greatest_need(uses: Mapping[str, HostUse]) -> HostNeed:
+    """The moment that asks most of a node. Where it has less, the kernel kills processes (exit code -9)."""
     doing, use = max(uses.items(), key=lambda item: item[1].needed_bytes)
-    return Shortage(doing, use.needed_bytes) if use.needed_bytes > memory_bytes else None
+    return HostNeed(doing, use.needed_bytes)
+
+
+def rare_host_bytes(cluster: Cluster) -> int:
+    """What a node of unknown memory is not taken to have; 0 where its memory is known."""
+    return 0 if cluster.node.host_memory_bytes else cluster.node.plausible_host_bytes
 
 
 def _processes(each_bytes: int, cluster: Cluster) -> int:

@@ -83,12 +83,14 @@ _WITHOUT_PURPOSE = {
 class Option:
     """The best batch found for one method, strategy and offload. ``live_bytes`` are its allocated peak by the cheap
     reading, ``fits`` says whether that leaves room on the device, and whether the host has room in every phase;
-    ``step`` is its time, of one that fits."""
+    ``asks_rare_host`` that it fits only on a host with more memory than is likely. ``step`` is its time, of one that
+    fits."""
 
     scenario: Scenario
     live_bytes: int
     fits: bool
     step: StepTime | None = None
+    asks_rare_host: bool = False
 
     @property
     def seconds(self) -> float:
@@ -329,7 +331,8 @@ class Search:
         live = self.bench.live_peak_bytes(scenario)
         fits = live <= self.room_bytes(scenario)
         fits = fits and self.bench.host_shortage(scenario) is None
-        return Option(scenario=scenario, live_bytes=live, fits=fits)
+        is_rare = fits and self.bench.asks_rare_host(scenario)
+        return Option(scenario=scenario, live_bytes=live, fits=fits, asks_rare_host=is_rare)
 
     def room_bytes(self, scenario: Scenario) -> int:
         """Live bytes that leave room for everything else on the device, at the top of its range."""

@@ -17,6 +17,7 @@ from launchkit.errors import IllegalScenarioError, LaunchError, MissingExtraErro
 from launchkit.hardware import Backend, Cluster
 from launchkit.launch.build import BuiltIn, Launcher, Script, build_command, child_environment, local_ranks, nodes_of
 from launchkit.launch.command import DEFAULT_MASTER_PORT, Command, Engine, Nodes
+from launchkit.launch.devices import require_devices
 from launchkit.launch.environment import recorded_environment
 from launchkit.launch.job import Data, job_notes, split_gguf
 from launchkit.launch.record import RankRecord, RunRecord, predicted_values, rank_record, strategy_is_live
@@ -86,6 +87,7 @@ def launch_run(plan: Plan, *, options: RunOptions, candidate: Candidate | None =
     if options.dry_run:
         return _record(prepared, exit_code=0, seconds=0.0, dry_run=True)
     _refuse_stale_locks(prepared.candidate)
+    _require_devices(plan, prepared)
     prepared = _with_new_directory(prepared, plan, options)
     environment = child_environment(os.environ, prepared.command.environment)
     _write_inputs(prepared, plan, environment)
@@ -231,6 +233,15 @@ def _with_new_directory(prepared: PreparedRun, plan: Plan, options: RunOptions) 
         else:
             return prepared
     raise LaunchError(f"{prepared.run_dir} is taken again and again; pass another --run-dir")
+
+
+def _require_devices(plan: Plan, prepared: PreparedRun) -> None:
+    if plan.cluster.gpu.backend is Backend.CPU:
+        return
+    from launchkit.probe.detect import detect  # lazy: processes on the CPU need no look at the machine
+
+    num_processes = prepared.nodes.num_processes_per_node
+    require_devices(plan.cluster, detect(), num_processes=num_processes, model=plan.model.name)
 
 
 def _refuse_stale_locks(candidate: Candidate) -> None:

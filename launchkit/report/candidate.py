@@ -9,7 +9,7 @@ from launchkit.hardware import Backend, Cluster
 from launchkit.model import ModelProfile
 from launchkit.plan import Candidate, Estimate, RunPhase, StepTime
 from launchkit.report.text import Canvas, Ink, MemoryScale, bar
-from launchkit.report.verdict import Verdict, verdict
+from launchkit.report.verdict import Verdict, asks_rare_host, verdict
 from launchkit.scenario import Checkpointing, Method, Precision, Scenario, StrategyKind, Training
 from launchkit.units import duration, gib, gigabytes
 
@@ -35,13 +35,21 @@ SMALLEST_SHOWN = 0.005  # of the peak; what is below is left to the JSON
 def headline(candidate: Candidate, *, cluster: Cluster, canvas: Canvas) -> list[str]:
     """The verdict line: mark, method, strategy, precision, batch."""
     judged = verdict(candidate.estimate)
+    mark, ink = judged.mark, judged.ink
     parts = describe(candidate.scenario, cluster=cluster)
+    if judged is Verdict.FITS and asks_rare_host(candidate.estimate, cluster):
+        mark, ink = "?", Ink.CARE
+        parts = [f"fits if {_host(cluster)} has {gib(candidate.estimate.host_needed_bytes)}", *parts]
     if judged is Verdict.NARROW:
         parts = ["fits only within the error band", *parts]
     if judged is Verdict.DOES_NOT_FIT:
         parts = ["does not fit", *parts]
-    lines = canvas.flow(parts, first=f" {judged.mark} ", rest=INDENT, separator=" · ")
-    return [canvas.paint(line, judged.ink) for line in lines]
+    lines = canvas.flow(parts, first=f" {mark} ", rest=INDENT, separator=" · ")
+    return [canvas.paint(line, ink) for line in lines]
+
+
+def _host(cluster: Cluster) -> str:
+    return "the host" if cluster.num_nodes == 1 else "each host"
 
 
 def describe(scenario: Scenario, *, cluster: Cluster) -> list[str]:
@@ -67,11 +75,11 @@ def model_name(model: ModelProfile) -> str:
     return PurePath(model.name).name if PurePath(model.name).is_absolute() else model.name
 
 
-def short_name(scenario: Scenario, *, cluster: Cluster) -> str:
-    """A scenario in a table: what tells it from its neighbours."""
+def short_name(scenario: Scenario, *, cluster: Cluster, usual: Precision = Precision.BF16) -> str:
+    """A scenario in a table: what tells it from its neighbours, the ``usual`` precision not being of that."""
     training = scenario.training
     parts = [_METHODS[training.method], strategy_text(scenario, cluster=cluster)]
-    if training.precision is not Precision.BF16:
+    if training.precision not in (usual, Precision.BF16):
         parts.append(training.precision.value)
     if training.checkpointing is not Checkpointing.NONE:
         parts.append(f"{training.checkpointing} ckpt")
@@ -119,8 +127,9 @@ def batch_text(scenario: Scenario, *, cluster: Cluster) -> str:
 def memory_lines(candidate: Candidate, *, cluster: Cluster, canvas: Canvas) -> list[str]:
     """The peak with its range, the host, the disk and the speed."""
     estimate = candidate.estimate
-    host = "host" if cluster.num_nodes == 1 else "each host"
-    parts = [peak_text(estimate, cluster=cluster), f"{host} {gib(estimate.host_peak_bytes)}"]
+    host = _host(cluster).removeprefix("the ")
+    needs = " needs" if asks_rare_host(estimate, cluster) else ""
+    parts = [peak_text(estimate, cluster=cluster), f"{host}{needs} {gib(estimate.host_peak_bytes)}"]
     if estimate.host_load_peak_bytes > estimate.host_peak_bytes:
         parts[-1] += f" ({gib(estimate.host_load_peak_bytes)} while loading)"
     parts.append(f"{gigabytes(_checkpoint_bytes(estimate))} per checkpoint")
@@ -144,6 +153,18 @@ def peak_text(estimate: Estimate, *, cluster: Cluster) -> str:
         usable = usable.removesuffix(" GiB")
     spread = f" ({low}–{high})" if low != high else ""
     return f"{scale.number(estimate.device_peak_bytes)} {scale.unit} of {usable} usable per {place}{spread}"
+
+
+def device_text(estimate: Estimate) -> str:
+    """``20.9 GiB``; where the allocator was not run, the range that its cache leaves open, ``13.5–21.4 GiB``, of which
+    the low end is enough, ``≥ 38.1 GiB``, where that is too much already."""
+    low, high = estimate.device_peak_low_bytes, estimate.device_peak_high_bytes
+    if estimate.is_simulated or low == high:
+        return gib(estimate.device_peak_bytes)
+    if low > estimate.device_usable_bytes:
+        return f"≥ {gib(low)}"
+    scale = MemoryScale(largest_bytes=high)
+    return f"{scale.number(low)}–{scale.number(high)} {scale.unit}"
 
 
 def speed_text(candidate: Candidate) -> str:
@@ -191,6 +212,49 @@ def time_text(factor: float) -> str:
     return ", no slower" if percent == 0 else f", {'+' if percent > 0 else '−'}{abs(percent)}% time"
 
 
+def phases(estimate: Estimate) -> list[str]:
+    """Peaks on the device, and on the host of it, in the phases that are not the step that all other figures are of."""
+    parts = [
+        f"{name} {gib(peak.device_peak_bytes)} (host {gib(peak.host_peak_bytes)})"
+        for peak in estimate.phases
+        if (name := _PHASE_NAMES.get(peak.phase))
+    ]
+    return [f"device peak {parts[0]}", *parts[1:]] if parts else []
+
+
+def host_uses(estimate: Estimate) -> list[str]:
+    """What a node's memory is needed for, and what mapped weight files may take beside it."""
+    moments = {RunPhase.LOAD: "loading", RunPhase.STEADY_STEP: "training", RunPhase.SAVE: "saving"}
+    parts = []
+    for peak in estimate.phases:
+        if name := moments.get(peak.phase):
+            mapped = peak.host_peak_bytes - peak.host_needed_bytes
+            parts.append(
+                f"{name} {gib(peak.host_needed_bytes)}" + (f" and {gib(mapped)} of mapped files" * (mapped > 0))
+            )
+    return parts
+
+
+def disk_uses(estimate: Estimate) -> list[str]:
+    """What a checkpoint is made of, and what a run holds of them."""
+    files = estimate.checkpoint
+    if files is None:
+        return []
+    parts = {
+        "weights": files.weights_bytes,
+        "the engine's own copy": files.engine_weights_bytes,
+        "optimizer": files.optimizer_bytes,
+        f"at most at once, with {files.num_kept} kept": files.disk_peak_bytes,
+    }
+    return [f"{name} {gigabytes(num_bytes)}" for name, num_bytes in parts.items() if num_bytes]
+
+
+_PHASE_NAMES = {
+    RunPhase.LOAD: "loading",
+    RunPhase.FIRST_STEP: "first step",
+    RunPhase.EVALUATION: "evaluation",
+    RunPhase.SAVE: "saving",
+}
 _STEP_PHASES = {
     "forward": "the forward",
     "loss": "the loss",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from launchkit.hardware import Backend, Cluster, format_gpus
 from launchkit.plan import Candidate, Estimate, RunPhase
-from launchkit.report.candidate import INDENT, headline, memory_lines, model_name, worst_moment
+from launchkit.report.candidate import INDENT, headline, memory_lines, model_name, phases, worst_moment
 from launchkit.report.text import MARGIN, Canvas, Ink, bar, table
 from launchkit.report.verdict import Verdict, verdict
 from launchkit.units import count, gib
@@ -28,7 +28,7 @@ def estimate_lines(candidate: Candidate, *, cluster: Cluster, canvas: Canvas) ->
     stage = f" (stage {estimate.peak_stage})" if estimate.worst_phase is RunPhase.STEADY_STEP else ""
     lines += [f"{INDENT}{worst_moment(estimate)}{stage}"]
     lines += [f"{' ' * MARGIN}{row}" for row in _owner_rows(estimate, canvas=canvas)]
-    lines += canvas.section("phases", _phases(estimate), separator=" · ")
+    lines += canvas.section("phases", phases(estimate), separator=" · ")
     lines += canvas.section("allocator", _allocator(estimate), separator=" · ")
     return lines + canvas.section("model", _subject(candidate, cluster=cluster), separator=" · ")
 
@@ -58,21 +58,6 @@ def _owner_rows(estimate: Estimate, *, canvas: Canvas) -> list[str]:
         ],
         right=(1,),
     )
-
-
-def _phases(estimate: Estimate) -> list[str]:
-    """Device and host in the phases that are not the step that all other figures are of."""
-    names = {
-        RunPhase.LOAD: "loading",
-        RunPhase.FIRST_STEP: "first step",
-        RunPhase.EVALUATION: "evaluation",
-        RunPhase.SAVE: "saving",
-    }
-    return [
-        f"{names[peak.phase]} {gib(peak.allocated_peak_bytes)}, host {gib(peak.host_peak_bytes)}"
-        for peak in estimate.phases
-        if peak.phase in names
-    ]
 
 
 def _allocator(estimate: Estimate) -> list[str]:

@@ -11,7 +11,8 @@ from launchkit.report.text import Canvas, Ink
 
 @dataclass(frozen=True, kw_only=True)
 class Term:
-    """One word and its explanation; ``also`` are other names for it, ``see`` what to read next."""
+    """One word and its explanation; ``also`` are other names for it, ``see`` what to read next, ``page`` the page of
+    the documentation that goes into it."""
 
     name: str
     text: str
@@ -19,7 +20,13 @@ class Term:
     omits: str = ""
     also: tuple[str, ...] = ()
     see: tuple[str, ...] = ()
+    page: str = ""
 
+
+ENGINES_PAGE = "docs/fsdp-or-deepspeed.md"
+ACCURACY_PAGE = "docs/accuracy.md"
+SPLIT_PAGE = "docs/parallel.md"
+FILES_PAGE = "docs/configs.md"
 
 TERMS: tuple[Term, ...] = (
     Term(
@@ -29,6 +36,7 @@ TERMS: tuple[Term, ...] = (
         "off that run, not multiplied out of parameter counts.",
         omits="libraries that allocate outside PyTorch, and what your own script keeps alive between steps.",
         see=("allocated", "reserved", "range"),
+        page=ACCURACY_PAGE,
     ),
     Term(
         name="range",
@@ -36,6 +44,16 @@ TERMS: tuple[Term, ...] = (
         "fragmentation differ between drivers and runs. Something fits when the top of the range does.",
         also=("device_peak_low_bytes", "device_peak_high_bytes", "band"),
         see=("device_peak", "usable"),
+        page=ACCURACY_PAGE,
+    ),
+    Term(
+        name="is_simulated",
+        text="Whether a candidate was run through the model of the allocator. In a plan what is chosen always was, "
+        "what is shown beside it only with -v (in_full=True in Python): a run takes a tenth of a second. Without it "
+        "what is allocated is known to 0.2 % (2 % of small models), and the device's peak as a range that leaves room "
+        "for the most that the cache was seen to add; ≥ stands before what does not fit even without.",
+        also=("≥",),
+        see=("reserved", "fragmentation"),
     ),
     Term(
         name="allocated",
@@ -77,6 +95,7 @@ TERMS: tuple[Term, ...] = (
         "computes and the one prefetched) plus the root; zero3 up to stage3_max_live_parameters.",
         also=("gathered",),
         see=("fsdp2", "zero3"),
+        page=ENGINES_PAGE,
     ),
     Term(
         name="master_weights",
@@ -84,6 +103,7 @@ TERMS: tuple[Term, ...] = (
         "ZeRO stage, on the host under optimizer offload.",
         formula="4 bytes × trainable parameters ÷ shards",
         also=("master",),
+        page=ENGINES_PAGE,
     ),
     Term(
         name="gradients",
@@ -125,6 +145,7 @@ TERMS: tuple[Term, ...] = (
         "reduce_bucket_size and allgather buffers (500 million elements each by default, whatever the model's size).",
         also=("buckets",),
         see=("zero2", "ddp"),
+        page=ENGINES_PAGE,
     ),
     Term(name="inputs", text="The batch itself: token ids, mask, labels and positions."),
     Term(
@@ -205,6 +226,7 @@ TERMS: tuple[Term, ...] = (
         text="Every GPU holds everything and averages gradients. It shards nothing, so it never makes a model fit; it "
         "is the fastest where it does.",
         also=("DistributedDataParallel",),
+        page=ENGINES_PAGE,
     ),
     Term(
         name="fsdp",
@@ -212,33 +234,60 @@ TERMS: tuple[Term, ...] = (
         "gathered one block at a time.",
         also=("fsdp1",),
         see=("fsdp2", "gathered_weights"),
+        page=ENGINES_PAGE,
     ),
     Term(
         name="fsdp2",
         text="fully_shard: each parameter is sharded along its first dimension, so frozen and trainable ones mix "
         "freely. Under accelerate the trainable shards are fp32 and the computation is bf16.",
         see=("gathered_weights", "hsdp"),
+        page=ENGINES_PAGE,
     ),
     Term(
-        name="hsdp", text="FSDP within a node, data parallel between nodes: more memory, less traffic on the network."
+        name="hsdp",
+        text="FSDP within a node, data parallel between nodes: more memory, less traffic on the network.",
+        page=ENGINES_PAGE,
     ),
-    Term(name="zero1", text="DeepSpeed stage 1: optimizer states and master weights are sharded.", see=("zero2",)),
+    Term(
+        name="zero1",
+        text="DeepSpeed stage 1: optimizer states and master weights are sharded.",
+        see=("zero2",),
+        page=ENGINES_PAGE,
+    ),
     Term(
         name="zero2",
         text="DeepSpeed stage 2: gradients are sharded too. Its buckets are allocated at full size, so that zero2 "
         "can need less than zero3 for small models.",
         see=("communication",),
+        page=ENGINES_PAGE,
     ),
     Term(
         name="zero3",
         text="DeepSpeed stage 3: weights are sharded too and gathered on use, within stage3_max_live_parameters.",
         see=("gathered_weights",),
+        page=ENGINES_PAGE,
+    ),
+    Term(
+        name="split",
+        text="Ranks that share one copy's step: tp shares each matrix, cp each sequence in a ring, sp each sequence "
+        "and its heads. What is shared is divided among them; norms and some activations are there on each.",
+        also=("tp", "cp", "sp", "tensor parallel", "context parallel", "ulysses"),
+        see=("fsdp2", "zero3"),
+        page=SPLIT_PAGE,
+    ),
+    Term(
+        name="files",
+        text="What launchkit config writes of a plan: accelerate's, DeepSpeed's, Axolotl's and TRL's configuration, "
+        "from the fields that the estimate counted.",
+        also=("config", "accelerate", "axolotl", "trl", "deepspeed"),
+        page=FILES_PAGE,
     ),
     Term(
         name="offload",
         text="What lives on the host instead of the GPU: optimizer states (optimizer), weights (params), both (all), "
         "or both on a disk (nvme). It trades device memory for host memory and PCIe time.",
         see=("host",),
+        page=ENGINES_PAGE,
     ),
     Term(
         name="method",
@@ -256,6 +305,7 @@ TERMS: tuple[Term, ...] = (
         "bf16, and each product casts both factors to 8 bits. FSDP2 gathers weights in 8 bits, or in 16 with "
         "--no-fp8-all-gather. It takes compute capability 8.9; Transformer Engine's and MS-AMP's fp8 are not planned.",
         also=("bf16", "fp16", "bf16-params", "bf16-pure", "fp32", "fp8"),
+        page=ENGINES_PAGE,
     ),
     Term(
         name="checkpointing",
@@ -334,6 +384,7 @@ def render_term(term: Term, *, canvas: Canvas) -> str:
         if text:
             lines += canvas.section(label, [text])
     lines += canvas.section("see", [f"launchkit explain {name}" for name in term.see], separator=", ")
+    lines += canvas.section("read", [term.page] if term.page else [])
     return "\n".join(lines) + "\n"
 
 
@@ -352,6 +403,7 @@ def term_document(term: Term) -> dict[str, object]:
         "omits": term.omits,
         "also": list(term.also),
         "see": list(term.see),
+        "page": term.page,
     }
 
 

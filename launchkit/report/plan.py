@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from launchkit.hardware import Cluster
-from launchkit.plan import Candidate, Plan, Rejected, Suggestion
+from launchkit.plan import Candidate, Estimate, Plan, Rejected, Suggestion
 from launchkit.report.candidate import (
     INDENT,
     bars,
+    device_text,
+    disk_uses,
     headline,
+    host_uses,
     memory_lines,
     model_name,
     peak_text,
+    phases,
     saved_text,
     short_name,
     step_text,
@@ -18,8 +22,8 @@ from launchkit.report.candidate import (
     worst_moment,
 )
 from launchkit.report.text import MARGIN, Canvas, Ink, beside, columns, shorten, table
-from launchkit.report.verdict import closest
-from launchkit.scenario import Trainer
+from launchkit.report.verdict import asks_rare_host, closest, closest_but_for_host
+from launchkit.scenario import Precision, Scenario, Trainer
 from launchkit.units import count, gib
 
 SHOWN_ALTERNATIVES = 3
@@ -33,10 +37,12 @@ def render_plan(
     """The screen of ``launchkit plan``; ``plan_file`` is where the plan was written, if it was, and
     ``how_to_keep`` what to type for that, if it was not.
 
-    ``in_full`` shows all that also fits and all that was rejected, not only the first few.
+    ``in_full`` shows all that also fits and all that was rejected, not only the first few, and the phases of the run.
     """
     head = _nothing_fits(plan, canvas=canvas) if plan.chosen is None else _chosen(plan, plan.chosen, canvas=canvas)
     lines = [*head, *_others(plan, canvas=canvas, in_full=in_full)]
+    if in_full and plan.chosen is not None:
+        lines += _particulars(plan.chosen.estimate, canvas=canvas)
     lines += canvas.section(
         "to fit more" if plan.chosen else "would fit", _suggestions(plan.suggestions), separator="  ·  "
     )
@@ -58,11 +64,24 @@ def _chosen(plan: Plan, chosen: Candidate, *, canvas: Canvas) -> list[str]:
     return lines
 
 
+def _particulars(estimate: Estimate, *, canvas: Canvas) -> list[str]:
+    """Phase by phase, the host and the disk by what they are needed for."""
+    lines = canvas.section("phases", phases(estimate), separator=" · ")
+    lines += canvas.section("host", host_uses(estimate), separator=" · ")
+    return lines + canvas.section("disk", disk_uses(estimate), separator=" · ")
+
+
 def _nothing_fits(plan: Plan, *, canvas: Canvas) -> list[str]:
     number = plan.num_considered
     considered = f"{number} configuration{'' if number == 1 else 's'} considered" if number else "as asked"
     lines = canvas.flow([f"nothing fits {plan.cluster.text}: {considered}"], first=" ✗ ", rest=INDENT)
     lines = [canvas.paint(line, Ink.BAD) for line in lines]
+    lacking = closest_but_for_host(plan)
+    if lacking is not None:
+        name = short_name(lacking.candidate.scenario, cluster=plan.cluster)
+        needs = peak_text(lacking.candidate.estimate, cluster=plan.cluster)
+        text = f"closest: {name} takes {needs}; {lacking.reason}, of {gib(plan.cluster.node.host_memory_bytes)}"
+        return [*lines, *canvas.flow([text], first=INDENT, rest=INDENT)]
     nearest = closest(plan)
     if nearest is None:
         return lines
@@ -76,8 +95,8 @@ def _nothing_fits(plan: Plan, *, canvas: Canvas) -> list[str]:
 def _others(plan: Plan, *, canvas: Canvas, in_full: bool) -> list[str]:
     alternatives = plan.alternatives if in_full else plan.alternatives[:SHOWN_ALTERNATIVES]
     rejected = plan.rejected if in_full else plan.rejected[:SHOWN_REJECTED]
-    fitting = _labelled("also fits", _alternative_rows(alternatives, plan.cluster, canvas=canvas), canvas=canvas)
-    losing = _labelled("rejected", _rejected_rows(rejected, plan.cluster, canvas=canvas), canvas=canvas)
+    fitting = _labelled("also fits", _alternative_rows(alternatives, plan, canvas=canvas), canvas=canvas)
+    losing = _labelled("rejected", _rejected_rows(rejected, plan, canvas=canvas), canvas=canvas)
     if fitting and losing and canvas.width >= SIDE_BY_SIDE_COLUMNS:
         together = beside(fitting, losing)
         if max(columns(line) for line in together) <= canvas.width:
@@ -85,23 +104,34 @@ def _others(plan: Plan, *, canvas: Canvas, in_full: bool) -> list[str]:
     return [*fitting, *losing]
 
 
-def _alternative_rows(candidates: tuple[Candidate, ...], cluster: Cluster, *, canvas: Canvas) -> list[str]:
+def _row_name(scenario: Scenario, plan: Plan) -> str:
+    """Of a row beside the chosen one, whose precision need not be said again."""
+    usual = plan.chosen.scenario.training.precision if plan.chosen else Precision.BF16
+    return short_name(scenario, cluster=plan.cluster, usual=usual)
+
+
+def _alternative_rows(candidates: tuple[Candidate, ...], plan: Plan, *, canvas: Canvas) -> list[str]:
     rows = [
         [
-            short_name(item.scenario, cluster=cluster),
-            gib(item.estimate.device_peak_bytes),
-            step_text(item.step),
+            _row_name(item.scenario, plan),
+            device_text(item.estimate),
+            step_text(item.step) + _rare_host(item, plan.cluster),
         ]
         for item in candidates
     ]
     return table([row[:2] for row in rows] if canvas.is_narrow else rows, right=(1,))
 
 
-def _rejected_rows(rejected: tuple[Rejected, ...], cluster: Cluster, *, canvas: Canvas) -> list[str]:
+def _rare_host(candidate: Candidate, cluster: Cluster) -> str:
+    needed = candidate.estimate.host_needed_bytes
+    return f", if its host has {gib(needed)}" if asks_rare_host(candidate.estimate, cluster) else ""
+
+
+def _rejected_rows(rejected: tuple[Rejected, ...], plan: Plan, *, canvas: Canvas) -> list[str]:
     rows = [
         [
-            short_name(item.candidate.scenario, cluster=cluster),
-            gib(item.candidate.estimate.device_peak_bytes),
+            _row_name(item.candidate.scenario, plan),
+            device_text(item.candidate.estimate),
             f"({item.reason})",
         ]
         for item in rejected

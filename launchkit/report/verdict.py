@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from enum import Enum
 
-from launchkit.plan import Candidate, Estimate, Plan
+from launchkit.hardware import Cluster
+from launchkit.plan import Candidate, Estimate, Plan, Rejected
 from launchkit.report.text import Ink
 
 
@@ -33,6 +34,12 @@ def verdict(estimate: Estimate) -> Verdict:
     return Verdict.NARROW if likeliest <= estimate.device_usable_bytes else Verdict.DOES_NOT_FIT
 
 
+def asks_rare_host(estimate: Estimate, cluster: Cluster) -> bool:
+    """Whether something fits only on a host with more memory than is likely, since nobody said how much there is."""
+    node = cluster.node
+    return not node.host_memory_bytes and 0 < node.plausible_host_bytes < estimate.host_needed_bytes
+
+
 def plan_verdict(plan: Plan) -> Verdict:
     """The chosen candidate's verdict; without one, the best that any rejected candidate had."""
     if plan.chosen is not None:
@@ -41,7 +48,13 @@ def plan_verdict(plan: Plan) -> Verdict:
     return Verdict.NARROW if narrow else Verdict.DOES_NOT_FIT
 
 
+def closest_but_for_host(plan: Plan) -> Rejected | None:
+    """Of what has room on the device and was rejected all the same, what asks least of the host."""
+    fitting = [item for item in plan.rejected if verdict(item.candidate.estimate) is Verdict.FITS]
+    return min(fitting, key=lambda item: item.candidate.estimate.host_needed_bytes, default=None)
+
+
 def closest(plan: Plan) -> Candidate | None:
     """Of what was rejected for its memory, the candidate that needs least."""
     too_large = [item.candidate for item in plan.rejected if verdict(item.candidate.estimate) is not Verdict.FITS]
-    return min(too_large, key=lambda candidate: candidate.estimate.device_peak_bytes, default=None)
+    return min(too_large, key=lambda candidate: candidate.estimate.allocated_peak_bytes, default=None)

@@ -237,10 +237,6 @@ class _Pool:
         del self.keys[bisect_left(self.keys, key)]
         del self.blocks[key]
 
-    def take(self, index: int) -> _Block:
-        """Take out the block at ``index`` of ``keys``."""
-        return self.blocks.pop(self.keys.pop(index))
-
     def discard(self, block: _Block) -> None:
         """Take out a block, mapped or not."""
         if block.mapped:
@@ -293,12 +289,12 @@ class CachingAllocator:
         if block.size != size:
             self._split(block, size)
         block.allocated = True
-        self.allocated_bytes += block.size
-        if self.allocated_bytes > self.peak_allocated_bytes:
-            self.peak_allocated_bytes = self.allocated_bytes
-        self._num_handles += 1
-        self._live[self._num_handles] = block
-        return self._num_handles
+        self.allocated_bytes = allocated_bytes = self.allocated_bytes + block.size
+        if allocated_bytes > self.peak_allocated_bytes:
+            self.peak_allocated_bytes = allocated_bytes
+        self._num_handles = handle = self._num_handles + 1
+        self._live[handle] = block
+        return handle
 
     def free(self, handle: int, lag: int = 0) -> None:
         """Return a block to its pool, merged with its free neighbours.
@@ -315,7 +311,8 @@ class CachingAllocator:
         if lag:
             self._lagging.append((self._num_gathers + lag, block))
         else:
-            self._put_back(block)
+            block.allocated = False
+            self._insert_merged(block)
 
     def begin_gather(self) -> None:
         """The other streams have come as far as the blocks whose ``lag`` ends here."""
@@ -371,11 +368,12 @@ class CachingAllocator:
     def _find(self, pool: _Pool, size: int) -> _Block | None:
         """The best fitting free block, taken out of its pool."""
         pool.num_searches += 1
-        index = pool.first_at_least(size)
-        if index == len(pool.keys):
+        keys = pool.keys
+        index = bisect_left(keys, size << _ADDRESS_BITS)
+        if index == len(keys):
             return None
         if self._takes_best_fit:
-            return pool.take(index)
+            return pool.blocks.pop(keys.pop(index))
         block = pool.at(index)
         limit = self.settings.max_split_size_bytes
         if block.expandable:

@@ -26,6 +26,41 @@ class MemoryEvent(NamedTuple):
 _Key = tuple[int, int, int]  # the absolute name of a tensor: the stage's index, the layer, the slot
 
 
+class _Passing(NamedTuple):
+    """Birth or death of a storage that no other section sees; ``number`` counts the section's storages."""
+
+    number: int
+    delta_bytes: int
+    owner: Owner
+    stream: int
+    lag: int
+
+
+class _Birth(NamedTuple):
+    """Birth of a storage that outlives the section."""
+
+    number: int
+    num_bytes: int
+    owner: Owner
+    stream: int
+    lag: int
+    slot: int
+
+
+class _Death(NamedTuple):
+    """Death of a storage that another section, or another layer, made: ``layer`` counts from the one that runs, or
+    from the first."""
+
+    num_bytes: int
+    stage: int
+    layer: int
+    is_relative: bool
+    slot: int
+
+
+_Item = _Passing | _Birth | _Death | FreeAll
+
+
 def expand(program: StepProgram, point: Point) -> Iterator[MemoryEvent]:
     """The persistent storages, then one step's events. Empty storages take no memory and are left out.
 
@@ -57,7 +92,7 @@ class _Expansion:
         if len(self.indices) != len(program.stages):
             raise ProgramError("two stages of the program share a name; trace the model again")
         self.live: dict[_Key, MemoryEvent] = {}
-        self.sizes: dict[int, Sequence[int]] = {}
+        self.scripts: dict[tuple[int, int], tuple[list[_Item], int]] = {}  # by stage and section
         self.num_tensors = 0
 
     def events(self) -> Iterator[MemoryEvent]:
@@ -72,33 +107,58 @@ class _Expansion:
     def _layer(self, index: int, stage: Stage, layer: int) -> list[MemoryEvent]:
         """One layer's events. The loop is written out: a long step has a hundred thousand of them."""
         found: list[MemoryEvent] = []
-        live = self.live
-        number = stage.layers[layer]
-        for event, num_bytes in zip(self.program.sections[number].events, self._sizes(number), strict=True):
-            if isinstance(event, Alloc):
-                key = (index, layer, event.slot)
+        live, first, new = self.live, self.num_tensors, tuple.__new__
+        script, num_births = self._script(index, stage.layers[layer])
+        for item in script:
+            if isinstance(item, _Passing):
+                number, num_bytes, owner, stream, lag = item
+                found.append(new(MemoryEvent, (first + number, num_bytes, owner, index, stream, lag)))
+            elif isinstance(item, _Birth):
+                number, num_bytes, owner, stream, lag, slot = item
+                key = (index, layer, slot)
                 if key in live or num_bytes < 0:
                     raise self._refused(key, num_bytes)
-                made = live[key] = MemoryEvent(self.num_tensors, num_bytes, event.owner, index, event.stream, event.lag)
-                self.num_tensors += 1
+                made = live[key] = MemoryEvent(first + number, num_bytes, owner, index, stream, lag)
                 if num_bytes:
                     found.append(made)
-            elif isinstance(event, Free):
-                key = self._resolve(event.ref, layer)
+            elif isinstance(item, _Death):
+                num_bytes, source, distance, is_relative, slot = item
+                key = (source, layer + distance if is_relative else distance, slot)
                 freed = live.pop(key, None)
                 if freed is None or freed.delta_bytes != num_bytes:
                     raise self._unfreed(key, freed, num_bytes, where=f"{stage.name}[{layer}]")
                 if num_bytes:
-                    found.append(MemoryEvent(freed.tensor, -num_bytes, freed.owner, index, freed.stream, freed.lag))
+                    found.append(freed._replace(delta_bytes=-num_bytes, stage=index))
             else:
-                found += self._free_all(event.owner, stage=index)
+                found += self._free_all(item.owner, stage=index)
+        self.num_tensors += num_births
         return found
 
-    def _sizes(self, number: int) -> Sequence[int]:
-        """The size of each event of a section, worked out once for all its layers."""
-        if number not in self.sizes:
-            self.sizes[number] = [_event_bytes(event, self.point) for event in self.program.sections[number].events]
-        return self.sizes[number]
+    def _script(self, index: int, number: int) -> tuple[list[_Item], int]:
+        """Section ``number`` as stage ``index`` runs it, and how many storages it makes: worked out once for all
+        layers, with what is born and dies within it told apart."""
+        if (index, number) not in self.scripts:
+            events = self.program.sections[number].events
+            sizes = [_event_bytes(event, self.point) for event in events]
+            births = dict(_own_pairs(self.program.stages[index].name, events, sizes))  # by the place of the death
+            passing = {*births, *births.values()}
+            numbers: dict[int, int] = {}  # of storages, by the place of their birth
+            script: list[_Item] = []
+            for place, (event, num_bytes) in enumerate(zip(events, sizes, strict=True)):
+                if isinstance(event, Alloc):
+                    numbers[place] = len(numbers)
+                    made = (numbers[place], num_bytes, event.owner, event.stream, event.lag)
+                    script.append(_Passing(*made) if place in passing else _Birth(*made, event.slot))
+                elif isinstance(event, FreeAll):
+                    script.append(event)
+                elif place in births:
+                    birth = events[births[place]]
+                    assert isinstance(birth, Alloc)
+                    script.append(_Passing(numbers[births[place]], -num_bytes, birth.owner, birth.stream, birth.lag))
+                else:
+                    script.append(self._death(event.ref, num_bytes))
+            self.scripts[index, number] = script, len(numbers)
+        return self.scripts[index, number]
 
     def _refused(self, key: _Key, num_bytes: int) -> ProgramError:
         """Why a storage cannot come into being."""
@@ -121,21 +181,36 @@ class _Expansion:
             if event.delta_bytes:
                 yield event._replace(delta_bytes=-event.delta_bytes, stage=stage)
 
-    def _resolve(self, ref: TensorRef, layer: int) -> _Key:
-        """What ``StepProgram.resolve`` says, with the stage as its index."""
+    def _death(self, ref: TensorRef, num_bytes: int) -> _Death:
+        """What ``StepProgram.resolve`` says, for every layer."""
         stage, anchor, distance, slot = ref
         index = self.indices.get(stage)
         if index is None:
             raise ProgramError(f"the program has no stage {stage!r}; trace the model again")
-        if anchor is Anchor.RELATIVE:
-            return index, layer + distance, slot
-        if anchor is Anchor.FIRST:
-            return index, distance, slot
-        return index, len(self.program.stages[index].layers) - 1 - distance, slot
+        if anchor is Anchor.LAST:
+            distance = len(self.program.stages[index].layers) - 1 - distance
+        return _Death(num_bytes, index, distance, anchor is Anchor.RELATIVE, slot)
 
     def _name(self, key: _Key) -> str:
         stage, layer, slot = key
         return f"tensor {self.program.stages[stage].name}[{layer}].{slot}"
+
+
+def _own_pairs(stage: str, events: Sequence[Event], sizes: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Deaths and births, by their places, of the storages that a section of ``stage`` makes and frees itself: nothing
+    can go wrong with them in one layer that does not in all. None where all of an owner is freed on the way."""
+    if any(isinstance(event, FreeAll) for event in events):
+        return
+    open_slots: dict[int, int] = {}
+    for place, event in enumerate(events):
+        if isinstance(event, Alloc):
+            if event.slot in open_slots:
+                return  # taken twice: an error, which the walk finds
+            open_slots[event.slot] = place
+        elif isinstance(event, Free) and event.ref[:3] == (stage, Anchor.RELATIVE, 0):
+            birth = open_slots.pop(event.ref.slot, None)
+            if birth is not None and sizes[birth] == sizes[place] > 0:
+                yield place, birth
 
 
 def _event_bytes(event: Event, point: Point) -> int:

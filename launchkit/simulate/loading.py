@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import defaultdict, deque
 from collections.abc import Iterable, Sequence
 
-from launchkit.program import Arrival, Owner
+from launchkit.program import Arrival, Owner, StepProgram
 from launchkit.simulate.allocator import CachingAllocator
 from launchkit.simulate.expand import MemoryEvent
 
@@ -28,6 +28,11 @@ def load(
     loading.keep(*(storage for storage in weights if storage.tensor not in arriving))
     loading.run(arrivals, kept)
     loading.keep(*(storage for storage in storages if storage.owner is not Owner.WEIGHTS))
+
+
+def left_by_loading(program: StepProgram) -> int:
+    """Bytes of weights that were whole on every device before they were sharded, and lie free in the cache since."""
+    return sum(sum(arrival.pieces) - arrival.kept for arrival in program.arrivals if arrival.waits)
 
 
 def _kept(weights: Iterable[MemoryEvent], arrivals: Iterable[Arrival]) -> list[MemoryEvent | None]:

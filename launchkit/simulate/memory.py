@@ -15,6 +15,8 @@ from launchkit.simulate.expand import PERSISTENT_STAGE, MemoryEvent, expand
 from launchkit.simulate.loading import load
 from launchkit.simulate.owners import OWNERS, read_owners
 
+MOST_STEPS = 4  # by when a cache that is released from time to time has taken its final shape, if it ever does
+
 
 class TimelinePoint(NamedTuple):
     """Live bytes of each of ``OWNERS`` after event number ``event`` of the step, which is in stage ``stage``."""
@@ -32,8 +34,8 @@ class MemoryReading:
     ``Owner`` and sums to it exactly. ``reserved_peak_bytes`` is ``max_memory_reserved`` after ``num_steps`` steps;
     ``reserved_first_step_bytes`` after the first: where the two differ, the warm-up step alone is no measure.
     ``steady_bytes`` is live at the step's end. ``num_retries`` counts how often the cache had to be released to stay
-    within the capacity given; ``exceeds_capacity`` says that even so it does not run, and then the other figures are
-    those without that limit.
+    within the capacity given, ``num_late_retries`` how often in the last step of several; ``exceeds_capacity`` says
+    that even so it does not run, and then the other figures are those without that limit.
     """
 
     allocated_peak_bytes: int
@@ -45,6 +47,7 @@ class MemoryReading:
     steady_bytes: int
     num_steps: int
     num_retries: int = 0
+    num_late_retries: int = 0
     exceeds_capacity: bool = False
     timeline: tuple[TimelinePoint, ...] = ()
 
@@ -64,6 +67,7 @@ class _Record(NamedTuple):
     reserved_first_step_bytes: int
     num_steps: int
     num_retries: int
+    num_late_retries: int = 0
 
 
 def simulate_memory(
@@ -79,7 +83,8 @@ def simulate_memory(
 
     On CUDA two steps are run where the program ends as it began. In the first the optimizer states come into being
     when its optimizer stage is reached, as torch's optimizers create them, under DeepSpeed too, among the cached blocks
-    of the backward. The second is the one that is read. A program that leaves more behind than it found (a first step
+    of the backward. The second is the one that is read; while the cache still has to be released in it, the next, up to
+    ``MOST_STEPS``. A program that leaves more behind than it found (a first step
     that builds its states) is run once.
 
     On CPU nothing is rounded or cached: reserved equals allocated.
@@ -151,9 +156,19 @@ class _CudaRun:
         self._warm_up(allocator, handles)
         reserved_first_step_bytes = allocator.peak_reserved_bytes
         _replay(allocator, handles, [event for event in self.persistent if event.tensor not in handles])
-        changes = self._read(allocator, handles)
-        reserved = allocator.peak_reserved_bytes
-        return _Record(changes, reserved, reserved_first_step_bytes, num_steps=2, num_retries=allocator.num_retries)
+        num_steps, num_late_retries = 1, 1
+        while num_late_retries and num_steps < MOST_STEPS:
+            num_retries = allocator.num_retries
+            changes = self._read(allocator, handles)
+            num_steps, num_late_retries = num_steps + 1, allocator.num_retries - num_retries
+        return _Record(
+            changes,
+            allocator.peak_reserved_bytes,
+            reserved_first_step_bytes,
+            num_steps=num_steps,
+            num_retries=allocator.num_retries,
+            num_late_retries=num_late_retries,
+        )
 
     def _warm_up(self, allocator: CachingAllocator, handles: dict[int, int]) -> None:
         """The first step, in which the optimizer creates its states."""
@@ -173,15 +188,16 @@ class _CudaRun:
 
 def _replay(allocator: CachingAllocator, handles: dict[int, int], events: Iterable[MemoryEvent]) -> list[int]:
     """The allocated bytes after each of ``events``."""
-    levels = []
+    levels: list[int] = []
+    malloc, free, note = allocator.malloc, allocator.free, levels.append
     for tensor, delta_bytes, _, _, stream, lag in events:
         if delta_bytes > 0:
             if lag and stream == Stream.GATHER:
                 allocator.begin_gather()
-            handles[tensor] = allocator.malloc(delta_bytes, stream)
+            handles[tensor] = malloc(delta_bytes, stream)
         else:
-            allocator.free(handles.pop(tensor), lag)
-        levels.append(allocator.allocated_bytes)
+            free(handles.pop(tensor), lag)
+        note(allocator.allocated_bytes)
     return levels
 
 
@@ -204,6 +220,7 @@ def _summary(program: StepProgram, record: _Record) -> MemoryReading:
         steady_bytes=levels[-1] if levels else 0,
         num_steps=record.num_steps,
         num_retries=record.num_retries,
+        num_late_retries=record.num_late_retries,
     )
 
 

@@ -12,9 +12,11 @@ from launchkit.cli import demo
 from launchkit.cli.console import Console
 from launchkit.cli.launch import report_run
 from launchkit.cli.main import main
+from launchkit.detection import Detection
 from launchkit.errors import LaunchkitError
 from launchkit.launch.record import RunRecord
 from launchkit.plan import Plan
+from launchkit.probe.host import detect_host
 from launchkit.process.run import RunOptions
 from launchkit.scenario import StrategyKind
 from launchkit.serialize import document_text, plan_document
@@ -140,3 +142,20 @@ def test_the_first_node_says_what_to_type_on_the_others(
     said = capsys.readouterr().err
     assert ("note: this is node 0" in said) is bool(others)
     assert others in said
+
+
+def test_a_plan_for_gpus_starts_nothing_where_there_are_none(
+    plan_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    host = detect_host()
+    monkeypatch.setattr("launchkit.probe.detect.detect", lambda: Detection(host=host))
+    monkeypatch.setattr("launchkit.process.run._require_packages", lambda *_: None)
+    before = set(plan_file.parent.iterdir())
+    assert main(["launch", "--plan", str(plan_file), "train.py"]) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err == (
+        "launchkit: the plan is for 2× RTX 4090 and no GPU is seen here; launch it where they are, or plan for this "
+        "machine: launchkit plan Qwen/Qwen3-8B --gpus cpu\n"
+    )
+    assert set(plan_file.parent.iterdir()) == before

@@ -80,7 +80,8 @@ def test_a_preset_reaches_the_planner_below_what_is_typed(
     assert main([verb, "gpt2", "--preset", "zephyr-7b-sft", "--seq-len", "64"]) == 0
     assert asked[0][1].given() == {**find_preset("zephyr-7b-sft").flags, "seq_len": 64}
     said = capsys.readouterr().err
-    assert "settings: --strategy zero3 (preset zephyr-7b-sft), --method full (preset zephyr-7b-sft)" in said
+    assert "settings: --strategy zero3 --method full --precision bf16" in said
+    assert said.count("preset zephyr-7b-sft") == 1
     assert "--seq-len" not in said
 
 

@@ -38,14 +38,14 @@ PROJECT = {"pyproject.toml": "[tool.launchkit]\nseq_len = 256\npacking = true\n"
             {},
             PROJECT,
             {"seq_len": 256, "packing": True},
-            "--seq-len 256 (pyproject.toml), --packing True (pyproject.toml)",
+            "--seq-len 256 --packing True (pyproject.toml)",
         ),
         (
             {},
             {},
             {**OWN, **PROJECT},
             {"seq_len": 512, "strategy": "ddp"},
-            "--seq-len 512 (launchkit.toml), --strategy ddp (launchkit.toml)",
+            "--seq-len 512 --strategy ddp (launchkit.toml)",
         ),
         ({}, {"LAUNCHKIT_GPUS": ""}, {"pyproject.toml": "[project]\nname = 'x'\n"}, {}, ""),
         ({"packing": False}, {}, PROJECT, {"packing": False, "seq_len": 256}, "--seq-len 256 (pyproject.toml)"),
@@ -69,14 +69,14 @@ def test_the_nearest_source_wins(
 @pytest.mark.parametrize(
     ("typed", "environment", "files", "name", "changed", "text"),
     [
-        ({"preset": "Vicuna_7B"}, {}, {}, "vicuna-7b", {}, "--strategy fsdp (preset vicuna-7b), --method full (preset"),
+        ({"preset": "Vicuna_7B"}, {}, {}, "vicuna-7b", {}, "--strategy fsdp --method full --"),
         (
             {"preset": "vicuna-7b", "seq_len": "64"},
             {"LAUNCHKIT_MICRO_BATCH": "1"},
             OWN,
             "vicuna-7b",
             {"seq_len": 64, "micro_batch": 1, "strategy": "ddp"},
-            "--micro-batch 1 (LAUNCHKIT_MICRO_BATCH), --strategy ddp (launchkit.toml), --method full (preset",
+            "--micro-batch 1 (LAUNCHKIT_MICRO_BATCH), --strategy ddp (launchkit.toml), --method full --",
         ),
         (
             {},
@@ -92,7 +92,7 @@ def test_the_nearest_source_wins(
             {"launchkit.toml": 'preset = "alpaca-7b"\n'},
             "alpaca-7b",
             {},
-            "--preset alpaca-7b (launchkit.toml), --strategy fsdp (preset alpaca-7b)",
+            "--preset alpaca-7b (launchkit.toml), --strategy fsdp --method full --",
         ),
     ],
 )

@@ -14,7 +14,7 @@ from launchkit.catalog.fingerprint import fingerprint
 from launchkit.catalog.models import load_index
 from launchkit.errors import MissingExtraError, ModelConfigError, UnknownModelError
 from launchkit.hub.gguf_metadata import GgufContents, config_from_gguf, read_contents, read_gguf_config
-from launchkit.hub.local import is_local, read_local
+from launchkit.hub.local import is_local, read_local, similar_models
 from launchkit.hub.safetensors import read_stored_weights
 from launchkit.hub.validate import validate_config
 
@@ -111,8 +111,10 @@ def test_an_adapter_names_its_base(tmp_path: Path) -> None:
 
 
 def test_an_empty_directory_is_no_model(tmp_path: Path) -> None:
+    empty = tmp_path / "alone" / "empty"  # beside no other test's models
+    empty.mkdir(parents=True)
     with pytest.raises(UnknownModelError, match=r"holds no config\.json; pass a model's directory"):
-        read_local(tmp_path)
+        read_local(empty)
 
 
 @pytest.mark.parametrize("name", ["/no/such/model", "./nothing.json", "~nobody/model", "x.gguf"])
@@ -222,3 +224,40 @@ def test_a_real_gguf_file_has_the_fingerprint_of_its_hub_model() -> None:
     file = next(Path(spec.origin).parent.glob("*.gguf"))
     entry = load_index().find("HuggingFaceTB/SmolLM2-135M")
     assert entry is not None and fingerprint(read_gguf_config(file)) == entry.fingerprint
+
+
+@pytest.fixture
+def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A directory with two models, a GGUF file and a directory that is none."""
+    for name in ("mymodel", "other-model", "runs/step-100", "runs/step-200"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "config.json").write_text(json.dumps(CONFIG))
+    (tmp_path / "mymodel.gguf").touch()
+    (tmp_path / "mymodels").mkdir()
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("typed", "told"),
+    [
+        ("./mymodle", "./mymodle does not exist; did you mean ./mymodel or ./mymodel.gguf?"),
+        ("./mymodle/", "./mymodle/ does not exist; did you mean ./mymodel or ./mymodel.gguf?"),
+        ("./mymodel.guf.json", "./mymodel.guf.json does not exist; did you mean ./mymodel.gguf or ./mymodel?"),
+        ("./runs/step-150", "./runs/step-150 does not exist; did you mean ./runs/step-100 or ./runs/step-200?"),
+        ("./mymodels", "mymodels holds no config.json; did you mean mymodel or mymodel.gguf?"),
+        ("./runs", "runs holds no config.json; did you mean runs/step-100 or runs/step-200?"),
+        ("./zzz", "./zzz does not exist; check the path, or give a hub id like Qwen/Qwen3-8B"),
+        ("./nowhere/mymodel", "./nowhere/mymodel does not exist; check the path, or give a hub id like Qwen/Qwen3-8B"),
+    ],
+)
+def test_a_near_miss_of_a_directory_is_told(typed: str, told: str, models: Path) -> None:
+    with pytest.raises(UnknownModelError) as caught:
+        read_local(typed)
+    assert str(caught.value) == told
+
+
+def test_a_near_miss_without_a_slash_is_told_before_known_ids(models: Path) -> None:
+    assert similar_models("mymodle") == ["mymodel", "mymodel.gguf"]
+    assert similar_models("mymodel") == ["mymodel.gguf"]
+    assert similar_models("Qwen/Qwen3-8B") == []

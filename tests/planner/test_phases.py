@@ -10,7 +10,7 @@ from launchkit import planner
 from launchkit.hardware import Cluster
 from launchkit.plan import Candidate, PhasePeak, RunPhase
 from launchkit.planner.evaluate import Bench, run_of
-from launchkit.planner.host import HostUse, shortage
+from launchkit.planner.host import HostUse, greatest_need
 from launchkit.report.candidate import worst_moment
 from launchkit.report.verdict import Verdict, verdict
 from launchkit.request import Request
@@ -140,10 +140,17 @@ def test_a_single_process_that_loads_as_stored_reads_nothing_yet() -> None:
     assert found[RunPhase.LOAD].host_peak_bytes < 600 * MIB
 
 
-def test_shortage_names_the_moment_that_asks_most() -> None:
+def test_the_moment_that_asks_most_counts_no_pages_that_the_kernel_can_drop() -> None:
     uses = {"while loading": HostUse(9 * GIB, 100 * GIB), "while saving": HostUse(12 * GIB)}
-    assert shortage(uses, memory_bytes=12 * GIB) is None
-    assert shortage(uses, memory_bytes=11 * GIB) == ("while saving", 12 * GIB)
+    assert greatest_need(uses) == ("while saving", 12 * GIB)
+
+
+@pytest.mark.parametrize(("spare_bytes", "lacks"), [(0, False), (-1, True)])
+def test_a_host_lacks_from_the_first_missing_byte_on(spare_bytes: int, lacks: bool) -> None:
+    point = scenario(strategy="fsdp2")
+    need = Bench(source=WrittenSource(12), cluster=with_host(1024 * GIB)).host_need(point)
+    bench = Bench(source=WrittenSource(12), cluster=with_host(need.needed_bytes + spare_bytes))
+    assert bench.host_shortage(point) == (need if lacks else None)
 
 
 def test_a_load_that_would_be_killed_is_rejected_with_the_reason() -> None:

@@ -78,10 +78,10 @@ def test_a_smaller_batch_is_tried_where_the_allocator_run_finds_the_largest_too_
     """Two sequences pass the cheap reading, and fragmentation then takes them over the edge; one fits with ease."""
     asked: dict[str, Any] = {"gpus": "2x8xH100", "method": "full", "strategy": "zero3", "precision": "bf16-params"}
     two = launchkit.estimate(
-        "meta-llama/Llama-3.1-70B", **asked, seq_len=4096, micro_batch=2, global_batch=32, checkpointing="full"
+        "meta-llama/Llama-3.1-70B", **asked, seq_len=5120, micro_batch=2, global_batch=32, checkpointing="full"
     )
     assert not two.estimate.fits
-    plan = launchkit.plan("meta-llama/Llama-3.1-70B", **asked, seq_len=4096)
+    plan = launchkit.plan("meta-llama/Llama-3.1-70B", **asked, seq_len=5120)
     assert chosen_of(plan).scenario.batch.micro_batch == 1
     assert two.scenario not in {r.candidate.scenario for r in plan.rejected}
 
@@ -108,6 +108,33 @@ def test_offload_needs_host_memory() -> None:
 
 def test_unknown_host_memory_is_taken_to_be_enough() -> None:
     assert chosen_of(made(350, host_bytes=0)).scenario.strategy.offload is Offload.ALL
+
+
+def of_unknown_host(num_gpus: int, *, plausible_gib: int) -> Cluster:
+    gpus = cluster(num_gpus=num_gpus)
+    return replace(gpus, node=replace(gpus.node, host_memory_bytes=0, plausible_host_bytes=plausible_gib * GIB))
+
+
+@pytest.mark.parametrize(("plausible_gib", "method"), [(0, Method.FULL), (1024, Method.FULL), (24, Method.LORA)])
+def test_a_host_of_likely_size_is_preferred(plausible_gib: int, method: Method) -> None:
+    """A full fine-tune of 1.6 billion parameters loads 26 GB of fp32 copies in four processes; adapters load none."""
+    request = Request.from_flags({"strategy": "fsdp2", "offload": "none"})
+    gpus = of_unknown_host(4, plausible_gib=plausible_gib)
+    plan = planner.plan(WrittenSource(12), cluster=gpus, request=request)
+    assert chosen_of(plan).scenario.training.method is method
+    assert {Method.FULL, Method.LORA} <= {candidate.scenario.training.method for candidate in shown(plan)}
+
+
+def test_a_rare_host_is_said_where_there_is_no_other_way() -> None:
+    gpus = cluster(num_gpus=1)
+    gpus = replace(gpus, node=replace(gpus.node, host_memory_bytes=0, plausible_host_bytes=64 * GIB))
+    chosen = chosen_of(planner.plan(WrittenSource(350), cluster=gpus, request=Request()))
+    assert chosen.estimate.host_needed_bytes > 64 * GIB
+    assert [
+        note
+        for note in chosen.notes
+        if note.endswith("seldom have more than 64.0 GiB; --host-memory says what yours have")
+    ]
 
 
 @pytest.mark.parametrize("num_gpus", [1, 2, 4, 8])
@@ -282,3 +309,28 @@ def test_what_is_planned_for_axolotl_can_be_written_for_it(method: str, gpus: st
 def test_adapters_under_axolotl_s_fsdp_are_planned_under_autocast() -> None:
     plan = launchkit.plan("Qwen/Qwen3-8B", gpus="4x3090", method="qlora", trainer="axolotl", strategy="fsdp2")
     assert chosen_of(plan).scenario.training.precision is Precision.BF16
+
+
+def fits_on(gib: int, **flags: Any) -> bool:
+    found = launchkit.estimate("Qwen/Qwen3-8B", gpus=f"4x{gib}GiB", checkpointing="full", seq_len=1024, **flags)
+    return found.estimate.fits
+
+
+@pytest.mark.parametrize(("strategy", "method"), [("fsdp", "qlora"), ("fsdp2", "qlora"), ("fsdp2", "lora")])
+def test_what_fits_fits_on_every_larger_device(strategy: str, method: str) -> None:
+    """Also between, where the allocator has to give back what it has cached."""
+    found = [fits_on(gib, strategy=strategy, method=method) for gib in range(7, 21)]
+    assert found == sorted(found)
+    assert set(found) == {False, True}
+
+
+def test_a_cache_that_would_not_fit_is_given_back() -> None:
+    """4-bit weights are whole on each GPU before they are sharded; what is left of them need not fit."""
+    asked: dict[str, Any] = {"strategy": "fsdp", "method": "qlora", "checkpointing": "full", "seq_len": 1024}
+    roomy = launchkit.estimate("Qwen/Qwen3-8B", gpus="4x24GiB", **asked)
+    tight = launchkit.estimate("Qwen/Qwen3-8B", gpus="4x14GiB", **asked)
+    assert tight.estimate.fits
+    assert roomy.estimate.device_peak_bytes > 14 * GIB > tight.estimate.device_peak_high_bytes
+    assert roomy.estimate.allocated_peak_bytes == tight.estimate.allocated_peak_bytes
+    assert any("given back once" in note for note in tight.notes)
+    assert any("made whole on every GPU" in note for note in roomy.notes)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 
 from launchkit.errors import UsageError
 from launchkit.plan import Estimate, StepTime
 from launchkit.program import Owner
-from launchkit.report.explain import TERMS, find_term, render_term, render_terms
+from launchkit.report.explain import ENGINES_PAGE, TERMS, Term, find_term, render_term, render_terms
 from launchkit.report.text import Canvas
 from launchkit.request import FLAGS
 from launchkit.scenario import StrategyKind
@@ -74,3 +75,14 @@ def test_terms_keep_the_width(width: int) -> None:
     canvas = Canvas(width=width)
     for text in (*(render_term(term, canvas=canvas) for term in TERMS), render_terms(canvas=canvas)):
         assert max(len(line) for line in text.splitlines()) <= width
+
+
+@pytest.mark.parametrize("term", [term for term in TERMS if term.page], ids=lambda term: term.name)
+def test_pages_are_there(term: Term) -> None:
+    assert (Path(__file__).parents[2] / term.page).is_file()
+    assert render_term(term, canvas=Canvas()).endswith(f" read         {term.page}\n")
+
+
+@pytest.mark.parametrize("kind", [kind for kind in StrategyKind if kind is not StrategyKind.SINGLE])
+def test_every_engine_leads_to_the_page_that_compares_them(kind: StrategyKind) -> None:
+    assert find_term(kind).page == ENGINES_PAGE

@@ -8,13 +8,14 @@ from dataclasses import replace
 
 import pytest
 
-from launchkit.plan import Estimate, Plan
-from launchkit.report.candidate import OWNERS, bars, model_name
+from launchkit.plan import CheckpointFiles, Estimate, PhasePeak, Plan, Rejected, RunPhase
+from launchkit.report.candidate import OWNERS, bars, device_text, model_name
 from launchkit.report.estimate import render_estimate
 from launchkit.report.plan import render_plan
 from launchkit.report.text import Canvas, columns
 from launchkit.report.verdict import Verdict, plan_verdict, verdict
 from launchkit.scenario import StrategyKind, Trainer
+from launchkit.units import GIB
 from tests.report import plans
 
 PLAN_FILE = ".launchkit/plan.json"
@@ -200,3 +201,78 @@ def test_all_that_was_considered_is_shown_on_demand() -> None:
     short, full = render_plan(many, canvas=Canvas()), render_plan(many, canvas=Canvas(), in_full=True)
     assert (short.count("QLoRA · DDP"), full.count("QLoRA · DDP")) == (2, 4)
     assert (short.count("full · ZeRO-3"), full.count("full · ZeRO-3")) == (2, 4)
+
+
+@pytest.mark.parametrize(
+    ("known_gib", "plausible_gib", "mark", "host"),
+    [
+        (128, 0, " ✓ ", "host 21.0 GiB"),
+        (0, 0, " ✓ ", "host 21.0 GiB"),
+        (0, 256, " ✓ ", "host 21.0 GiB"),
+        (0, 32, " ? fits if the host has 38.0 GiB · ", "host needs 21.0 GiB"),
+    ],
+)
+def test_a_host_that_is_seldom_had_is_in_the_verdict(known_gib: int, plausible_gib: int, mark: str, host: str) -> None:
+    node = replace(plans.CLUSTER.node, host_memory_bytes=known_gib * GIB, plausible_host_bytes=plausible_gib * GIB)
+    plan = plans.plan(cluster=replace(plans.CLUSTER, node=node))
+    text = render_plan(plan, canvas=Canvas(), plan_file=PLAN_FILE)
+    assert text.startswith(f"{mark}LoRA r=16")
+    assert f"· {host} (38.0 GiB while loading)" in text
+    assert ("if its host has 38.0 GiB" in text) is (plausible_gib == 32)
+    assert plan_verdict(plan) is Verdict.FITS
+
+
+def test_what_lacks_host_memory_alone_is_the_closest() -> None:
+    lacking = Rejected(candidate=plans.candidate(peak_gib=11.0), reason="host memory 369.0 while saving")
+    text = render_plan(plans.plan(chosen=None, alternatives=(), rejected=(lacking, *plans.rejected())), canvas=Canvas())
+    assert "closest: LoRA · FSDP2 takes 11.0 GiB of 23.5 usable per GPU" in text
+    assert "; host memory 369.0 while saving, of 128.0 GiB" in " ".join(text.split())
+
+
+def test_verbose_says_what_the_host_and_the_disk_are_needed_for() -> None:
+    peak = PhasePeak(
+        phase=RunPhase.LOAD,
+        allocated_peak_bytes=4 * GIB,
+        device_peak_bytes=5 * GIB,
+        device_peak_high_bytes=6 * GIB,
+        host_peak_bytes=30 * GIB,
+        host_needed_bytes=10 * GIB,
+    )
+    save = replace(peak, phase=RunPhase.SAVE, device_peak_bytes=8 * GIB, host_peak_bytes=10 * GIB)
+    files = CheckpointFiles(
+        weights_bytes=10**9,
+        engine_weights_bytes=0,
+        optimizer_bytes=2 * 10**9,
+        total_bytes=3 * 10**9,
+        num_kept=2,
+        disk_peak_bytes=10 * 10**9,
+        write_seconds=1.0,
+    )
+    estimate = replace(plans.estimate(), phases=(peak, save), checkpoint=files)
+    plan = plans.plan(chosen=plans.candidate(estimate=estimate))
+    brief, full = (render_plan(plan, canvas=Canvas(), in_full=in_full) for in_full in (False, True))
+    lines = (
+        " phases       device peak loading 5.0 GiB (host 30.0 GiB) · saving 8.0 GiB (host 10.0 GiB)\n",
+        " host         loading 10.0 GiB and 20.0 GiB of mapped files · saving 10.0 GiB\n",
+        " disk         weights 1.0 GB · optimizer 2.0 GB · at most at once, with 2 kept 10.0 GB\n",
+    )
+    assert all(line in full and line not in brief for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("low_gib", "high_gib", "is_simulated", "expected"),
+    [
+        (13.5, 21.4, False, "13.5–21.4 GiB"),
+        (24.0, 30.0, False, "≥ 24.0 GiB"),
+        (13.5, 21.4, True, "20.0 GiB"),
+        (20.0, 20.0, False, "20.0 GiB"),
+    ],
+)
+def test_what_was_not_simulated_is_a_range(low_gib: float, high_gib: float, is_simulated: bool, expected: str) -> None:
+    estimate = replace(
+        plans.estimate(20.0),
+        device_peak_low_bytes=round(low_gib * GIB),
+        device_peak_high_bytes=round(high_gib * GIB),
+        is_simulated=is_simulated,
+    )
+    assert device_text(estimate) == expected
