@@ -155,10 +155,10 @@ class _CudaRun:
             return _Record(changes, reserved, reserved, num_steps=1, num_retries=allocator.num_retries)
         self._warm_up(allocator, handles)
         reserved_first_step_bytes = allocator.peak_reserved_bytes
-        _replay(allocator, handles, [event for event in self.persistent if event.tensor not in handles])
         num_steps, num_late_retries = 1, 1
         while num_late_retries and num_steps < MOST_STEPS:
             num_retries = allocator.num_retries
+            _replay(allocator, handles, [event for event in self.persistent if event.tensor not in handles])
             changes = self._read(allocator, handles)
             num_steps, num_late_retries = num_steps + 1, allocator.num_retries - num_retries
         return _Record(
