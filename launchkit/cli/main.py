@@ -135,7 +135,9 @@ def _run(arguments: Sequence[str], *, console: Console) -> int:
 def run() -> None:
     """The console script."""
     gc.set_threshold(_GC_THRESHOLD)
-    sys.exit(main(sys.argv[1:]))
+    exit_code = main(sys.argv[1:])
+    gc.freeze()  # what is left at the end goes with the process, uncollected
+    sys.exit(exit_code)
 
 
 def _failed(error: Exception, *, console: Console) -> int:

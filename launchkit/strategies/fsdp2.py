@@ -726,26 +726,31 @@ def _with_state(
         program,
         persistent=tuple(persistent),
         host_persistent_bytes=program.host_persistent_bytes + on_host,
-        arrivals=tuple(_arrival(parameter, scenario) for parameter in shards),
+        arrivals=tuple(_arrivals(shards, scenario)),
     )
     step = OptimizerStep(tensors=trained, on_host=layout.offloads)
     return with_optimizer(program, step, scenario=scenario, device=cluster.gpu.device_kind)
 
 
-def _arrival(parameter: _Sharded, scenario: Scenario) -> Arrival:
+def _arrivals(shards: Sequence[_Sharded], scenario: Scenario) -> Iterator[Arrival]:
     """Each weight comes whole and leaves its shard: sent by the first rank, where the others hold one until they have
     room for the next; else moved. 4-bit weights have been made on the device, all of them.
 
     Source: accelerate 1.15 ``fsdp2_load_full_state_dict``, confirmed on a timeline of two gloo processes. Omits: where
     nothing is sent, weights are moved a unit at a time.
     """
-    whole = parameter.whole_bytes // parameter.gathered_itemsize * parameter.stored_itemsize
-    return Arrival(
-        kept=parameter.stored_bytes,
-        pieces=(whole,),
-        waits=scenario.training.method is Method.QLORA,
-        lingers=scenario.loads_on_first_rank,
-    )
+    waits, lingers = scenario.training.method is Method.QLORA, scenario.loads_on_first_rank
+    distinct = {id(shard): shard for shard in shards}
+    made = {
+        key: Arrival(
+            kept=shard.stored_bytes,
+            pieces=(shard.whole_bytes // shard.gathered_itemsize * shard.stored_itemsize,),
+            waits=waits,
+            lingers=lingers,
+        )
+        for key, shard in distinct.items()
+    }
+    return (made[id(shard)] for shard in shards)
 
 
 def unsharded_scales(program: StepProgram) -> Iterator[Persistent]:
