@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
-from launchkit import __version__
+from launchkit import __version__, strategies
 from launchkit.errors import IllegalScenarioError
 from launchkit.hardware import Cluster, format_gpus
 from launchkit.model import ModelProfile, ModelSource
 from launchkit.plan import Candidate, Plan, Rejected, Suggestion
 from launchkit.planner.changes import fully_checkpointed, widened, with_half_micro_batch
-from launchkit.planner.evaluate import Bench, judge, sketch
+from launchkit.planner.evaluate import Bench, judge, sketch, step_time
 from launchkit.planner.search import Option, Refused, Search
-from launchkit.request import Request, decisions
+from launchkit.request import Request, decisions, option_text
 from launchkit.scenario import (
     Attention,
     Checkpointing,
@@ -33,6 +33,20 @@ from launchkit.units import GIB
 SAME_SPEED = 0.10
 SHOWN_ALTERNATIVES = 3
 SHOWN_REJECTED = 4
+SHOWN_RELAXATIONS = 4
+
+# What to try beside what was asked for where nothing fits; each is verified before it is said.
+RELAXATIONS: tuple[Mapping[str, str], ...] = (
+    {"optimizer": "adamw_bnb_8bit"},
+    {"optimizer": "adafactor"},
+    {"precision": "bf16-params"},
+    {"precision": "bf16-pure"},
+    {"precision": "bf16-pure", "optimizer": "adafactor"},
+    {"loss": "chunked"},
+    {"loss": "liger"},
+    {"method": "lora"},
+    {"method": "qlora"},
+)
 
 Progress = Callable[[int, int, str], None]  # runs done, runs in all, what is being run
 
@@ -243,7 +257,10 @@ def _change(search: Search, chosen: Candidate, flags: str, scenario: Scenario | 
 
 
 def _rescues(search: Search, nearest: Option) -> Iterable[Suggestion]:
-    """Shorter sequences or more GPUs for the scenario nearest to fitting, as far as halving and doubling go."""
+    """What makes the scenario nearest to fitting fit: other settings, the fastest few; shorter sequences or more GPUs,
+    as far as halving and doubling go."""
+    found = [suggestion for flags in RELAXATIONS for suggestion in _relaxed(search, nearest, flags)]
+    yield from sorted(found, key=lambda suggestion: suggestion.time_factor)[:SHOWN_RELAXATIONS]
     bench, scenario = search.bench, nearest.scenario
     length = scenario.batch.seq_len // 2
     while length >= 128:
@@ -254,6 +271,32 @@ def _rescues(search: Search, nearest: Option) -> Iterable[Suggestion]:
             break
         length //= 2
     yield from _more_gpus(search, nearest)
+
+
+def _relaxed(search: Search, nearest: Option, flags: Mapping[str, str]) -> Iterable[Suggestion]:
+    """The scenario nearest to fitting with ``flags`` besides, if its run through the allocator fits. What would have to
+    be traced first is left out."""
+    bench = search.bench
+    request = Request.from_flags({**search.request.given(), **flags})
+    if request == search.request:
+        return
+    other = Search(bench=bench, request=request)
+    method = request.method or nearest.scenario.training.method
+    scenario = other.base(method, nearest.scenario.strategy)
+    refused = strategies.refusal(scenario, bench.source.profile, bench.cluster_of(scenario))
+    if refused or scenario == nearest.scenario or not bench.source.has_program(bench.key(scenario)):
+        return
+    live = bench.live_peak_bytes(scenario)
+    if live > other.room_bytes(scenario) or bench.host_shortage(scenario):
+        return
+    candidate = judge(bench, scenario)
+    if candidate.estimate.fits:
+        before = step_time(bench, nearest.scenario).seconds
+        yield Suggestion(
+            flags=" ".join(option_text(name, value) for name, value in flags.items()),
+            saved_bytes=nearest.live_bytes - live,
+            time_factor=candidate.step.seconds / max(before, 1e-12),
+        )
 
 
 def _more_gpus(search: Search, nearest: Option) -> Iterable[Suggestion]:

@@ -78,3 +78,16 @@ def test_one_scenario_fits_for_plan_where_it_does_for_estimate() -> None:
         assert (launchkit.plan("Qwen/Qwen3-0.6B", offload="none", **flags).chosen is not None) is fits
         found.add(fits)
     assert found == {True, False}
+
+
+def test_what_would_fit_does() -> None:
+    """Typed as it is printed, every suggestion gives a plan."""
+    asked = {"gpus": "1x4090", "method": "full", "strategy": "single", "offload": "none"}
+    plan = launchkit.plan("Qwen/Qwen3-1.7B", **asked)
+    assert plan.chosen is None
+    settings = [suggestion for suggestion in plan.suggestions if "--gpus" not in suggestion.flags]
+    assert len(settings) >= 2
+    for suggestion in settings:
+        words = suggestion.flags.split()
+        flags = dict(zip((word[2:].replace("-", "_") for word in words[::2]), words[1::2], strict=True))
+        assert launchkit.plan("Qwen/Qwen3-1.7B", **{**asked, **flags}).chosen is not None, suggestion
