@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from itertools import accumulate
 
 import pytest
@@ -35,15 +36,16 @@ def most(found: Scratch) -> int:
 
 
 @pytest.mark.parametrize(
-    ("layer", "shape"),
+    ("made", "shape"),
     [
-        (nn.Conv2d(3, 32, 16, 16, bias=False), (4, 3, 64, 64)),
-        (nn.Conv2d(8, 32, 3, padding=1, bias=False), (4, 8, 32, 32)),
-        (nn.Conv3d(3, 32, (2, 14, 14), (2, 14, 14), bias=False), (50, 3, 2, 14, 14)),
+        (partial(nn.Conv2d, 3, 32, 16, 16), (4, 3, 64, 64)),
+        (partial(nn.Conv2d, 8, 32, 3, padding=1), (4, 8, 32, 32)),
+        (partial(nn.Conv3d, 3, 32, (2, 14, 14), (2, 14, 14)), (50, 3, 2, 14, 14)),
     ],
     ids=["patches", "overlapping", "3d"],
 )
-def test_convolution(layer: nn.Conv2d, shape: tuple[int, ...]) -> None:
+def test_convolution(made: Callable[..., nn.Conv2d], shape: tuple[int, ...]) -> None:
+    layer = made(bias=False)
     source, weight = torch.randn(shape), layer.weight.detach()
     options = (layer.stride, layer.padding, layer.dilation, False, [0], 1)
 
