@@ -137,12 +137,20 @@ class Candidate:
     notes: tuple[str, ...] = ()
 
 
+UNDECIDED = "may fit: -v says"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Rejected:
     """A candidate that lost, and the reason in a few words."""
 
     candidate: Candidate
     reason: str
+
+    @property
+    def is_undecided(self) -> bool:
+        """Whether it may fit, as far as is known without a run through the allocator."""
+        return self.reason == UNDECIDED
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ from launchkit import __version__, strategies
 from launchkit.errors import IllegalScenarioError
 from launchkit.hardware import Cluster, format_gpus
 from launchkit.model import ModelProfile, ModelSource
-from launchkit.plan import Candidate, Plan, Rejected, Suggestion
+from launchkit.plan import UNDECIDED, Candidate, Plan, Rejected, Suggestion
 from launchkit.planner.changes import fully_checkpointed, widened, with_half_micro_batch
 from launchkit.planner.evaluate import Bench, judge, sketch, step_time
 from launchkit.planner.search import Option, Refused, Search
@@ -220,7 +220,7 @@ def _reason(bench: Bench, candidate: Candidate) -> str:
         return f"host memory {lack.needed_bytes / GIB:.1f} {lack.doing}"
     if estimate.device_peak_bytes <= estimate.device_usable_bytes < estimate.device_peak_high_bytes:
         top = f"{estimate.device_peak_high_bytes / GIB:.1f}"
-        return f"may reach {top}" if estimate.is_simulated else "may fit: -v says"
+        return f"may reach {top}" if estimate.is_simulated else UNDECIDED
     owner, num_bytes = max(estimate.at_peak.items(), key=lambda item: item[1])
     return f"{owner.replace('_', ' ')} {num_bytes / GIB:.1f}"
 

@@ -95,8 +95,13 @@ def _nothing_fits(plan: Plan, *, canvas: Canvas) -> list[str]:
 def _others(plan: Plan, *, canvas: Canvas, in_full: bool) -> list[str]:
     alternatives = plan.alternatives if in_full else plan.alternatives[:SHOWN_ALTERNATIVES]
     rejected = plan.rejected if in_full else plan.rejected[:SHOWN_REJECTED]
-    fitting = _labelled("also fits", _alternative_rows(alternatives, plan, canvas=canvas), canvas=canvas)
-    losing = _labelled("rejected", _rejected_rows(rejected, plan, canvas=canvas), canvas=canvas)
+    undecided = tuple(item.candidate for item in rejected if item.is_undecided)
+    fitting = [
+        *_labelled("also fits", _alternative_rows(alternatives, plan, canvas=canvas), canvas=canvas),
+        *_labelled("may fit: -v", _alternative_rows(undecided, plan, canvas=canvas), canvas=canvas),
+    ]
+    lost = tuple(item for item in rejected if not item.is_undecided)
+    losing = _labelled("rejected", _rejected_rows(lost, plan, canvas=canvas), canvas=canvas)
     if fitting and losing and canvas.width >= SIDE_BY_SIDE_COLUMNS:
         together = beside(fitting, losing)
         if max(columns(line) for line in together) <= canvas.width:

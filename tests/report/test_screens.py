@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 
+import launchkit
 from launchkit.plan import CheckpointFiles, Estimate, PhasePeak, Plan, Rejected, RunPhase
 from launchkit.report.candidate import OWNERS, bars, device_text, model_name
 from launchkit.report.estimate import render_estimate
@@ -276,3 +277,13 @@ def test_what_was_not_simulated_is_a_range(low_gib: float, high_gib: float, is_s
         is_simulated=is_simulated,
     )
     assert device_text(estimate) == expected
+
+
+def test_what_may_fit_is_not_called_rejected() -> None:
+    """Rows that only a run through the allocator would decide stand apart from those that need too much."""
+    found = launchkit.plan("Qwen/Qwen3-8B", gpus="2x4090")
+    undecided = [item for item in found.rejected if item.is_undecided]
+    assert undecided
+    lines = render_plan(found, canvas=Canvas(width=120)).splitlines()
+    labels = {line[1:13].strip(): number for number, line in enumerate(lines) if line[1:13].strip()}
+    assert labels["may fit: -v"] + len(undecided) == labels["rejected"]
