@@ -267,7 +267,8 @@ def _rescues(search: Search, nearest: Option) -> Iterable[Suggestion]:
         shorter = replace(scenario, batch=replace(scenario.batch, seq_len=length))
         live = bench.live_peak_bytes(shorter)
         if live <= search.room_bytes(shorter):
-            yield Suggestion(flags=f"--seq-len {length}", saved_bytes=nearest.live_bytes - live, time_factor=0.0)
+            if judge(bench, shorter).estimate.fits:  # in every phase: loading knows no length
+                yield Suggestion(flags=f"--seq-len {length}", saved_bytes=nearest.live_bytes - live, time_factor=0.0)
             break
         length //= 2
     yield from _more_gpus(search, nearest)
@@ -315,8 +316,9 @@ def _more_gpus(search: Search, nearest: Option) -> Iterable[Suggestion]:
         scenario = other.base(nearest.scenario.training.method, strategy)
         live = bench.live_peak_bytes(scenario)
         if live <= other.room_bytes(scenario):
-            flags = f"--gpus {format_gpus(wider)} --strategy {strategy.kind}"
-            yield Suggestion(flags=flags, saved_bytes=nearest.live_bytes - live, time_factor=0.0)
+            if judge(bench, scenario).estimate.fits:
+                flags = f"--gpus {format_gpus(wider)} --strategy {strategy.kind}"
+                yield Suggestion(flags=flags, saved_bytes=nearest.live_bytes - live, time_factor=0.0)
             return
 
 
