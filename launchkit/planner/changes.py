@@ -256,7 +256,7 @@ class _Trial:
             candidate=candidate,
             saved_bytes=self.given.estimate.allocated_peak_bytes - candidate.estimate.allocated_peak_bytes,
             time_factor=candidate.step.seconds / seconds if same_length and seconds else 0.0,
-            fits=_has_room(self.search, scenario),
+            fits=self.search.read(scenario).fits,
         )
 
     def _is_possible(self, scenario: Scenario, *, traces: bool) -> bool:
@@ -270,32 +270,32 @@ class _Trial:
         return waits or self.bench.source.has_program(self.bench.key(scenario))
 
 
-def _has_room(search: Search, scenario: Scenario) -> bool:
-    bench = search.bench
-    has_room = bench.live_peak_bytes(scenario) <= search.room_bytes(scenario)
-    return has_room and bench.host_shortage(scenario) is None
-
-
 def _more_gpus(bench: Bench, scenario: Scenario) -> tuple[Cluster, StrategyKind] | None:
     """The scenario on twice as many GPUs, and so on; copies become shards, of which more GPUs make smaller ones."""
     cluster = bench.cluster
     if cluster.gpu.device_kind is DeviceKind.CPU or scenario.strategy.split.num_ranks > 1:
         return None
-    for factor in (2, 4, 8, 16, 32, 64):
-        wider = widened(cluster, factor)
-        if wider.num_gpus > _MOST_GPUS:
-            return None
+    for wider in wider_clusters(cluster):
         wide = _sharded(scenario, wider) or scenario
         wide_bench = Bench(source=bench.source, cluster=wider)
         try:
-            if _has_room(Search(bench=wide_bench, request=Request()), wide):
+            if Search(bench=wide_bench, request=Request()).read(wide).fits:
                 return wider, wide.strategy.kind
         except LaunchkitError:
             return None
     return None
 
 
-def widened(cluster: Cluster, factor: int) -> Cluster:
+def wider_clusters(cluster: Cluster) -> Iterator[Cluster]:
+    """Twice as many GPUs, four times, and so on."""
+    for factor in (2, 4, 8, 16, 32, 64):
+        wider = _widened(cluster, factor)
+        if wider.num_gpus > _MOST_GPUS:
+            return
+        yield wider
+
+
+def _widened(cluster: Cluster, factor: int) -> Cluster:
     """``factor`` times the GPUs: in the node up to eight, in more nodes beyond."""
     in_node = min(max(8, cluster.node.num_gpus), cluster.node.num_gpus * factor)
     nodes = cluster.num_nodes * cluster.node.num_gpus * factor // in_node

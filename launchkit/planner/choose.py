@@ -10,7 +10,7 @@ from launchkit.errors import IllegalScenarioError
 from launchkit.hardware import Cluster, format_gpus
 from launchkit.model import ModelProfile, ModelSource
 from launchkit.plan import UNDECIDED, Candidate, Plan, Rejected, Suggestion
-from launchkit.planner.changes import fully_checkpointed, widened, with_half_micro_batch
+from launchkit.planner.changes import SHORTEST_SEQUENCE, fully_checkpointed, wider_clusters, with_half_micro_batch
 from launchkit.planner.evaluate import Bench, judge, sketch, step_time
 from launchkit.planner.search import Option, Refused, Search
 from launchkit.request import Request, decisions, option_text
@@ -263,7 +263,7 @@ def _rescues(search: Search, nearest: Option) -> Iterable[Suggestion]:
     yield from sorted(found, key=lambda suggestion: suggestion.time_factor)[:SHOWN_RELAXATIONS]
     bench, scenario = search.bench, nearest.scenario
     length = scenario.batch.seq_len // 2
-    while length >= 128:
+    while length >= SHORTEST_SEQUENCE:
         shorter = replace(scenario, batch=replace(scenario.batch, seq_len=length))
         live = bench.live_peak_bytes(shorter)
         if live <= search.room_bytes(shorter):
@@ -287,15 +287,15 @@ def _relaxed(search: Search, nearest: Option, flags: Mapping[str, str]) -> Itera
     refused = strategies.refusal(scenario, bench.source.profile, bench.cluster_of(scenario))
     if refused or scenario == nearest.scenario or not bench.source.has_program(bench.key(scenario)):
         return
-    live = bench.live_peak_bytes(scenario)
-    if live > other.room_bytes(scenario) or bench.host_shortage(scenario):
+    option = other.read(scenario)
+    if not option.fits:
         return
     candidate = judge(bench, scenario)
     if candidate.estimate.fits:
         before = step_time(bench, nearest.scenario).seconds
         yield Suggestion(
             flags=" ".join(option_text(name, value) for name, value in flags.items()),
-            saved_bytes=nearest.live_bytes - live,
+            saved_bytes=nearest.live_bytes - option.live_bytes,
             time_factor=candidate.step.seconds / max(before, 1e-12),
         )
 
@@ -307,10 +307,7 @@ def _more_gpus(search: Search, nearest: Option) -> Iterable[Suggestion]:
     strategy = nearest.scenario.strategy
     if strategy.kind in (StrategyKind.SINGLE, StrategyKind.DDP):
         strategy = replace(strategy, kind=StrategyKind.FSDP2)
-    for factor in (2, 4, 8, 16, 32, 64):
-        wider = widened(cluster, factor)
-        if wider.num_gpus > 1024:
-            return
+    for wider in wider_clusters(cluster):
         bench = Bench(source=search.bench.source, cluster=wider)
         other = Search(bench=bench, request=search.request)
         scenario = other.base(nearest.scenario.training.method, strategy)

@@ -244,10 +244,12 @@ def _read_fully(bench: Bench, scenario: Scenario) -> tuple[MemoryReading, Candid
 def _simulated(bench: Bench, scenario: Scenario, *, capacity_bytes: int) -> tuple[MemoryReading, Candidate]:
     cluster = bench.cluster_of(scenario)
     program, device_kind = bench.program(scenario), cluster.gpu.device_kind
-    limit = None if device_kind is DeviceKind.CPU else capacity_bytes
+    has_cache = device_kind is DeviceKind.CUDA
+    limit = capacity_bytes if has_cache else None
     reading = simulate_memory(program, point_of(scenario), device_kind=device_kind, capacity_bytes=limit)
     device = device_peak(reading, cluster, num_communicators=_num_communicators(scenario))
-    return reading, replace(candidate_of(bench, scenario, reading, device), notes=_cache_notes(program))
+    notes = _cache_notes(program) if has_cache else ()
+    return reading, replace(candidate_of(bench, scenario, reading, device), notes=notes)
 
 
 def _cache_notes(program: StepProgram) -> tuple[str, ...]:

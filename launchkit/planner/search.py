@@ -264,10 +264,10 @@ class Search:
 
     def _smallest(self, least: Scenario) -> Option:
         """``least``, or the same batch without accumulation where that alone fits or needs less."""
-        option = self._read(least)
+        option = self.read(least)
         if option.fits or not _keeps_whole_gradients(least):
             return option
-        at_once = self._read(self._without_accumulation(least))
+        at_once = self.read(self._without_accumulation(least))
         return at_once if at_once.fits else min(option, at_once, key=lambda option: option.live_bytes)
 
     def _largest(
@@ -280,7 +280,7 @@ class Search:
                 continue
             if self.bench.least_live_bytes(scenario) > self.room_bytes(scenario):
                 self.num_considered += 1
-            elif (option := self._read(scenario)).fits:
+            elif (option := self.read(scenario)).fits:
                 return option
         return None
 
@@ -326,7 +326,8 @@ class Search:
         fitting = round_up(asked, ranks * scenario.batch.micro_batch)
         return f"--global-batch {asked} is no multiple of {' × '.join(parts)}; use --global-batch {fitting}"
 
-    def _read(self, scenario: Scenario) -> Option:
+    def read(self, scenario: Scenario) -> Option:
+        """By the cheap reading: whether there is room for it on the device, and on the host where that is known."""
         self.num_considered += 1
         live = self.bench.live_peak_bytes(scenario)
         fits = live <= self.room_bytes(scenario)

@@ -608,9 +608,8 @@ def _arrivals(program: StepProgram, units: dict[str, _Unit], scenario: Scenario)
     is_sent = scenario.training.trainer is not Trainer.LOOP
     waits = scenario.training.method is Method.QLORA
     for name, unit in sorted(units.items(), key=lambda item: item[0] == ROOT_GROUP):
-        for _ in range(program.group_counts[name]):
-            for flat in (*unit.adapters, *((unit.flat,) if unit.flat else ())):
-                yield flat.arrival(is_sent=is_sent, waits=waits)
+        flats = (*unit.adapters, *((unit.flat,) if unit.flat else ()))
+        yield from [flat.arrival(is_sent=is_sent, waits=waits) for flat in flats] * program.group_counts[name]
 
 
 def _repeated(sizes: Iterable[tuple[int, int]]) -> Iterator[int]:
