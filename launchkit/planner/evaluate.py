@@ -34,13 +34,13 @@ from launchkit.simulate.clock import Job, simulate_time
 from launchkit.simulate.loading import left_by_loading
 from launchkit.simulate.memory import MemoryReading, read_memory, simulate_memory
 from launchkit.simulate.overheads import (
-    MEMORY_MODEL_ERROR,
     ByteRange,
     DevicePeak,
     communicator_buffers,
     cublas_workspaces,
     cuda_context,
     device_peak,
+    reservable_bytes,
     unsimulated_peak,
 )
 from launchkit.simulate.reading import CompiledProgram, compile_program
@@ -234,7 +234,7 @@ def _read_fully(bench: Bench, scenario: Scenario) -> tuple[MemoryReading, Candid
     reading, candidate = _simulated(bench, scenario, capacity_bytes=usable_bytes(cluster) - outside.typical)
     if candidate.estimate.step_fits or reading.exceeds_capacity or cluster.gpu.device_kind is DeviceKind.CPU:
         return reading, candidate
-    room_bytes = int((usable_bytes(cluster) - outside.high) / (1 + MEMORY_MODEL_ERROR))
+    room_bytes = reservable_bytes(usable_bytes(cluster), outside)
     within, fitting = _simulated(bench, scenario, capacity_bytes=max(room_bytes, 1))
     if within.exceeds_capacity or within.num_late_retries or not fitting.estimate.step_fits:
         return reading, candidate

@@ -27,7 +27,7 @@ from launchkit.scenario import (
     TraceKey,
     Trainer,
 )
-from launchkit.simulate.overheads import MEMORY_MODEL_ERROR, cuda_context
+from launchkit.simulate.overheads import cuda_context, reservable_bytes
 from launchkit.strategies.split import engines_of
 from launchkit.units import round_up
 from launchkit.zero_settings import read_zero_settings
@@ -338,9 +338,9 @@ class Search:
     def room_bytes(self, scenario: Scenario) -> int:
         """Live bytes that leave room for everything else on the device, at the top of its range."""
         cluster = self.bench.cluster_of(scenario)
-        outside = cuda_context(cluster.gpu).high + communicators(cluster, scenario).high
-        share = 1 + MEMORY_MODEL_ERROR + (_ASSUMED_FRAGMENTATION if cluster.gpu.device_kind is DeviceKind.CUDA else 0)
-        return round((usable_bytes(cluster) - outside) / share)
+        outside = cuda_context(cluster.gpu).plus(communicators(cluster, scenario))
+        fragmentation = _ASSUMED_FRAGMENTATION if cluster.gpu.device_kind is DeviceKind.CUDA else 0
+        return round(reservable_bytes(usable_bytes(cluster), outside) / (1 + fragmentation))
 
     def _timed(self, option: Option) -> Option:
         return replace(option, step=step_time(self.bench, option.scenario))

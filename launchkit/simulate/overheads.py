@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from math import hypot, sqrt
 from typing import NamedTuple
 
 from launchkit.hardware import Backend, Cluster, Gpu
@@ -21,8 +22,8 @@ from launchkit.units import GIB, MIB
 # allocator in what they allocate, but the cache of a real run fills differently: nine tenths of the published runs of
 # transformers' own kernels (A100, 1 s samples) held from 5 % less to 9 % more than the model's reserved peak and a
 # context, the others up to 7 % less or, under FSDP, 15 % more. The low end stays near what is allocated.
-MEMORY_MODEL_ERROR = 0.05
-RESERVED_BELOW = 0.07
+MEMORY_MODEL_ERROR = 0.07
+RESERVED_BELOW = 0.08
 ALLOCATED_BELOW = 0.02
 
 
@@ -89,7 +90,15 @@ class ByteRange(NamedTuple):
     high: int
 
     def plus(self, other: ByteRange) -> ByteRange:
-        return ByteRange(self.low + other.low, self.typical + other.typical, self.high + other.high)
+        """The sum of two quantities that do not depend on each other.
+
+        Formula: usual values add, and so do the squares of what they may miss on either side: that both are at the same
+        end of their ranges is rare.
+        """
+        typical = self.typical + other.typical
+        below = hypot(self.typical - self.low, other.typical - other.low)
+        above = hypot(self.high - self.typical, other.high - other.typical)
+        return ByteRange(typical - round(below), typical, typical + round(above))
 
     def times(self, number: int) -> ByteRange:
         return ByteRange(self.low * number, self.typical * number, self.high * number)
@@ -236,20 +245,36 @@ def unsimulated_peak(
 def device_peak(reading: MemoryReading, cluster: Cluster, *, num_communicators: int = 1) -> DevicePeak:
     """The peak on the device: reserved memory, context and communicators.
 
-    Formula: typical = reserved + context + communicators. High adds ``MEMORY_MODEL_ERROR`` of the reserved memory and
-    takes the high ends of the tables; low takes the low ends and ``RESERVED_BELOW`` off the reserved memory, but at
-    most ``ALLOCATED_BELOW`` off the allocated: fragmentation may be less than modelled, the tensors are there.
+    Formula: the sum (``ByteRange.plus``) of the reserved memory, the context and the communicators. What is reserved may
+    be more by ``MEMORY_MODEL_ERROR`` and less by ``RESERVED_BELOW``, but at most by ``ALLOCATED_BELOW`` less than what
+    is allocated: fragmentation may be less than modelled, the tensors are there.
     """
     context = cuda_context(cluster.gpu)
     communicators = communicator_buffers(cluster, num_communicators=num_communicators)
-    outside = context.plus(communicators)
     reserved, allocated = reading.reserved_peak_bytes, reading.allocated_peak_bytes
     least = max(round(reserved * (1 - RESERVED_BELOW)), round(allocated * (1 - ALLOCATED_BELOW)))
+    segments = ByteRange(least, reserved, round(reserved * (1 + MEMORY_MODEL_ERROR)))
+    total = segments.plus(context).plus(communicators)
     return DevicePeak(
-        low_bytes=least + outside.low,
-        typical_bytes=reserved + outside.typical,
-        high_bytes=round(reserved * (1 + MEMORY_MODEL_ERROR)) + outside.high,
+        low_bytes=total.low,
+        typical_bytes=total.typical,
+        high_bytes=total.high,
         cuda_context_bytes=context.typical,
         nccl_bytes=communicators.typical,
         fragmentation_bytes=reserved - allocated,
     )
+
+
+def reservable_bytes(usable_bytes: int, outside: ByteRange) -> int:
+    """The most that may be reserved beside ``outside`` for the top of the device's range to stay within
+    ``usable_bytes``; nothing where ``outside`` alone does not.
+
+    Formula: ``device_peak`` solved for the reserved memory r: r + hypot(e r, h) = x, with e ``MEMORY_MODEL_ERROR``, h
+    what ``outside`` may miss above, and x what its usual value leaves.
+    """
+    left = usable_bytes - outside.typical
+    missed = outside.high - outside.typical
+    if left <= missed:
+        return 0
+    squared = MEMORY_MODEL_ERROR**2
+    return int((left - sqrt(squared * left**2 + (1 - squared) * missed**2)) / (1 - squared))

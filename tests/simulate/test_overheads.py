@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from launchkit.hardware import Backend, Cluster, Gpu, Node
 from launchkit.program import Owner, Phase, Size
@@ -10,12 +12,15 @@ from launchkit.simulate.memory import MemoryReading
 from launchkit.simulate.overheads import (
     COMMUNICATORS,
     CONTEXTS,
+    MEMORY_MODEL_ERROR,
     UNKNOWN_CONTEXT,
+    ByteRange,
     communicator_buffers,
     cublas_workspace_bytes,
     cublas_workspaces,
     cuda_context,
     device_peak,
+    reservable_bytes,
 )
 from launchkit.units import GIB, MIB
 
@@ -121,9 +126,30 @@ def test_the_range_is_narrow_where_it_can_be(reserved_gib: int, num_gpus: int) -
 def test_fragmentation_may_be_less_than_modelled() -> None:
     """The low end follows the reserved peak down, but stays by what is allocated."""
     little, much = (device_peak(reading(allocated * GIB, 40 * GIB), cluster(1)) for allocated in (39, 20))
-    low_context = CONTEXTS[9,].low_mib * MIB
-    assert little.low_bytes == round(39 * GIB * 0.98) + low_context
-    assert much.low_bytes == round(40 * GIB * 0.93) + low_context
+    context = CONTEXTS[9,].range
+    assert little.low_bytes == ByteRange(round(39 * GIB * 0.98), 40 * GIB, 40 * GIB).plus(context).low
+    assert much.low_bytes == ByteRange(round(40 * GIB * 0.92), 40 * GIB, 40 * GIB).plus(context).low
+
+
+@given(
+    reserved=st.integers(0, 200 * GIB),
+    usable=st.integers(0, 200 * GIB),
+    outside=st.tuples(*[st.integers(0, 2 * GIB)] * 2).map(lambda pair: ByteRange(0, pair[0], sum(pair))),
+)
+def test_what_may_be_reserved(reserved: int, usable: int, outside: ByteRange) -> None:
+    """As much as leaves the top of the range within what is usable, and no more."""
+    room = reservable_bytes(usable, outside)
+
+    def top(reserved: int) -> int:
+        return ByteRange(reserved, reserved, round(reserved * (1 + MEMORY_MODEL_ERROR))).plus(outside).high
+
+    assert room == 0 or abs(top(room) - usable) <= 8
+    assert (top(reserved) <= usable) == (reserved <= room) or abs(reserved - room) <= 8
+
+
+def test_spreads_add_in_quadrature() -> None:
+    """Two quantities that may each be off are seldom off together."""
+    assert ByteRange(70, 100, 130).plus(ByteRange(60, 100, 140)) == ByteRange(150, 200, 250)
 
 
 def test_cpu_has_no_overheads() -> None:
