@@ -245,9 +245,9 @@ def unsimulated_peak(
 def device_peak(reading: MemoryReading, cluster: Cluster, *, num_communicators: int = 1) -> DevicePeak:
     """The peak on the device: reserved memory, context and communicators.
 
-    Formula: the sum (``ByteRange.plus``) of the reserved memory, the context and the communicators. What is reserved may
-    be more by ``MEMORY_MODEL_ERROR`` and less by ``RESERVED_BELOW``, but at most by ``ALLOCATED_BELOW`` less than what
-    is allocated: fragmentation may be less than modelled, the tensors are there.
+    Formula: the sum (``ByteRange.plus``) of the reserved memory, the context and the communicators. What is reserved
+    may be more by ``MEMORY_MODEL_ERROR`` and less by ``RESERVED_BELOW``, but at most by ``ALLOCATED_BELOW`` less than
+    what is allocated: fragmentation may be less than modelled, the tensors are there.
     """
     context = cuda_context(cluster.gpu)
     communicators = communicator_buffers(cluster, num_communicators=num_communicators)
