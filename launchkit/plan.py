@@ -8,6 +8,7 @@ from enum import StrEnum
 
 from launchkit.hardware import Cluster
 from launchkit.model import ModelProfile
+from launchkit.program import Owner
 from launchkit.scenario import Scenario
 
 
@@ -21,6 +22,31 @@ class RunPhase(StrEnum):
     LONGEST_BATCH = "longest_batch"
     EVALUATION = "evaluation"  # only of runs that are given something to evaluate on
     SAVE = "save"
+
+
+class Basis(StrEnum):
+    """How a part of the peak is known."""
+
+    TRACED = "traced"  # the allocations of the step itself, run on fake tensors
+    SIMULATED = "simulated"  # what models of the engine, the optimizer and the allocator make of them, from source
+    ASSUMED = "assumed"  # what was seen elsewhere, in a table with its spread
+
+
+_BASES: Mapping[str, Basis] = {
+    Owner.WEIGHTS: Basis.TRACED,
+    Owner.GATHERED_WEIGHTS: Basis.SIMULATED,
+    Owner.MASTER_WEIGHTS: Basis.SIMULATED,
+    Owner.GRADIENTS: Basis.TRACED,
+    Owner.OPTIMIZER_STATES: Basis.SIMULATED,
+    Owner.ACTIVATIONS: Basis.TRACED,
+    Owner.LOGITS: Basis.TRACED,
+    Owner.TEMPORARIES: Basis.TRACED,
+    Owner.COMMUNICATION: Basis.SIMULATED,
+    Owner.INPUTS: Basis.TRACED,
+    "cuda_context": Basis.ASSUMED,
+    "nccl": Basis.ASSUMED,
+    "fragmentation": Basis.SIMULATED,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +113,12 @@ class Estimate:
         """Fits means that the top of the range is within the usable memory, in every phase of every run."""
         tops = (phase.device_peak_high_bytes for phase in self.certain_phases)
         return self.step_fits and all(top <= self.device_usable_bytes for top in tops)
+
+    @property
+    def basis(self) -> Mapping[str, Basis]:
+        """How each part of ``at_peak`` is known."""
+        cache = Basis.SIMULATED if self.is_simulated else Basis.ASSUMED
+        return {part: cache if part == "fragmentation" else _BASES[part] for part in self.at_peak}
 
     @property
     def step_fits(self) -> bool:

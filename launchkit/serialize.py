@@ -164,6 +164,7 @@ def _candidate(candidate: Candidate, *, cluster: Cluster) -> dict[str, Any]:
         },
         "estimate": {
             **encode(candidate.estimate),
+            "basis": encode(candidate.estimate.basis),
             "fits": candidate.estimate.fits,
             "worst_phase": candidate.estimate.worst_phase.value,
         },

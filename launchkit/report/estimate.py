@@ -9,6 +9,8 @@ from launchkit.report.text import MARGIN, Canvas, Ink, bar, table
 from launchkit.report.verdict import Verdict, verdict
 from launchkit.units import count, gib
 
+BAR_LENGTH = 24
+
 
 def render_estimate(candidate: Candidate, *, cluster: Cluster, canvas: Canvas) -> str:
     """Verdict, peak and range, memory by owner, when, speed, and what was assumed."""
@@ -48,16 +50,14 @@ def _idle(candidate: Candidate, *, cluster: Cluster) -> list[str]:
 
 
 def _owner_rows(estimate: Estimate, *, canvas: Canvas) -> list[str]:
-    largest = max(estimate.at_peak.values(), default=0)
-    length = 12 if canvas.is_narrow else 30
-    return table(
-        [
-            [name, gib(value, digits=2), canvas.paint(bar(value, of=largest, length=length), Ink.BAR)]
-            for name, value in estimate.at_peak.items()
-            if value > 0
-        ],
-        right=(1,),
-    )
+    """Each part of the peak, how it is known, and its bar where there is room."""
+    largest, basis = max(estimate.at_peak.values(), default=0), estimate.basis
+    rows = [
+        (name, gib(value, digits=2), basis[name], canvas.paint(bar(value, of=largest, length=BAR_LENGTH), Ink.BAR))
+        for name, value in estimate.at_peak.items()
+        if value > 0
+    ]
+    return table([row[:3] if canvas.is_narrow else row for row in rows], right=(1,))
 
 
 def _allocator(estimate: Estimate) -> list[str]:

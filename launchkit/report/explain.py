@@ -47,6 +47,15 @@ TERMS: tuple[Term, ...] = (
         page=ACCURACY_PAGE,
     ),
     Term(
+        name="basis",
+        text="How each part of the peak is known. traced: allocations of the step itself, run on fake tensors. "
+        "simulated: what models of the engine, the optimizer and torch's allocator make of them, from their sources. "
+        "assumed: what was seen on other machines, in a table with its spread (CUDA context, NCCL).",
+        also=("traced", "simulated", "assumed"),
+        see=("estimate", "range", "cuda_context", "nccl"),
+        page=ACCURACY_PAGE,
+    ),
+    Term(
         name="is_simulated",
         text="Whether a candidate was run through the model of the allocator. In a plan what is chosen always was, "
         "what is shown beside it only with -v (in_full=True in Python): a run takes a tenth of a second. Without it "

@@ -8,7 +8,7 @@ import pytest
 
 from launchkit import planner
 from launchkit.hardware import Cluster
-from launchkit.plan import Candidate, PhasePeak, RunPhase
+from launchkit.plan import Basis, Candidate, PhasePeak, RunPhase
 from launchkit.planner.evaluate import Bench, run_of
 from launchkit.planner.host import HostUse, greatest_need
 from launchkit.report.candidate import worst_moment
@@ -194,7 +194,19 @@ def test_a_phase_that_does_not_fit_decides() -> None:
 def test_phases_and_checkpoint_survive_a_file() -> None:
     plan = planner.plan(WrittenSource(2), cluster=cluster(), request=Request.from_flags({}))
     document = plan_document(plan)
+    assert plan.chosen is not None
     assert [peak["phase"] for peak in document["chosen"]["estimate"]["phases"]] == [str(phase) for phase in ORDER]
     assert document["chosen"]["estimate"]["worst_phase"] in list(RunPhase)
+    assert document["chosen"]["estimate"]["basis"].keys() == plan.chosen.estimate.at_peak.keys()
     assert document["chosen"]["estimate"]["checkpoint"]["num_kept"] == 2
     assert plan_from_text(document_text(document), name="plan.json") == plan
+
+
+def test_how_a_part_of_the_peak_is_known() -> None:
+    """What the cache adds is simulated where the allocator was run, and assumed elsewhere; the context always is."""
+    plan = planner.plan(WrittenSource(2), cluster=cluster(), request=Request.from_flags({}))
+    assert plan.chosen is not None
+    run = plan.chosen.estimate
+    cheap = replace(run, is_simulated=False)
+    assert (run.basis["fragmentation"], cheap.basis["fragmentation"]) == (Basis.SIMULATED, Basis.ASSUMED)
+    assert run.basis["cuda_context"] is Basis.ASSUMED and run.basis["activations"] is Basis.TRACED
