@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from launchkit.catalog.cache import TraceCache
@@ -23,6 +24,7 @@ from launchkit.hub.local import ModelFiles, is_local, read_local, similar_models
 from launchkit.hub.remote import fetch_config
 from launchkit.model import ModelProfile, ModelSource
 from launchkit.program import StepProgram
+from launchkit.quiet import without_logs
 from launchkit.scenario import TraceKey
 from launchkit.units import count
 
@@ -114,11 +116,16 @@ def _remote_code_error(found: Found, reason: ModelConfigError, *, trusted: bool)
     )
 
 
-def _needs_tracing() -> MissingExtraError:
-    return MissingExtraError(
-        "the catalogue does not hold this model's step and torch or transformers, which trace it, are not installed; "
-        "pip install 'launchkit-planner[trace]', or plan a catalogued model like Qwen/Qwen3-8B"
-    )
+def _tracing() -> Any:
+    """``launchkit.trace``. Raises ``MissingExtraError`` where what it needs is not installed."""
+    try:
+        with without_logs():  # extensions of torchao and the like, which say what they could not load
+            return import_module("launchkit.trace")  # lazy: imports torch and transformers
+    except ImportError as error:
+        raise MissingExtraError(
+            "the catalogue does not hold this model's step and torch or transformers, which trace it, are not "
+            "installed; pip install 'launchkit-planner[trace]', or plan a catalogued model like Qwen/Qwen3-8B"
+        ) from error
 
 
 class TracedModel:
@@ -210,12 +217,9 @@ class TracedModel:
         cached = self._cache.load_profile()
         if cached is not None:
             return cached
+        tracing = _tracing()
         try:
-            from launchkit.trace import profile_model  # lazy: imports torch and transformers
-        except ImportError as error:
-            raise _needs_tracing() from error
-        try:
-            profile: ModelProfile = profile_model(dict(self.config), name=self._found.name)
+            profile: ModelProfile = tracing.profile_model(dict(self.config), name=self._found.name)
         except ModelConfigError as error:
             if not self.config.get("auto_map"):
                 raise
@@ -243,12 +247,9 @@ class TracedModel:
             program = self._traced_by_worker(key)
         if program is not None:
             return program
-        try:
-            from launchkit.trace import trace_model  # lazy: imports torch and transformers
-        except ImportError as error:
-            raise _needs_tracing() from error
+        tracing = _tracing()
         with self._remembering_refusals(key):
-            traced: StepProgram = trace_model(dict(self.config), key, progress=self._progress)
+            traced: StepProgram = tracing.trace_model(dict(self.config), key, progress=self._progress)
         return traced
 
     @contextmanager

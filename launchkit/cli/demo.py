@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import shutil
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from launchkit.errors import LaunchkitError, MissingExtraError
 from launchkit.hardware import Backend, Cluster
 from launchkit.plan import Plan
 from launchkit.process.run import RunOptions, launch_run
+from launchkit.quiet import without_logs
 from launchkit.report.plan import render_plan
 from launchkit.request import Request
 from launchkit.units import GIB
@@ -72,11 +72,8 @@ def make_model(directory: Path) -> Path:
     unfinished = directory.with_name(directory.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
-    logging.disable(logging.WARNING)  # DeepSpeed, imported where it is installed, says that it finds no accelerator
-    try:
+    with without_logs():  # DeepSpeed, imported where it is installed, says that it finds no accelerator
         make_tiny_model(unfinished, demo_data().read_text(encoding="utf-8").splitlines())
-    finally:
-        logging.disable(logging.NOTSET)
     unfinished.rename(directory)
     return directory
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import logging
 import math
 import sys
 import warnings
@@ -24,6 +23,7 @@ from transformers import PreTrainedConfig
 from launchkit.errors import TraceError
 from launchkit.model import ModelProfile
 from launchkit.program import Parameter, ParameterGroup, Point, StepProgram
+from launchkit.quiet import without_logs
 from launchkit.scenario import Attention, DeviceKind, Method, TraceKey
 from launchkit.trace.assemble import TracedModel, UnlikeLayersError, assemble, parameter
 from launchkit.trace.build import (
@@ -434,12 +434,10 @@ def traced_with() -> dict[str, str]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """transformers' and torch's chatter about a model that is only being looked at stays off the terminal."""
+    """Libraries' chatter about a model that is only being looked at stays off the terminal."""
     level = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
-    for name in ("torch._subclasses.fake_tensor", "bitsandbytes", "DeepSpeed"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
-    with warnings.catch_warnings():
+    with without_logs(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             yield
