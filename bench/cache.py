@@ -1,4 +1,4 @@
-"""What torch's cache adds to the allocated peak, over catalogued models: ``python -m bench.cache``.
+"""What torch's cache adds to the allocated peak, over catalogued models: ``python -m bench.cache [--alloc-conf TEXT]``.
 
 Without what loading leaves of 4-bit weights. Source of ``launchkit.simulate.overheads.cache_share``. Every strategy of
 the search and FSDP1, with and without checkpointing, at one sequence and at four per device.
@@ -6,12 +6,14 @@ the search and FSDP1, with and without checkpointing, at one sequence and at fou
 
 from __future__ import annotations
 
+import argparse
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product
 
 from launchkit import strategies
+from launchkit.alloc_conf import AllocatorSettings
 from launchkit.api import find_cluster
 from launchkit.catalog.models import find_model
 from launchkit.planner.evaluate import Bench
@@ -46,6 +48,9 @@ def scenarios(search: Search) -> Iterator[Scenario]:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--alloc-conf", default="", metavar="TEXT", help="PYTORCH_ALLOC_CONF [torch's defaults]")
+    settings = AllocatorSettings.parse(parser.parse_args().alloc_conf)
     shares: dict[tuple[str, str], list[float]] = defaultdict(list)
     misread = 0.0
     for model, gpus in JOBS:
@@ -55,7 +60,7 @@ def main() -> None:
             search = Search(bench=Bench(source=source, cluster=cluster), request=request)
             for scenario in scenarios(search):
                 program, point = search.bench.program(scenario), point_of(scenario)
-                run = simulate_memory(program, point, device_kind=DeviceKind.CUDA)
+                run = simulate_memory(program, point, device_kind=DeviceKind.CUDA, settings=settings)
                 allocated = run.allocated_peak_bytes
                 misread = max(misread, allocated / read_memory(program, point).allocated_peak_bytes - 1)
                 key = scenario.strategy.name, scenario.training.checkpointing.value

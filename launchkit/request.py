@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields
 from enum import StrEnum
 from typing import Any, TypeVar
 
+from launchkit.alloc_conf import EXPANDABLE, AllocatorSettings
 from launchkit.errors import IllegalScenarioError, UsageError
 from launchkit.hardware import Cluster, format_gpus
 from launchkit.model import ModelProfile
@@ -19,6 +20,7 @@ from launchkit.scenario import (
     Attention,
     Batch,
     Checkpointing,
+    DeviceKind,
     FsdpSettings,
     Loss,
     Method,
@@ -80,6 +82,7 @@ class Request:
     trainer: Trainer | None = None
     data: str | None = None
     state: State | None = None
+    alloc_conf: str | None = None
     config: str | None = None
 
     @classmethod
@@ -216,6 +219,11 @@ FLAGS: tuple[Flag, ...] = (
     Flag(name="trainer", kind=Trainer, default="hf", help="whose training loop"),
     Flag(name="data", kind=str, help="training data (JSON lines)"),
     Flag(name="state", kind=State, default="steady", help="which step: the first has no optimizer states yet"),
+    Flag(
+        name="alloc_conf",
+        kind=str,
+        help="PYTORCH_ALLOC_CONF of the run, such as expandable_segments:True; default: torch's own [axolotl: that]",
+    ),
     Flag(name="config", kind=str, help="read the model's configuration from this config.json"),
 )
 _BY_NAME = {flag.name: flag for flag in FLAGS}
@@ -302,6 +310,7 @@ def resolve(request: Request, *, model: ModelProfile, cluster: Cluster) -> Resol
         strategy=strategy,
         batch=_batch(request, seq_len=seq_len, strategy=strategy, num_gpus=cluster.num_gpus),
         state=_value(request, "state", State),
+        alloc_conf=_alloc_conf(request, cluster),
     )
     return Resolution(scenario=scenario, notes=(*notes, *length_notes))
 
@@ -343,6 +352,7 @@ def scenario_flags(scenario: Scenario, *, cluster: Cluster) -> dict[str, str | i
         "compile": training.compile,
         "trainer": training.trainer,
         "state": scenario.state,
+        "alloc_conf": scenario.alloc_conf or None,
     }
     return {name: _plain(value) for name, value in values.items()}
 
@@ -381,6 +391,20 @@ def _seq_len(request: Request, model: ModelProfile) -> tuple[int, tuple[str, ...
     if 0 < longest < default:
         return longest, (f"{longest:,} tokens per sequence, the most that {model.name} was made for",)
     return default, ()
+
+
+def _alloc_conf(request: Request, cluster: Cluster) -> str:
+    """What was asked for, else what the trainer sets itself; nothing where torch has no caching allocator.
+
+    Source: axolotl 0.19 ``utils/__init__.py``, ``set_pytorch_cuda_alloc_conf``, called as its command line starts.
+    """
+    if request.alloc_conf is not None:
+        AllocatorSettings.parse(request.alloc_conf)
+    if cluster.gpu.device_kind is not DeviceKind.CUDA:
+        return ""
+    if request.alloc_conf is not None:
+        return request.alloc_conf.replace(" ", "")
+    return EXPANDABLE if request.trainer is Trainer.AXOLOTL else ""
 
 
 _SPLITS = ("tp", "cp", "sp")

@@ -352,12 +352,14 @@ class Batch:
 
 @dataclass(frozen=True, kw_only=True)
 class Scenario:
-    """One point of the search: all that an estimate depends on besides the model and the cluster."""
+    """One point of the search: all that an estimate depends on besides the model and the cluster. ``alloc_conf`` is the
+    text of ``PYTORCH_ALLOC_CONF``; nothing for torch's defaults."""
 
     training: Training = field(default_factory=Training)
     strategy: Strategy = field(default_factory=Strategy)
     batch: Batch = field(default_factory=Batch)
     state: State = State.STEADY
+    alloc_conf: str = ""
 
     @property
     def loads_on_first_rank(self) -> bool:

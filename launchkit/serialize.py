@@ -228,6 +228,7 @@ def _scenario_from(document: object, *, path: str) -> Scenario:
         strategy=decode(Strategy, strategy, path=path),
         batch=decode(Batch, flags, path=path),
         state=decode(get_type_hints(Scenario)["state"], _take(flags, "state", path=path), path=f"{path}.state"),
+        alloc_conf=decode(str, flags.get("alloc_conf", ""), path=f"{path}.alloc_conf"),
     )
 
 

@@ -7,6 +7,7 @@ from dataclasses import fields, replace
 import pytest
 
 from launchkit.errors import IllegalScenarioError, UsageError
+from launchkit.hardware import Backend
 from launchkit.request import FLAGS, Request, find_flag, resolve, scenario_flags
 from launchkit.scenario import Attention, Batch, Loss, Offload, Scenario, Sharding, State, StrategyKind, Trainer
 from tests.report.plans import CLUSTER, MODEL
@@ -215,3 +216,39 @@ def test_ranks_that_share_a_step_choose_their_engine(flags: dict[str, str | int]
 def test_a_global_batch_is_shared_among_groups() -> None:
     with pytest.raises(IllegalScenarioError, match="no multiple of --micro-batch 1 × 2 groups of 2 GPUs; use"):
         _on_four(tp=2, strategy="fsdp2", global_batch=3)
+
+
+@pytest.mark.parametrize(
+    ("flags", "gpu_is_cuda", "conf"),
+    [
+        ({}, True, ""),
+        ({"alloc_conf": "expandable_segments:True, max_split_size_mb:128"}, True, None),
+        ({"alloc_conf": "max_split_size_mb:128"}, False, ""),
+        ({"trainer": "axolotl"}, True, "expandable_segments:True"),
+        ({"trainer": "axolotl"}, False, ""),
+        ({"trainer": "axolotl", "alloc_conf": "expandable_segments:False"}, True, "expandable_segments:False"),
+    ],
+)
+def test_what_the_allocator_is_told(flags: dict[str, object], gpu_is_cuda: bool, conf: str | None) -> None:
+    """What was asked for, else what Axolotl tells it; a CPU has no such allocator."""
+    backend = Backend.CUDA if gpu_is_cuda else Backend.CPU
+    gpus = replace(CLUSTER, gpu=replace(CLUSTER.gpu, backend=backend))
+    scenario = resolve(Request.from_flags(flags), model=MODEL, cluster=gpus).scenario
+    expected = "expandable_segments:True,max_split_size_mb:128" if conf is None else conf
+    assert scenario.alloc_conf == expected
+    assert scenario_flags(scenario, cluster=gpus)["alloc_conf"] == (expected or None)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "expandable:True",
+            "PYTORCH_ALLOC_CONF has an option 'expandable' that is not modelled; use expandable_segments",
+        ),
+        ("expandable_segments:yes", "PYTORCH_ALLOC_CONF has 'expandable_segments:yes'; write True or False"),
+    ],
+)
+def test_what_no_allocator_understands(text: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        resolve(Request(alloc_conf=text), model=MODEL, cluster=CLUSTER)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
+from launchkit.alloc_conf import VARIABLE, read_variable
 from launchkit.catalog.presets import find_preset
 from launchkit.errors import UsageError
 from launchkit.request import FLAGS, Request, find_flag
@@ -51,7 +52,7 @@ class Settings:
 
 def gather(typed: Mapping[str, object], *, environment: Mapping[str, str], directory: Path) -> Settings:
     """Typed flags, then ``LAUNCHKIT_*``, then the file in ``directory``, then the preset that one of them names; the
-    first that has a flag wins."""
+    first that has a flag wins. Of the GPUs found here torch's own variable counts too."""
     values: dict[str, object] = {name: value for name, value in typed.items() if value is not None}
     origins: dict[str, str] = {}
     for origin, found in (*_from_environment(environment), *_from_file(directory)):
@@ -59,7 +60,14 @@ def gather(typed: Mapping[str, object], *, environment: Mapping[str, str], direc
     preset = find_preset(str(values.pop(PRESET))) if PRESET in values else None
     if preset is not None:
         _fill(values, preset.flags, origins=origins, origin=f"preset {preset.name}")
+    if is_detected(values.get("gpus")) and (conf := read_variable(environment)):
+        _fill(values, {"alloc_conf": conf}, origins=origins, origin=VARIABLE)
     return Settings(request=Request.from_flags(values), origins=origins, preset=preset.name if preset else "")
+
+
+def is_detected(gpus: object) -> bool:
+    """Whether the GPUs are this machine's, where the environment is that of the run."""
+    return gpus is None or str(gpus).lower().endswith("auto")
 
 
 def unknown_variables(environment: Mapping[str, str]) -> list[str]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from launchkit.alloc_conf import EXPANDABLE, VARIABLE
 from launchkit.errors import IllegalScenarioError, UsageError
 from launchkit.export.accelerate import accelerate_config
 from launchkit.export.axolotl import DEFAULT_DATA, axolotl_config, axolotl_notes
@@ -76,11 +77,13 @@ def config_files(
         files.append(_deepspeed_file(candidate, cluster, cpu_adam_builds=cpu_adam_builds))
     if Target.AXOLOTL in wanted:
         config = axolotl_config(candidate, cluster, model=model, data=data)
-        comments = (f"Run: axolotl train {AXOLOTL_FILE}", *axolotl_notes(candidate))
+        prefix = "" if candidate.scenario.alloc_conf == EXPANDABLE else _allocator_prefix(candidate)  # it says that
+        comments = (f"Run: {prefix}axolotl train {AXOLOTL_FILE}", *axolotl_notes(candidate))
         files.append(_yaml_file(AXOLOTL_FILE, config, header=_header(candidate, cluster, *comments)))
     if Target.TRL in wanted:
         dataset = str(data["path"]) if isinstance(data, Mapping) else data
-        comments = (f"Run: trl sft --config {TRL_FILE} --accelerate_config {ACCELERATE_FILE}",)
+        run = _allocator_prefix(candidate)
+        comments = (f"Run: {run}trl sft --config {TRL_FILE} --accelerate_config {ACCELERATE_FILE}",)
         text = trl_config(candidate, cluster, model=model, data=dataset)
         files.append(_yaml_file(TRL_FILE, text, header=_header(candidate, cluster, *comments)))
     return tuple(files)
@@ -133,7 +136,7 @@ def _accelerate_file(candidate: Candidate, cluster: Cluster) -> ConfigFile:
     prefix, *advice = _cpu_advice(candidate, cluster)
     batch = candidate.scenario.batch
     comments = (
-        f"Run: {prefix}{run} train.py",
+        f"Run: {_allocator_prefix(candidate)}{prefix}{run} train.py",
         f"The script itself sets micro-batch {batch.micro_batch} and "
         f"{batch.gradient_accumulation_steps} accumulation steps.",
         *advice,
@@ -142,6 +145,12 @@ def _accelerate_file(candidate: Candidate, cluster: Cluster) -> ConfigFile:
     return _yaml_file(
         ACCELERATE_FILE, accelerate_config(candidate, cluster), header=_header(candidate, cluster, *comments)
     )
+
+
+def _allocator_prefix(candidate: Candidate) -> str:
+    """What to put before a command for torch's allocator to be as planned."""
+    conf = candidate.scenario.alloc_conf
+    return f"{VARIABLE}={conf} " if conf else ""
 
 
 def _cpu_advice(candidate: Candidate, cluster: Cluster) -> tuple[str, ...]:

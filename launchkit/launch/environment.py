@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Mapping
 
+from launchkit.alloc_conf import OLDER_VARIABLE, VARIABLE
 from launchkit.export.layout import (
     FsdpLayout,
     autocast_format,
@@ -88,12 +89,14 @@ def fsdp_environment(layout: FsdpLayout, candidate: Candidate, *, on_cpu: bool) 
 
 
 def device_environment(candidate: Candidate, cluster: Cluster) -> dict[str, str]:
-    """Which devices the processes use, and with how many threads.
+    """Which devices the processes use, with which allocator, and with how many threads.
 
     On the CPU accelerate shards nothing unless it is made to (``launchkit.finetune.cpu_fsdp``): what it needs is the
     opposite of ``ACCELERATE_USE_CPU``, which DDP and single processes in turn cannot do without.
     """
     environment = {"PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false", **QUIET}
+    if conf := candidate.scenario.alloc_conf:
+        environment |= {VARIABLE: conf, OLDER_VARIABLE: conf}
     cores = cluster.node.num_cpu_cores
     num_local = max(1, num_processes(candidate, cluster) // max(1, cluster.num_nodes))
     if cores:

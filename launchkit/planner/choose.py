@@ -6,12 +6,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from launchkit import __version__, strategies
+from launchkit.alloc_conf import EXPANDABLE, VARIABLE
 from launchkit.errors import IllegalScenarioError
-from launchkit.hardware import Cluster, format_gpus
+from launchkit.hardware import Backend, Cluster, format_gpus
 from launchkit.model import ModelProfile, ModelSource
 from launchkit.plan import UNDECIDED, Candidate, Plan, Rejected, Suggestion
 from launchkit.planner.changes import SHORTEST_SEQUENCE, fully_checkpointed, wider_clusters, with_half_micro_batch
-from launchkit.planner.evaluate import Bench, judge, sketch, step_time
+from launchkit.planner.evaluate import GIVEN_BACK, Bench, judge, sketch
 from launchkit.planner.search import Option, Refused, Search
 from launchkit.request import Request, decisions, option_text
 from launchkit.scenario import (
@@ -34,9 +35,14 @@ SAME_SPEED = 0.10
 SHOWN_ALTERNATIVES = 3
 SHOWN_REJECTED = 4
 SHOWN_RELAXATIONS = 4
+# Of the device's peak: what torch's cache must hold unused for segments that grow in place to be worth a run.
+LARGE_CACHE_SHARE = 0.1
+SCARCE_SHARE = 0.5  # of what is usable
+WORTHWHILE_CACHE_SHARE = 0.02  # less is within what any estimate is off by
 
 # What to try beside what was asked for where nothing fits; each is verified before it is said.
 RELAXATIONS: tuple[Mapping[str, str], ...] = (
+    {"alloc_conf": EXPANDABLE},
     {"optimizer": "adamw_bnb_8bit"},
     {"optimizer": "adafactor"},
     {"precision": "bf16-params"},
@@ -86,7 +92,7 @@ def plan(
         chosen=chosen,
         alternatives=alternatives,
         rejected=_rejected(bench, losers, seen=judged, most=len(losers) if in_full else SHOWN_REJECTED),
-        suggestions=_suggestions(search, chosen, options),
+        suggestions=_suggestions(search, chosen, options, judged),
         assumptions=_assumptions(chosen.scenario if chosen else min(options, key=_need).scenario, source.profile),
         notes=_notes(request, source.profile, chosen),
         num_considered=search.num_considered,
@@ -229,11 +235,14 @@ def _need(option: Option) -> int:
     return option.live_bytes
 
 
-def _suggestions(search: Search, chosen: Candidate | None, options: Sequence[Option]) -> tuple[Suggestion, ...]:
+def _suggestions(
+    search: Search, chosen: Candidate | None, options: Sequence[Option], judged: Mapping[Scenario, Candidate]
+) -> tuple[Suggestion, ...]:
     """What would save memory on the chosen one, or make the nearest one fit."""
     if chosen is not None:
         return tuple(_savings(search, chosen))
-    return tuple(_rescues(search, min(options, key=_need)))
+    nearest = min(options, key=_need).scenario
+    return tuple(_rescues(search, judged[nearest]))
 
 
 def _savings(search: Search, chosen: Candidate) -> Iterable[Suggestion]:
@@ -242,6 +251,23 @@ def _savings(search: Search, chosen: Candidate) -> Iterable[Suggestion]:
         yield from _change(search, chosen, "--checkpointing full", fully_checkpointed(scenario, cluster))
     half = with_half_micro_batch(scenario, cluster)
     yield from _change(search, chosen, f"--micro-batch {half.batch.micro_batch}" if half else "", half)
+    yield from _without_holes(search, chosen)
+
+
+def _without_holes(search: Search, chosen: Candidate) -> Iterable[Suggestion]:
+    """Segments that grow in place, where room is scarce and much of what torch reserves is free blocks of the wrong
+    sizes, or was given back once for it to fit."""
+    estimate, scenario = chosen.estimate, chosen.scenario
+    is_full = estimate.device_peak_high_bytes > SCARCE_SHARE * estimate.device_usable_bytes
+    is_large = estimate.at_peak["fragmentation"] > LARGE_CACHE_SHARE * estimate.device_peak_bytes
+    is_worth_it = (is_full and is_large) or GIVEN_BACK in chosen.notes
+    if scenario.alloc_conf or search.bench.cluster.gpu.backend is not Backend.CUDA or not is_worth_it:
+        return
+    other = judge(search.bench, replace(scenario, alloc_conf=EXPANDABLE))
+    search.num_considered += 1
+    saved = _saved_bytes(chosen, other)
+    if saved > WORTHWHILE_CACHE_SHARE * estimate.device_peak_bytes:
+        yield Suggestion(flags=f"--alloc-conf {EXPANDABLE}", saved_bytes=saved, time_factor=1.0)
 
 
 def _change(search: Search, chosen: Candidate, flags: str, scenario: Scenario | None) -> Iterable[Suggestion]:
@@ -256,7 +282,7 @@ def _change(search: Search, chosen: Candidate, flags: str, scenario: Scenario | 
         )
 
 
-def _rescues(search: Search, nearest: Option) -> Iterable[Suggestion]:
+def _rescues(search: Search, nearest: Candidate) -> Iterable[Suggestion]:
     """What makes the scenario nearest to fitting fit: other settings, the fastest few; shorter sequences or more GPUs,
     as far as halving and doubling go."""
     found = [suggestion for flags in RELAXATIONS for suggestion in _relaxed(search, nearest, flags)]
@@ -267,14 +293,22 @@ def _rescues(search: Search, nearest: Option) -> Iterable[Suggestion]:
         shorter = replace(scenario, batch=replace(scenario.batch, seq_len=length))
         live = bench.live_peak_bytes(shorter)
         if live <= search.room_bytes(shorter):
-            if judge(bench, shorter).estimate.fits:  # in every phase: loading knows no length
-                yield Suggestion(flags=f"--seq-len {length}", saved_bytes=nearest.live_bytes - live, time_factor=0.0)
+            candidate = judge(bench, shorter)
+            if candidate.estimate.fits:  # in every phase: loading knows no length
+                yield Suggestion(
+                    flags=f"--seq-len {length}", saved_bytes=_saved_bytes(nearest, candidate), time_factor=0.0
+                )
             break
         length //= 2
     yield from _more_gpus(search, nearest)
 
 
-def _relaxed(search: Search, nearest: Option, flags: Mapping[str, str]) -> Iterable[Suggestion]:
+def _saved_bytes(before: Candidate, after: Candidate) -> int:
+    """Of the device's peak, torch's cache included: both were run through the allocator."""
+    return before.estimate.device_peak_bytes - after.estimate.device_peak_bytes
+
+
+def _relaxed(search: Search, nearest: Candidate, flags: Mapping[str, str]) -> Iterable[Suggestion]:
     """The scenario nearest to fitting with ``flags`` besides, if its run through the allocator fits. What would have to
     be traced first is left out."""
     bench = search.bench
@@ -287,20 +321,18 @@ def _relaxed(search: Search, nearest: Option, flags: Mapping[str, str]) -> Itera
     refused = strategies.refusal(scenario, bench.source.profile, bench.cluster_of(scenario))
     if refused or scenario == nearest.scenario or not bench.source.has_program(bench.key(scenario)):
         return
-    option = other.read(scenario)
-    if not option.fits:
+    if not other.read(scenario).fits:
         return
     candidate = judge(bench, scenario)
     if candidate.estimate.fits:
-        before = step_time(bench, nearest.scenario).seconds
         yield Suggestion(
             flags=" ".join(option_text(name, value) for name, value in flags.items()),
-            saved_bytes=nearest.live_bytes - option.live_bytes,
-            time_factor=candidate.step.seconds / max(before, 1e-12),
+            saved_bytes=_saved_bytes(nearest, candidate),
+            time_factor=candidate.step.seconds / max(nearest.step.seconds, 1e-12),
         )
 
 
-def _more_gpus(search: Search, nearest: Option) -> Iterable[Suggestion]:
+def _more_gpus(search: Search, nearest: Candidate) -> Iterable[Suggestion]:
     cluster = search.bench.cluster
     if cluster.gpu.device_kind is DeviceKind.CPU:
         return
@@ -313,9 +345,10 @@ def _more_gpus(search: Search, nearest: Option) -> Iterable[Suggestion]:
         scenario = other.base(nearest.scenario.training.method, strategy)
         live = bench.live_peak_bytes(scenario)
         if live <= other.room_bytes(scenario):
-            if judge(bench, scenario).estimate.fits:
+            candidate = judge(bench, scenario)
+            if candidate.estimate.fits:
                 flags = f"--gpus {format_gpus(wider)} --strategy {strategy.kind}"
-                yield Suggestion(flags=flags, saved_bytes=nearest.live_bytes - live, time_factor=0.0)
+                yield Suggestion(flags=flags, saved_bytes=_saved_bytes(nearest, candidate), time_factor=0.0)
             return
 
 
@@ -338,6 +371,7 @@ def _assumptions(scenario: Scenario, profile: ModelProfile) -> tuple[str, ...]:
         loss,
         training.optimizer,
         f"{training.trainer} trainer",
+        *([f"{VARIABLE}={scenario.alloc_conf}"] if scenario.alloc_conf else []),
     ]
     if training.method is not Method.FULL and training.precision is Precision.BF16_PARAMS:
         base = "4 bits" if training.method is Method.QLORA else "bf16"

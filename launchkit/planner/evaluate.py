@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 from launchkit import strategies
+from launchkit.alloc_conf import AllocatorSettings
 from launchkit.errors import IllegalScenarioError, TraceError
 from launchkit.hardware import Cluster
 from launchkit.model import ModelProfile, ModelSource
@@ -156,12 +157,14 @@ class Bench:
         return rare_bytes > 0 and self.host_need(scenario).needed_bytes > rare_bytes
 
     def _identity(self, scenario: Scenario) -> tuple[TraceKey, Scenario]:
-        """The key, and the scenario without what a rewrite does not depend on: lengths, and how many micro-batches."""
+        """The key, and the scenario without what a rewrite does not depend on: lengths, how many micro-batches, and the
+        allocator."""
         batch = scenario.batch
         steps = min(batch.gradient_accumulation_steps, 2)
         same = replace(
             scenario,
             batch=replace(batch, seq_len=1, gradient_accumulation_steps=steps, micro_batch=min(batch.micro_batch, 2)),
+            alloc_conf="",
         )
         return self.key(scenario), same
 
@@ -169,7 +172,7 @@ class Bench:
 def _of_any_batch(scenario: Scenario) -> Scenario:
     """The scenario without what neither the host nor a checkpoint depends on."""
     training = replace(scenario.training, checkpointing=Checkpointing.NONE)
-    return replace(scenario, training=training, batch=Batch(), state=State.STEADY)
+    return replace(scenario, training=training, batch=Batch(), state=State.STEADY, alloc_conf="")
 
 
 def least_weight_bytes(profile: ModelProfile, scenario: Scenario, *, num_ranks: int) -> int:
@@ -238,7 +241,7 @@ def _read_fully(bench: Bench, scenario: Scenario) -> tuple[MemoryReading, Candid
     within, fitting = _simulated(bench, scenario, capacity_bytes=max(room_bytes, 1))
     if within.exceeds_capacity or within.num_late_retries or not fitting.estimate.step_fits:
         return reading, candidate
-    return within, replace(fitting, notes=(_GIVEN_BACK,))
+    return within, replace(fitting, notes=(GIVEN_BACK,))
 
 
 def _simulated(bench: Bench, scenario: Scenario, *, capacity_bytes: int) -> tuple[MemoryReading, Candidate]:
@@ -246,7 +249,13 @@ def _simulated(bench: Bench, scenario: Scenario, *, capacity_bytes: int) -> tupl
     program, device_kind = bench.program(scenario), cluster.gpu.device_kind
     has_cache = device_kind is DeviceKind.CUDA
     limit = capacity_bytes if has_cache else None
-    reading = simulate_memory(program, point_of(scenario), device_kind=device_kind, capacity_bytes=limit)
+    reading = simulate_memory(
+        program,
+        point_of(scenario),
+        device_kind=device_kind,
+        settings=AllocatorSettings.parse(scenario.alloc_conf),
+        capacity_bytes=limit,
+    )
     device = device_peak(reading, cluster, num_communicators=_num_communicators(scenario))
     notes = _cache_notes(program) if has_cache else ()
     return reading, replace(candidate_of(bench, scenario, reading, device), notes=notes)
@@ -286,7 +295,7 @@ def _compile_notes(scenario: Scenario) -> tuple[str, ...]:
     )
 
 
-_GIVEN_BACK = "torch's cache is given back once, since it would not fit: the first steps take longer"
+GIVEN_BACK = "torch's cache is given back once, since it would not fit: the first steps take longer"
 
 
 def _float8_notes(scenario: Scenario) -> tuple[str, ...]:

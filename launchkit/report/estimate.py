@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from launchkit.alloc_conf import VARIABLE
 from launchkit.hardware import Backend, Cluster, format_gpus
 from launchkit.plan import Candidate, Estimate, RunPhase
 from launchkit.report.candidate import INDENT, headline, memory_lines, model_name, phases, worst_moment
@@ -31,7 +32,7 @@ def estimate_lines(candidate: Candidate, *, cluster: Cluster, canvas: Canvas) ->
     lines += [f"{INDENT}{worst_moment(estimate)}{stage}"]
     lines += [f"{' ' * MARGIN}{row}" for row in _owner_rows(estimate, canvas=canvas)]
     lines += canvas.section("phases", phases(estimate), separator=" · ")
-    lines += canvas.section("allocator", _allocator(estimate), separator=" · ")
+    lines += canvas.section("allocator", _allocator(candidate), separator=" · ")
     return lines + canvas.section("model", _subject(candidate, cluster=cluster), separator=" · ")
 
 
@@ -60,8 +61,10 @@ def _owner_rows(estimate: Estimate, *, canvas: Canvas) -> list[str]:
     return table([row[:3] if canvas.is_narrow else row for row in rows], right=(1,))
 
 
-def _allocator(estimate: Estimate) -> list[str]:
+def _allocator(candidate: Candidate) -> list[str]:
+    estimate, conf = candidate.estimate, candidate.scenario.alloc_conf
     return [
+        *([f"{VARIABLE}={conf}"] if conf else []),
         f"allocated {gib(estimate.allocated_peak_bytes, digits=2)}",
         f"reserved {gib(estimate.reserved_peak_bytes, digits=2)}",
         f"between steps {gib(estimate.steady_bytes, digits=2)}",

@@ -174,7 +174,18 @@ TERMS: tuple[Term, ...] = (
         "from 1.7 % to 14.2 % of what is allocated, and further under FSDP.",
         formula="reserved − allocated",
         also=("slack",),
-        see=("reserved",),
+        see=("reserved", "alloc_conf"),
+    ),
+    Term(
+        name="alloc_conf",
+        text="PYTORCH_ALLOC_CONF of the run, which launchkit's model of the allocator takes too: expandable_segments, "
+        "max_split_size_mb, max_non_split_rounding_mb, roundup_power2_divisions, garbage_collection_threshold. "
+        "expandable_segments:True lets segments grow in place, so that freed blocks of one size serve another: where "
+        "weights come and go (FSDP, ZeRO-3, checkpointing) most of the fragmentation goes. Of the GPUs found here "
+        "the variable counts as it is set; Axolotl sets expandable segments itself.",
+        omits="the time that mapping memory takes: little once a run is warm.",
+        also=("expandable_segments", "allocator", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"),
+        see=("fragmentation", "reserved"),
     ),
     Term(
         name="host",

@@ -7,10 +7,11 @@ from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from typing import NamedTuple
 
+from launchkit.alloc_conf import AllocatorSettings
 from launchkit.errors import OutOfMemoryError
 from launchkit.program import Owner, Phase, Point, StepProgram, Stream
 from launchkit.scenario import DeviceKind
-from launchkit.simulate.allocator import AllocatorSettings, CachingAllocator
+from launchkit.simulate.allocator import CachingAllocator
 from launchkit.simulate.expand import PERSISTENT_STAGE, MemoryEvent, expand
 from launchkit.simulate.loading import load
 from launchkit.simulate.owners import OWNERS, read_owners

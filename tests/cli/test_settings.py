@@ -50,6 +50,14 @@ PROJECT = {"pyproject.toml": "[tool.launchkit]\nseq_len = 256\npacking = true\n"
         ({}, {"LAUNCHKIT_GPUS": ""}, {"pyproject.toml": "[project]\nname = 'x'\n"}, {}, ""),
         ({"packing": False}, {}, PROJECT, {"packing": False, "seq_len": 256}, "--seq-len 256 (pyproject.toml)"),
         ({"preset": None}, {"LAUNCHKIT_PRESET": ""}, {}, {}, ""),
+        (
+            {},
+            {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64", "PYTORCH_ALLOC_CONF": "expandable_segments:True"},
+            {},
+            {"alloc_conf": "expandable_segments:True"},
+            "--alloc-conf expandable_segments:True (PYTORCH_ALLOC_CONF)",
+        ),
+        ({"gpus": "4x4090"}, {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}, {}, {"gpus": "4x4090"}, ""),
     ],
 )
 def test_the_nearest_source_wins(

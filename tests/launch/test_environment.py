@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
-from launchkit.launch.environment import recorded_environment
+from launchkit.launch.environment import device_environment, recorded_environment
+from tests.builders import candidate, cluster
 
 
 @pytest.mark.parametrize(
@@ -27,3 +30,15 @@ def test_recorded_environment(name: str, kept: bool) -> None:
 
 def test_changes_are_always_recorded_but_no_secret_among_them() -> None:
     assert recorded_environment({"MINE": "1", "MY_PASSWORD": "x"}, {"MINE": "0"}) == {"MINE": "1"}
+
+
+def test_the_allocator_is_told_by_both_names() -> None:
+    """torch before 2.9 knows only the older one."""
+    chosen, gpus = candidate(strategy="ddp"), cluster()
+    told = device_environment(chosen, gpus)
+    scenario = replace(chosen.scenario, alloc_conf="expandable_segments:True")
+    changed = device_environment(replace(chosen, scenario=scenario), gpus)
+    assert changed.items() - told.items() == {
+        ("PYTORCH_ALLOC_CONF", "expandable_segments:True"),
+        ("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True"),
+    }
