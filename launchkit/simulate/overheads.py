@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from math import hypot, sqrt
 from typing import NamedTuple
 
+from launchkit.alloc_conf import AllocatorSettings
 from launchkit.hardware import Backend, Cluster, Gpu
 from launchkit.program import Owner, Persistent, Size
 from launchkit.scenario import Checkpointing, DeviceKind, Scenario, StrategyKind
@@ -57,6 +58,25 @@ _CACHE_SHARES: Mapping[tuple[str, bool, bool], CacheShare] = {
     ("zero3", True, False): CacheShare(0.07, 0.18),
     ("zero3", True, True): CacheShare(0.30, 0.71),
 }
+# The same with segments that grow in place (``python -m bench.cache --alloc-conf expandable_segments:True``).
+_EXPANDABLE_SHARES: Mapping[tuple[str, bool, bool], CacheShare] = {
+    ("", False, False): CacheShare(0.02, 0.09),
+    ("", False, True): CacheShare(0.04, 0.16),
+    ("", True, False): CacheShare(0.02, 0.09),
+    ("", True, True): CacheShare(0.04, 0.16),
+    ("fsdp1", False, False): CacheShare(0.10, 0.22),
+    ("fsdp1", False, True): CacheShare(0.28, 0.44),
+    ("fsdp1", True, False): CacheShare(0.10, 0.22),  # as not offloaded: not among those simulated
+    ("fsdp1", True, True): CacheShare(0.28, 0.44),
+    ("fsdp", False, False): CacheShare(0.10, 0.20),
+    ("fsdp", False, True): CacheShare(0.23, 0.30),
+    ("fsdp", True, False): CacheShare(0.07, 0.18),
+    ("fsdp", True, True): CacheShare(0.29, 0.56),
+    ("zero3", False, False): CacheShare(0.03, 0.09),
+    ("zero3", False, True): CacheShare(0.08, 0.18),
+    ("zero3", True, False): CacheShare(0.05, 0.10),
+    ("zero3", True, True): CacheShare(0.15, 0.27),
+}
 SMALL_CACHE_BYTES = GIB
 _CACHING_ENGINES: Mapping[StrategyKind, str] = {
     StrategyKind.FSDP: "fsdp1",
@@ -79,7 +99,9 @@ def cache_share(scenario: Scenario) -> CacheShare:
         else ""
     )
     waits = scenario.strategy.offloads_params if engine else offload.optimizer
-    return _CACHE_SHARES[engine, waits, scenario.training.checkpointing is not Checkpointing.NONE]
+    is_expandable = AllocatorSettings.parse(scenario.alloc_conf).expandable_segments
+    shares = _EXPANDABLE_SHARES if is_expandable else _CACHE_SHARES
+    return shares[engine, waits, scenario.training.checkpointing is not Checkpointing.NONE]
 
 
 class ByteRange(NamedTuple):
