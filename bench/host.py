@@ -1,4 +1,4 @@
-"""Resident memory of real loads and runs beside the prediction: ``python -m bench.host [--only NAME]``.
+"""Resident memory of real loads and runs beside the prediction: ``python -m bench.host [--only NAME] [--size 60M]``.
 
 A model of random weights is saved, then loaded in fresh processes as each engine loads it, on the CPU, and trained for
 a few steps where the case says so. A node's
@@ -79,12 +79,20 @@ CASES = (
 )
 
 
-def save_model(dtype: str, folder: Path) -> None:
-    """A Llama of 317M parameters with random weights."""
+# 317M parameters, and others by the name that ``--size`` takes.
+SIZES = {
+    "60M": {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8},
+    "317M": {},
+    "400M": {"num_hidden_layers": 21},
+}
+
+
+def save_model(dtype: str, size: str, folder: Path) -> None:
+    """A Llama with random weights."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    LlamaForCausalLM(LlamaConfig(**FIELDS)).to(getattr(torch, dtype)).save_pretrained(folder)
+    LlamaForCausalLM(LlamaConfig(**FIELDS | SIZES[size])).to(getattr(torch, dtype)).save_pretrained(folder)
 
 
 def measured_bytes(case: Case, model: Path) -> int:
@@ -143,14 +151,17 @@ def predicted_bytes(case: Case, model: Path) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default="", help="cases whose name contains this")
-    only = parser.parse_args().only
+    parser.add_argument("--size", choices=SIZES, default="317M", help="parameters of the model")
+    arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         for dtype in ("bfloat16", "float32"):
-            process = multiprocessing.get_context("spawn").Process(target=save_model, args=(dtype, Path(name) / dtype))
+            process = multiprocessing.get_context("spawn").Process(
+                target=save_model, args=(dtype, arguments.size, Path(name) / dtype)
+            )
             process.start()
             process.join()
         for case in CASES:
-            if only not in case.title:
+            if arguments.only not in case.title:
                 continue
             model = Path(name) / case.stored
             measured = max(measured_bytes(case, model) for _ in range(REPEATS))

@@ -14,7 +14,7 @@ from launchkit.optimizers import FP32_BYTES, LocalTensor, find, traffic_bytes
 from launchkit.plan import Candidate, Estimate, RunPhase, StepTime
 from launchkit.planner.disk import checkpoint_files
 from launchkit.planner.evaluation import evaluated, evaluation_micro_batch, evaluation_peak
-from launchkit.planner.host import HostNeed, greatest_need, known_host_bytes, rare_host_bytes
+from launchkit.planner.host import HostNeed, greatest_need, known_host_bytes, rare_host_bytes, unfilled_bytes
 from launchkit.planner.phases import Run, StepPeak, phase_peaks
 from launchkit.planner.point import point_of
 from launchkit.planner.sizes import ModelSizes
@@ -348,23 +348,35 @@ def _steps(bench: Bench, scenario: Scenario, reading: MemoryReading) -> tuple[St
         scenario.state: (reading.allocated_peak_bytes, reading.reserved_peak_bytes),
         other: (live, max(live, cached)),
     }
+    resident = _resident_bytes(bench, scenario, reading)
     phases = {
         RunPhase.FIRST_STEP: State.FIRST,
         RunPhase.STEADY_STEP: State.STEADY,
         RunPhase.LONGEST_BATCH: State.STEADY,
     }
     steps = [
-        StepPeak(phase=phase, allocated_bytes=peaks[state][0], reserved_bytes=peaks[state][1])
+        StepPeak(
+            phase=phase,
+            allocated_bytes=peaks[state][0],
+            reserved_bytes=peaks[state][1],
+            resident_bytes=resident if state is scenario.state else min(live, resident),
+        )
         for phase, state in phases.items()
     ]
     kept = reading.reserved_peak_bytes if cached else 0
-    return (*steps, *_evaluation(bench, scenario, cached_bytes=kept))
+    return (*steps, *_evaluation(bench, scenario, cached_bytes=kept, resident_bytes=resident))
 
 
-def _evaluation(bench: Bench, scenario: Scenario, *, cached_bytes: int) -> Iterator[StepPeak]:
+def _resident_bytes(bench: Bench, scenario: Scenario, reading: MemoryReading) -> int:
+    """What a step leaves resident of a process that computes on the host: not what its buckets were never filled with."""
+    unfilled = unfilled_bytes(bench.sizes(scenario), scenario)
+    return reading.resident_peak_bytes - min(unfilled, reading.at_peak[Owner.COMMUNICATION])
+
+
+def _evaluation(bench: Bench, scenario: Scenario, *, cached_bytes: int, resident_bytes: int) -> Iterator[StepPeak]:
     """An evaluation, where the trainer has one and its program is at hand: a trace of its own is not worth waiting for.
 
-    What a step left cached, ``cached_bytes``, is there still, and is taken again.
+    What a step left cached, or resident, is there still, and is taken again.
     """
     micro_batch = evaluation_micro_batch(scenario)
     key = bench.evaluation_key(evaluated(scenario, micro_batch=micro_batch))
@@ -375,7 +387,12 @@ def _evaluation(bench: Bench, scenario: Scenario, *, cached_bytes: int) -> Itera
     except TraceError:
         return
     reserved = max(peak.reserved_peak_bytes, cached_bytes)
-    yield StepPeak(phase=RunPhase.EVALUATION, allocated_bytes=peak.allocated_peak_bytes, reserved_bytes=reserved)
+    yield StepPeak(
+        phase=RunPhase.EVALUATION,
+        allocated_bytes=peak.allocated_peak_bytes,
+        reserved_bytes=reserved,
+        resident_bytes=max(peak.allocated_peak_bytes, resident_bytes),
+    )
 
 
 def run_of(bench: Bench, scenario: Scenario, steady_bytes: int = 0) -> Run:
@@ -455,7 +472,7 @@ def candidate_of(bench: Bench, scenario: Scenario, reading: MemoryReading, devic
             peak_stage=reading.peak_stage,
             at_peak=at_peak,
             steady_bytes=reading.steady_bytes,
-            host_peak_bytes=run.host_training(reading.allocated_peak_bytes).resident_bytes,
+            host_peak_bytes=run.host_training(_resident_bytes(bench, scenario, reading)).resident_bytes,
             host_load_peak_bytes=run.host_loading().resident_bytes,
             checkpoint_bytes=checkpoint.weights_bytes or checkpoint.total_bytes,
             checkpoint=checkpoint,

@@ -10,6 +10,7 @@ from launchkit.planner.load import LoadPeak
 from launchkit.planner.sizes import ModelSizes, saves_whole_weights
 from launchkit.program import Phase, Point, StepProgram
 from launchkit.scenario import DeviceKind, Scenario, StrategyKind
+from launchkit.strategies.weights import loaded_itemsize
 from launchkit.units import GB, MIB
 
 # Resident memory of one process with torch, transformers, accelerate and PEFT imported (475 MiB measured, CPU build of
@@ -47,13 +48,24 @@ def offloaded_activation_bytes(program: StepProgram, point: Point) -> int:
 
 
 def host_while_training(program: StepProgram, *, cluster: Cluster, device_bytes: int, point: Point) -> HostUse:
-    """Processes and what they keep on the host; of CPU processes also ``device_bytes``, what each of them allocates.
+    """Processes and what they keep on the host; of CPU processes also ``device_bytes``, what stays resident of what each
+    of them allocates.
 
     Omits: dataloader workers (none by default), the page cache of the data.
     """
     ranks = cluster.node.num_gpus
     on_host = device_bytes if _is_host(cluster) else offloaded_activation_bytes(program, point)
     return HostUse(_processes(PROCESS_BYTES, cluster) + ranks * (program.host_persistent_bytes + on_host))
+
+
+def unfilled_bytes(sizes: ModelSizes, scenario: Scenario) -> int:
+    """What of ZeRO's buckets gradients never reach, because the model has fewer: on the host it takes no memory."""
+    zero = scenario.strategy.zero
+    if not (scenario.strategy.kind.zero_stage and zero.contiguous_gradients):
+        return 0
+    num_buckets = 2 if scenario.strategy.kind is not StrategyKind.ZERO3 and zero.overlap_comm else 1
+    num_spare = num_buckets * zero.reduce_bucket_size - sizes.num_trained
+    return max(0, num_spare) * loaded_itemsize(scenario)
 
 
 def host_while_loading(peak: LoadPeak, scenario: Scenario, *, cluster: Cluster) -> HostUse:

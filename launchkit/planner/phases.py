@@ -88,11 +88,12 @@ class Run:
 
 @dataclass(frozen=True, kw_only=True)
 class StepPeak:
-    """Allocated and reserved peaks of one kind of step."""
+    """Peaks of one kind of step. ``resident_bytes`` is what a process that computes on the host keeps of it."""
 
     phase: RunPhase
     allocated_bytes: int
     reserved_bytes: int
+    resident_bytes: int = 0
 
 
 def phase_peaks(run: Run, reading: MemoryReading, steps: Sequence[StepPeak]) -> tuple[PhasePeak, ...]:
@@ -102,7 +103,7 @@ def phase_peaks(run: Run, reading: MemoryReading, steps: Sequence[StepPeak]) -> 
     cached = max(step.reserved_bytes for step in steps if step.phase is not RunPhase.EVALUATION)
     loading = StepPeak(phase=RunPhase.LOAD, allocated_bytes=load, reserved_bytes=load)
     saving = StepPeak(phase=RunPhase.SAVE, allocated_bytes=save, reserved_bytes=max(save, cached))
-    hosts = [run.host_training(step.allocated_bytes) for step in steps]
+    hosts = [run.host_training(step.resident_bytes) for step in steps]
     peaks = zip((loading, *steps, saving), (run.host_loading(), *hosts, run.host_saving()), strict=True)
     return tuple(_peak(run, reading, step, host) for step, host in peaks)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from launchkit.alloc_conf import LARGE_SEGMENT_BYTES, MIN_BLOCK_BYTES, AllocatorSettings, round_block
 from launchkit.errors import OutOfMemoryError, ProgramError
@@ -117,6 +117,22 @@ class _Pool:
 
     def at(self, index: int) -> _Block:
         return self.blocks[self.keys[index]]
+
+
+class Allocator(Protocol):
+    """What a step's allocations and frees are replayed on: torch's on a GPU, glibc's on the host."""
+
+    allocated_bytes: int
+    peak_reserved_bytes: int
+    num_retries: int
+
+    def malloc(self, num_bytes: int, stream: int = 0) -> int: ...
+
+    def free(self, handle: int, lag: int = 0) -> None: ...
+
+    def begin_gather(self) -> None: ...
+
+    def size_of(self, handle: int) -> int: ...
 
 
 class CachingAllocator:

@@ -10,14 +10,14 @@ from collections import defaultdict, deque
 from collections.abc import Iterable, Sequence
 
 from launchkit.program import Arrival, Owner, StepProgram
-from launchkit.simulate.allocator import CachingAllocator
+from launchkit.simulate.allocator import Allocator
 from launchkit.simulate.expand import MemoryEvent
 
 SENT_AT_A_TIME = 2  # buffers of a broadcast. Source: torch ``broadcast_coalesced`` (``max_in_flight``)
 
 
 def load(
-    allocator: CachingAllocator, handles: dict[int, int], storages: Sequence[MemoryEvent], arrivals: Sequence[Arrival]
+    allocator: Allocator, handles: dict[int, int], storages: Sequence[MemoryEvent], arrivals: Sequence[Arrival]
 ) -> None:
     """Allocate the persistent ``storages``, the weights first, those of ``arrivals`` as these tell, and enter them in
     ``handles``."""
@@ -46,7 +46,7 @@ def _kept(weights: Iterable[MemoryEvent], arrivals: Iterable[Arrival]) -> list[M
 class _Loading:
     """Loads into ``allocator``. ``handles`` are those of the storages that stay."""
 
-    def __init__(self, allocator: CachingAllocator, handles: dict[int, int]) -> None:
+    def __init__(self, allocator: Allocator, handles: dict[int, int]) -> None:
         self.allocator = allocator
         self.handles = handles
 

@@ -11,8 +11,9 @@ from launchkit.alloc_conf import AllocatorSettings
 from launchkit.errors import OutOfMemoryError
 from launchkit.program import Owner, Phase, Point, StepProgram, Stream
 from launchkit.scenario import DeviceKind
-from launchkit.simulate.allocator import CachingAllocator
+from launchkit.simulate.allocator import Allocator, CachingAllocator
 from launchkit.simulate.expand import PERSISTENT_STAGE, MemoryEvent, expand
+from launchkit.simulate.heap import Heap
 from launchkit.simulate.loading import load
 from launchkit.simulate.owners import OWNERS, read_owners
 
@@ -34,14 +35,16 @@ class MemoryReading:
     ``allocated_peak_bytes`` is what ``torch.cuda.max_memory_allocated`` reports; ``at_peak`` splits it over every
     ``Owner`` and sums to it exactly. ``reserved_peak_bytes`` is ``max_memory_reserved`` after ``num_steps`` steps;
     ``reserved_first_step_bytes`` after the first: where the two differ, the warm-up step alone is no measure.
-    ``steady_bytes`` is live at the step's end. ``num_retries`` counts how often the cache had to be released to stay
-    within the capacity given, ``num_late_retries`` how often in the last step of several; ``exceeds_capacity`` says
-    that even so it does not run, and then the other figures are those without that limit.
+    ``resident_peak_bytes`` is what a process keeps of its memory where that is the host's: glibc holds on to much of
+    what is freed. ``steady_bytes`` is live at the step's end. ``num_retries`` counts how often the cache had to be
+    released to stay within the capacity given, ``num_late_retries`` how often in the last step of several;
+    ``exceeds_capacity`` says that even so it does not run, and then the other figures are those without that limit.
     """
 
     allocated_peak_bytes: int
     reserved_peak_bytes: int
     reserved_first_step_bytes: int
+    resident_peak_bytes: int
     at_peak: Mapping[Owner, int]
     peak_stage: str
     peak_phase: Phase
@@ -88,34 +91,42 @@ def simulate_memory(
     ``MOST_STEPS``. A program that leaves more behind than it found (a first step
     that builds its states) is run once.
 
-    On CPU nothing is rounded or cached: reserved equals allocated.
+    On CPU nothing is rounded or cached: reserved equals allocated. What stays resident is read off glibc's heap.
     """
     events = list(expand(program, point))
     num_persistent = sum(event.stage == PERSISTENT_STAGE for event in events)
     exceeds_capacity = False
+    run = _Run(program, events, num_persistent=num_persistent)
     if device_kind is DeviceKind.CPU:
         record = _count(events)
+        resident_bytes = run.record(Heap()).reserved_peak_bytes
     else:
-        run = _CudaRun(program, events, num_persistent=num_persistent)
+        resident_bytes = 0
         try:
             record = run.record(CachingAllocator(settings=settings, capacity_bytes=capacity_bytes))
         except OutOfMemoryError:
             exceeds_capacity = True
             record = run.record(CachingAllocator(settings=settings))
     timeline = _timeline(program, record.changes, num_persistent=num_persistent, num_points=num_timeline_points)
-    return replace(_summary(program, record), exceeds_capacity=exceeds_capacity, timeline=timeline)
+    return replace(
+        _summary(program, record),
+        resident_peak_bytes=resident_bytes,
+        exceeds_capacity=exceeds_capacity,
+        timeline=timeline,
+    )
 
 
 def read_memory(program: StepProgram, point: Point) -> MemoryReading:
     """What ``simulate_memory`` says of ``program`` on a CPU, in the time of its templates.
 
-    Omits: the checks of ``expand``.
+    Omits: the checks of ``expand``, what glibc's heap keeps.
     """
     (peak, stage), at_peak, end_bytes = read_owners(program, point)
     return MemoryReading(
         allocated_peak_bytes=peak,
         reserved_peak_bytes=peak,
         reserved_first_step_bytes=peak,
+        resident_peak_bytes=peak,
         at_peak=dict(zip(OWNERS, at_peak, strict=True)),
         peak_stage=stage,
         peak_phase=program.stage(stage).phase if stage else Phase.FORWARD,
@@ -131,7 +142,7 @@ def _count(events: Sequence[MemoryEvent]) -> _Record:
     return _Record(_Changes(events, deltas), peak, peak, num_steps=1, num_retries=0)
 
 
-class _CudaRun:
+class _Run:
     """A program's events and how they repeat."""
 
     def __init__(self, program: StepProgram, events: Sequence[MemoryEvent], *, num_persistent: int) -> None:
@@ -147,7 +158,7 @@ class _CudaRun:
         self.early = [event for event in persistent if event.owner not in late]
         self.late = [event for event in persistent if event.owner in late]
 
-    def record(self, allocator: CachingAllocator) -> _Record:
+    def record(self, allocator: Allocator) -> _Record:
         handles: dict[int, int] = {}
         load(allocator, handles, self.early, self.arrivals)
         if not self.is_repeatable:
@@ -171,7 +182,7 @@ class _CudaRun:
             num_late_retries=num_late_retries,
         )
 
-    def _warm_up(self, allocator: CachingAllocator, handles: dict[int, int]) -> None:
+    def _warm_up(self, allocator: Allocator, handles: dict[int, int]) -> None:
         """The first step, in which the optimizer creates its states."""
         optimizer = (i for i, event in enumerate(self.step) if event.stage in self.optimizer_stages)
         start = next(optimizer, len(self.step))
@@ -179,7 +190,7 @@ class _CudaRun:
         _replay(allocator, handles, self.late)
         _replay(allocator, handles, self.step[start:])
 
-    def _read(self, allocator: CachingAllocator, handles: dict[int, int]) -> _Changes:
+    def _read(self, allocator: Allocator, handles: dict[int, int]) -> _Changes:
         """A step, with what it and the persistent storages take of the allocator."""
         deltas = [allocator.size_of(handles[event.tensor]) for event in self.persistent]
         levels = [allocator.allocated_bytes, *_replay(allocator, handles, self.step)]
@@ -187,7 +198,7 @@ class _CudaRun:
         return _Changes(self.events, deltas)
 
 
-def _replay(allocator: CachingAllocator, handles: dict[int, int], events: Iterable[MemoryEvent]) -> list[int]:
+def _replay(allocator: Allocator, handles: dict[int, int], events: Iterable[MemoryEvent]) -> list[int]:
     """The allocated bytes after each of ``events``."""
     levels: list[int] = []
     malloc, free, note = allocator.malloc, allocator.free, levels.append
@@ -215,6 +226,7 @@ def _summary(program: StepProgram, record: _Record) -> MemoryReading:
         allocated_peak_bytes=peak,
         reserved_peak_bytes=record.reserved_peak_bytes,
         reserved_first_step_bytes=record.reserved_first_step_bytes,
+        resident_peak_bytes=0,
         at_peak=at_peak,
         peak_stage=_stage_name(program, stage),
         peak_phase=Phase.FORWARD if stage == PERSISTENT_STAGE else program.stages[stage].phase,
