@@ -368,7 +368,7 @@ def _steps(bench: Bench, scenario: Scenario, reading: MemoryReading) -> tuple[St
 
 
 def _resident_bytes(bench: Bench, scenario: Scenario, reading: MemoryReading) -> int:
-    """What a step leaves resident of a process that computes on the host: not what its buckets were never filled with."""
+    """What a step leaves resident of a process on the host, where buckets that never fill up take less."""
     unfilled = unfilled_bytes(bench.sizes(scenario), scenario)
     return reading.resident_peak_bytes - min(unfilled, reading.at_peak[Owner.COMMUNICATION])
 

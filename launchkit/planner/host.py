@@ -48,8 +48,8 @@ def offloaded_activation_bytes(program: StepProgram, point: Point) -> int:
 
 
 def host_while_training(program: StepProgram, *, cluster: Cluster, device_bytes: int, point: Point) -> HostUse:
-    """Processes and what they keep on the host; of CPU processes also ``device_bytes``, what stays resident of what each
-    of them allocates.
+    """Processes and what they keep on the host; of CPU processes also ``device_bytes``, what stays resident of each
+    one's allocations.
 
     Omits: dataloader workers (none by default), the page cache of the data.
     """

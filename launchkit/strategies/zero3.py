@@ -11,6 +11,12 @@ Source: DeepSpeed 0.19.8 ``deepspeed/runtime/zero/stage3.py``, confirmed on time
   where nothing is checkpointed, though DeepSpeed has let it go and gathers it again.
 - A gradient is copied into the bucket and dies; a full bucket is flattened and reduce-scattered.
 - The step goes over the sub-groups: gradients flattened, cast to fp32, update.
+- With ``overlap_comm``, which is stage 3's default, what is gathered lies on one stream of its own, what a full bucket
+  is flattened into on another. The bucket, weights that stay and the step's own lie where everything else does.
+
+Omits: what ``record_stream`` keeps from being handed out again: a gathered weight until its module has computed, a
+gradient until it is in the bucket. Both are a few weights at a time, since the processor waits for the third gather and
+the third reduction behind it (``max_ongoing_fetch_events``, ``max_param_reduce_events``).
 """
 
 from __future__ import annotations
@@ -196,7 +202,7 @@ def _keeping_weights(job: Job, program: StepProgram) -> StepProgram:
             return section
         size = Size.constant(num_bytes)
         forward = stage.name.replace("backward", "forward", 1)
-        event: Event = Alloc(slot, size, Owner.GATHERED_WEIGHTS)
+        event: Event = Alloc(slot, size, Owner.GATHERED_WEIGHTS, stream=job.gather_stream)
         if stage.phase is Phase.BACKWARD:
             event = Free(TensorRef(forward, Anchor.RELATIVE if stage.stack else Anchor.FIRST, 0, slot), size)
         return replace(section, events=(*section.events, event))
@@ -283,10 +289,15 @@ def _write_flush(job: Job, events: EventList, flush: ScatterFlush) -> None:
     Reduced in another dtype than they were computed in, partitions are cast back while the flat copy is there.
     """
     copies = flush.is_flattened + (job.device is DeviceKind.CPU and job.settings.reduce_scatter)
-    frees = [events.alloc(flush.elements * job.sent_itemsize, Owner.COMMUNICATION) for _ in range(copies)]
+    frees = [
+        events.alloc(flush.elements * job.sent_itemsize, Owner.COMMUNICATION, stream=job.reduce_stream)
+        for _ in range(copies)
+    ]
     events.events.extend(reversed(frees[1:]))
     if job.widens_sent:
-        events.passing(divide_up(flush.elements, job.num_shards) * job.itemsize, Owner.COMMUNICATION)
+        events.passing(
+            divide_up(flush.elements, job.num_shards) * job.itemsize, Owner.COMMUNICATION, stream=job.reduce_stream
+        )
     events.events.extend(frees[:1])
     if job.offloads_optimizer:
         _to_host(job, events)
@@ -295,10 +306,14 @@ def _write_flush(job: Job, events: EventList, flush: ScatterFlush) -> None:
 
 def _to_host(job: Job, events: EventList) -> None:
     """A part of a gradient is copied back from the host's buffer, its norm taken in fp64, and cast to fp32."""
-    part = max(job.partitions)
-    back = [events.alloc(part * job.itemsize, Owner.COMMUNICATION)] if job.device is not DeviceKind.CPU else []
-    events.passing(part * NORM_BYTES, Owner.TEMPORARIES)
-    events.passing(part * FP32_BYTES if job.itemsize != FP32_BYTES else 0, Owner.COMMUNICATION)
+    part, stream = max(job.partitions), job.reduce_stream
+    back = (
+        [events.alloc(part * job.itemsize, Owner.COMMUNICATION, stream=stream)]
+        if job.device is not DeviceKind.CPU
+        else []
+    )
+    events.passing(part * NORM_BYTES, Owner.TEMPORARIES, stream=stream)
+    events.passing(part * FP32_BYTES if job.itemsize != FP32_BYTES else 0, Owner.COMMUNICATION, stream=stream)
     events.events.extend(back)
 
 
@@ -334,7 +349,8 @@ def _reducing(job: Job, gathered: Gathered) -> StepProgram:
     program = map_layers(job.program, Phase.BACKWARD, decide, change)
     events = EventList(REDUCE_STAGE)
     # The last hook flushes the bucket while the weights of the last module are still there.
-    held = events.alloc(gathered.last.modules[-1].held * job.itemsize, Owner.GATHERED_WEIGHTS)
+    num_bytes = gathered.last.modules[-1].held * job.itemsize
+    held = events.alloc(num_bytes, Owner.GATHERED_WEIGHTS, stream=job.gather_stream)
     _write_flush(job, events, bucket.flush())
     events.events.append(held)
     return add_stage(program, REDUCE_STAGE, Section(events=tuple(events.events)))

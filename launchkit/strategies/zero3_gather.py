@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from itertools import takewhile
 from typing import NamedTuple
 
-from launchkit.program import Alloc, Event, Free, Owner, Phase, Section, Stage
+from launchkit.program import Alloc, Event, Free, Owner, Phase, Section, Stage, Stream
 from launchkit.scenario import Checkpointing, DeviceKind, Method, State
 from launchkit.strategies.base import accumulates, is_gradient, next_slot
 from launchkit.strategies.zero3_fetch import FetchSettings, ModuleUse, PlaceReading, replay
@@ -238,8 +238,9 @@ class Level:
     """Gathered weights of a section in the making, as pieces of one size and a rest, so that a change of what is held
     leaves most of it where it is, as an allocator sees it when weights alike come and go."""
 
-    def __init__(self, events: EventList, *, itemsize: int, piece_elements: int) -> None:
+    def __init__(self, events: EventList, *, itemsize: int, piece_elements: int, stream: Stream) -> None:
         self._events = events
+        self._stream = stream
         self._itemsize = itemsize
         self._piece = max(1, piece_elements)
         self._live: list[tuple[int, Free]] = []
@@ -249,16 +250,28 @@ class Level:
         return sum(elements for elements, _ in self._live)
 
     def set(self, elements: int, *, peak: int = 0) -> None:
-        """Changes what is held, after ``peak`` elements for a moment."""
-        if peak > max(elements, self.elements):
-            self._events.passing((peak - self.elements) * self._itemsize, Owner.GATHERED_WEIGHTS)
+        """Changes what is held, with ``peak`` elements for a moment: beside the more of what was held and what will be,
+        since what arrives comes in pieces too."""
+        if elements < self.elements:
+            self._pass(peak)
+            self._change(elements)
+        else:
+            self._change(elements)
+            self._pass(peak)
+
+    def _pass(self, peak: int) -> None:
+        num_bytes = max(0, peak - self.elements) * self._itemsize
+        self._events.passing(num_bytes, Owner.GATHERED_WEIGHTS, stream=self._stream)
+
+    def _change(self, elements: int) -> None:
         whole, rest = divmod(elements, self._piece)
         wanted = [self._piece] * whole + [rest] * bool(rest)
         same = len(list(takewhile(lambda pair: pair[0] == pair[1][0], zip(wanted, self._live, strict=False))))
         while len(self._live) > same:
             self._events.events.append(self._live.pop()[1])
         for size in wanted[same:]:
-            self._live.append((size, self._events.alloc(size * self._itemsize, Owner.GATHERED_WEIGHTS)))
+            free = self._events.alloc(size * self._itemsize, Owner.GATHERED_WEIGHTS, stream=self._stream)
+            self._live.append((size, free))
 
 
 class GatheredEvents:
@@ -268,7 +281,12 @@ class GatheredEvents:
         self, job: Job, stage: Stage, section: Section, modules: Sequence[Module], reading: PlaceReading
     ) -> None:
         self.list = EventList(stage.name, slot=next_slot(section.events))
-        self._level = Level(self.list, itemsize=job.itemsize, piece_elements=job.largest_block_weight)
+        self._level = Level(
+            self.list,
+            itemsize=job.itemsize,
+            piece_elements=job.largest_block_weight,
+            stream=job.gather_stream,
+        )
         self._following = segments(stage, section, modules, reading)
         self._waiting: set[int] = set()
         self._num_logits_events = num_logits_events(stage, section.events)

@@ -9,6 +9,8 @@ Source: DeepSpeed 0.19.8 ``deepspeed/runtime/zero/stage_1_and_2.py``, confirmed 
 - Stage 2 copies each gradient into the bucket as it arrives, and the gradient dies. A bucket that is full is flattened,
   reduced, and what belongs to this rank is copied to a buffer that lives until the optimizer step. Stage 1 does the
   same once the backward pass is over, so that all gradients live until then.
+- With ``overlap_comm`` a full bucket is flattened and reduced on a stream of its own, and what this rank keeps of it is
+  allocated there; the buckets themselves where the backward pass runs.
 - The step flattens that buffer, casts it to fp32, updates, copies the result into the flat weights and gathers them.
 """
 
@@ -358,8 +360,9 @@ class _Reduction:
 
     def flush(self, events: EventList, flush: FlatFlush, *, stage: str, layer: int) -> None:
         """Reduces; then this rank's gradients go to a buffer of their own, made once, or, through fp32, to the host."""
+        stream = self.job.reduce_stream
         for elements in flush.copies:
-            copy = events.alloc(elements * self.job.itemsize, Owner.COMMUNICATION)
+            copy = events.alloc(elements * self.job.itemsize, Owner.COMMUNICATION, stream=stream)
             self._widen(events, elements)
             events.events.append(copy)
         if not flush.copies:
@@ -368,21 +371,22 @@ class _Reduction:
             if self.job.offloads_optimizer:
                 _to_host(self.job, self.flat, events)
             elif not self.collected:
-                own = events.alloc(self._buffer_bytes(), Owner.GRADIENTS)
+                own = events.alloc(self._buffer_bytes(), Owner.GRADIENTS, stream=stream)
                 self.collected.append(_elsewhere(own, stage, layer))
         events.events.extend(Free(gradient.ref, gradient.size) for gradient in flush.dying)
 
     def _widen(self, events: EventList, elements: int) -> None:
         """What is reduced in another dtype than it was computed in is a copy, while it is on its way."""
         if self.job.widens_sent:
-            events.passing(elements * self.job.sent_itemsize, Owner.COMMUNICATION)
+            events.passing(elements * self.job.sent_itemsize, Owner.COMMUNICATION, stream=self.job.reduce_stream)
 
     def finish(self, events: EventList) -> None:
         """The last flush. Another rank's buffer may be larger by now than that of the rank which came first."""
         self.flush(events, self.bucket.flush(), stage=REDUCE_STAGE, layer=0)
         if self.collected:
             more = self.flat.gradient_buffer * self.job.itemsize - self._buffer_bytes()
-            self.collected.append(_elsewhere(events.alloc(more, Owner.GRADIENTS), REDUCE_STAGE, 0))
+            rest = events.alloc(more, Owner.GRADIENTS, stream=self.job.reduce_stream)
+            self.collected.append(_elsewhere(rest, REDUCE_STAGE, 0))
         events.events.extend(self.opened)
 
     def _buffer_bytes(self) -> int:
@@ -391,8 +395,9 @@ class _Reduction:
 
 def _to_host(job: Job, flat: Flat, events: EventList) -> None:
     """A gradient on its way: its norm in fp64, then its copy in fp32."""
-    events.passing(flat.largest_slice * NORM_BYTES, Owner.TEMPORARIES)
-    events.passing(flat.largest_slice * FP32_BYTES if job.itemsize != FP32_BYTES else 0, Owner.COMMUNICATION)
+    wide_bytes = flat.largest_slice * FP32_BYTES if job.itemsize != FP32_BYTES else 0
+    events.passing(flat.largest_slice * NORM_BYTES, Owner.TEMPORARIES, stream=job.reduce_stream)
+    events.passing(wide_bytes, Owner.COMMUNICATION, stream=job.reduce_stream)
 
 
 def _reduced_as_it_arrives(job: Job, flat: Flat) -> StepProgram:

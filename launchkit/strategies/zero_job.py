@@ -23,6 +23,7 @@ from launchkit.program import (
     Size,
     Stage,
     StepProgram,
+    Stream,
     TensorRef,
     local,
 )
@@ -129,6 +130,18 @@ class Job:
         """DeepSpeed's own default is on at stage 3 and off below."""
         chosen = self.settings.overlap_comm
         return self.scenario.strategy.kind.zero_stage == 3 if chosen is None else chosen
+
+    @property
+    def gather_stream(self) -> Stream:
+        """Where stage 3 allocates what it gathers. Source: ``__allgather_stream`` in parameter_offload.py, under which
+        ``fetch_sub_module`` both gathers (``all_gather_coalesced``) and copies out what has arrived (``wait``)."""
+        return Stream.GATHER if self.overlap_comm else Stream.COMPUTE
+
+    @property
+    def reduce_stream(self) -> Stream:
+        """Where a full bucket is flattened, reduced and moved on. Source: ``reduce_and_partition_stream`` in stage3.py,
+        ``reduction_stream`` in stage_1_and_2.py (``average_tensor``, ``allreduce_and_copy``, ``reduce_ipg_grads``)."""
+        return Stream.REDUCE if self.overlap_comm else Stream.COMPUTE
 
     def numels(self, *, trainable: bool) -> tuple[int, ...]:
         """Elements of each parameter of every layer."""
@@ -238,17 +251,17 @@ class EventList:
         self._stage = stage
         self._slot = slot
 
-    def alloc(self, num_bytes: int, owner: Owner) -> Free:
+    def alloc(self, num_bytes: int, owner: Owner, *, stream: Stream = Stream.COMPUTE) -> Free:
         """Allocates, and returns the event that frees it again in this section."""
         size = Size.constant(num_bytes)
-        self.events.append(Alloc(self._slot, size, owner))
+        self.events.append(Alloc(self._slot, size, owner, stream=stream))
         self._slot += 1
         return Free(local(self._stage, self._slot - 1), size)
 
-    def passing(self, num_bytes: int, owner: Owner) -> None:
+    def passing(self, num_bytes: int, owner: Owner, *, stream: Stream = Stream.COMPUTE) -> None:
         """Allocates and frees at once."""
         if num_bytes:
-            self.events.append(self.alloc(num_bytes, owner))
+            self.events.append(self.alloc(num_bytes, owner, stream=stream))
 
 
 def frozen_weights(job: Job) -> Iterator[Persistent]:

@@ -41,6 +41,7 @@ def reading(allocated_bytes: int, reserved_bytes: int) -> MemoryReading:
         allocated_peak_bytes=allocated_bytes,
         reserved_peak_bytes=reserved_bytes,
         reserved_first_step_bytes=reserved_bytes,
+        resident_peak_bytes=0,
         at_peak={Owner.WEIGHTS: allocated_bytes},
         peak_stage="",
         peak_phase=Phase.FORWARD,

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from launchkit import strategies
-from launchkit.program import Alloc, CollectiveKind, Owner, Phase, Section, Size, Stage, StepProgram
+from launchkit.program import Alloc, CollectiveKind, Owner, Phase, Section, Size, Stage, StepProgram, Stream
 from launchkit.scenario import DeviceKind
 from launchkit.strategies.zero3_fetch import FetchSettings, ModuleReading, ModuleUse, PlaceReading, replay
 from launchkit.strategies.zero3_gather import Level, Module, Segment, segments
@@ -298,7 +298,7 @@ def test_a_gradient_lets_its_weight_go() -> None:
 )
 def test_a_level_changes_by_pieces(changes: tuple[int, ...], held: int) -> None:
     events = EventList("s")
-    level = Level(events, itemsize=2, piece_elements=10)
+    level = Level(events, itemsize=2, piece_elements=10, stream=Stream.GATHER)
     for elements in changes:
         level.set(elements)
     live = sum(event.size.at(POINT) * (1 if isinstance(event, Alloc) else -1) for event in events.events)
@@ -307,10 +307,55 @@ def test_a_level_changes_by_pieces(changes: tuple[int, ...], held: int) -> None:
 
 def test_a_level_keeps_the_pieces_that_stay() -> None:
     events = EventList("s")
-    level = Level(events, itemsize=1, piece_elements=10)
+    level = Level(events, itemsize=1, piece_elements=10, stream=Stream.GATHER)
     level.set(30)
     level.set(35, peak=50)
-    assert [event.size.at(POINT) for event in events.events[3:]] == [20, 20, 5]
+    assert [event.size.at(POINT) for event in events.events[3:]] == [5, 15, 15]
+
+
+def streams(rewritten_program: StepProgram) -> dict[Owner, set[Stream]]:
+    """The streams on which a step allocates, by owner."""
+    found: dict[Owner, set[Stream]] = {}
+    for part in rewritten_program.sections:
+        for event in part.events:
+            if isinstance(event, Alloc):
+                found.setdefault(event.owner, set()).add(event.stream)
+    return found
+
+
+GATHERED, SENT, OWN = Owner.GATHERED_WEIGHTS, Owner.COMMUNICATION, Owner.GRADIENTS
+COMPUTE, GATHER, REDUCE = Stream.COMPUTE, Stream.GATHER, Stream.REDUCE
+
+
+# DeepSpeed 0.19.8: parameter_offload.py:195 and partitioned_param_coordinator.py:400, 606 (gathers and what arrives),
+# stage3.py:339, 1669 (flat copies of a full bucket), stage_1_and_2.py:1594, 2240 (the same, and this rank's buffer,
+# made in ``copy_grads_in_partition``), 3266 (buckets). Weights that stay are gathered again by the step, in stage3.py's
+# ``_post_step``, on the stream that it runs on.
+@pytest.mark.parametrize(
+    ("strategy", "settings", "expected"),
+    [
+        ("zero3", {}, {GATHERED: {COMPUTE, GATHER}, SENT: {REDUCE}}),
+        ("zero3", {"overlap_comm": False}, {GATHERED: {COMPUTE}, SENT: {COMPUTE}}),
+        ("zero3", {"offload": "all"}, {GATHERED: {GATHER}, SENT: {REDUCE}}),
+        ("zero2", {}, {SENT: {COMPUTE}, OWN: {COMPUTE}}),
+        ("zero2", {"overlap_comm": True}, {SENT: {COMPUTE, REDUCE}, OWN: {COMPUTE, REDUCE}}),
+        ("zero1", {}, {SENT: {COMPUTE}, OWN: {COMPUTE}}),
+        ("zero1", {"overlap_comm": True}, {SENT: {COMPUTE, REDUCE}, OWN: {COMPUTE, REDUCE}}),
+    ],
+)
+def test_what_is_gathered_and_reduced_lies_on_streams_of_its_own(
+    strategy: str, settings: dict[str, Any], expected: dict[Owner, set[Stream]]
+) -> None:
+    found = streams(rewritten(strategy, **settings))
+    assert {owner: found[owner] for owner in expected} == expected
+    others = set(found) - {GATHERED, SENT, OWN, Owner.TEMPORARIES}
+    assert all(found[owner] == {COMPUTE} for owner in others)
+
+
+@pytest.mark.parametrize("offload", ["none", "optimizer", "all"])
+def test_streams_change_nothing_of_what_stage_3_allocates(offload: str) -> None:
+    apart, together = (peak(rewritten("zero3", offload=offload, overlap_comm=overlap)) for overlap in (False, True))
+    assert apart == together
 
 
 @pytest.mark.parametrize(
