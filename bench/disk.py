@@ -12,16 +12,17 @@ import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from bench.accuracy.measure import environment, free_port
 from bench.disk_worker import SEQ_LEN, VOCABULARY
 from launchkit import api
 from launchkit.plan import CheckpointFiles
 from launchkit.planner.disk import checkpoint_files
-from launchkit.planner.evaluate import Bench
+from launchkit.planner.evaluate import Bench, run_of
 from launchkit.request import Request, resolve
 from launchkit.scenario import Strategy
+from launchkit.units import MIB
 
 FIELDS = {
     "vocab_size": VOCABULARY,
@@ -34,20 +35,47 @@ FIELDS = {
     "tie_word_embeddings": False,
 }
 TIMEOUT_SECONDS = 120.0
-# strategy, method, processes, whether whole weights are gathered to be saved
-CASES: tuple[tuple[str, str, int, bool], ...] = (
-    ("single", "full", 1, True),
-    ("single", "lora", 1, True),
-    ("ddp", "lora", 2, True),
-    ("fsdp2", "full", 2, True),
-    ("fsdp2", "lora", 2, True),
-    ("fsdp2", "full", 2, False),
-    ("zero1", "full", 2, True),
-    ("zero2", "full", 2, True),
-    ("zero2", "lora", 2, True),
-    ("zero3", "full", 2, True),
-    ("zero3", "lora", 2, True),
-    ("zero3", "full", 2, False),
+
+
+class Case(NamedTuple):
+    """``gathers`` where whole weights are gathered to be saved, ``model_only`` where nothing is saved to resume from
+    (``save_only_model``)."""
+
+    strategy: str
+    method: str
+    num_processes: int
+    gathers: bool = True
+    model_only: bool = False
+
+    @property
+    def title(self) -> str:
+        shards, alone = "" if self.gathers else " shards only", " model only" if self.model_only else ""
+        return f"{self.strategy} {self.method}{shards}{alone}"
+
+
+CASES = (
+    Case("single", "full", 1),
+    Case("single", "lora", 1),
+    Case("single", "qlora", 1),
+    Case("single", "full", 1, model_only=True),
+    Case("ddp", "full", 2),
+    Case("ddp", "lora", 2),
+    Case("ddp", "qlora", 2),
+    Case("fsdp2", "full", 2),
+    Case("fsdp2", "lora", 2),
+    Case("fsdp2", "full", 2, gathers=False),
+    Case("fsdp2", "lora", 2, gathers=False),
+    Case("fsdp2", "full", 2, model_only=True),
+    Case("zero1", "full", 2),
+    Case("zero1", "lora", 2),
+    Case("zero2", "full", 2),
+    Case("zero2", "lora", 2),
+    Case("zero2", "full", 2, model_only=True),
+    Case("zero3", "full", 2),
+    Case("zero3", "lora", 2),
+    Case("zero3", "full", 2, gathers=False),
+    Case("zero3", "lora", 2, gathers=False),
+    Case("zero3", "full", 2, model_only=True),
 )
 
 
@@ -58,8 +86,15 @@ def save_model(folder: Path) -> None:
     LlamaForCausalLM(LlamaConfig(**FIELDS)).save_pretrained(folder)
 
 
-def measured_bytes(case: dict[str, Any], num_processes: int) -> int:
-    """All that one checkpoint holds."""
+class Measured(NamedTuple):
+    """Bytes of one checkpoint's files, and how far the node's private memory rose while they were written."""
+
+    files_bytes: int
+    host_bytes: int
+
+
+def measured(case: dict[str, Any], num_processes: int) -> Measured:
+    """What one checkpoint holds, and took."""
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as name:
         port = free_port()
@@ -72,7 +107,8 @@ def measured_bytes(case: dict[str, Any], num_processes: int) -> int:
             rank.join(max(0.0, deadline - time.monotonic()))
             rank.kill()  # gloo now and then waits for ever; what was written then is not a whole checkpoint
         files = (Path(name) / "checkpoint-2").rglob("*")
-        return sum(path.stat().st_size for path in files if path.is_file())
+        rises = [int(path.read_text()) for path in Path(name).glob("rise-*")]
+        return Measured(sum(path.stat().st_size for path in files if path.is_file()), sum(rises))
 
 
 def _rank(case: dict[str, Any], folder: Path, variables: dict[str, str]) -> None:
@@ -82,22 +118,31 @@ def _rank(case: dict[str, Any], folder: Path, variables: dict[str, str]) -> None
     disk_worker.run(case, folder)
 
 
-def predicted(model: Path, *, strategy: str, method: str, num_processes: int, gathers: bool) -> CheckpointFiles:
+class Predicted(NamedTuple):
+    files: CheckpointFiles
+    host_bytes: int
+
+
+def predicted(model: Path, case: Case) -> Predicted:
     """What a plan of the same run says."""
+    strategy, num_processes = case.strategy, case.num_processes
     request = Request.from_flags(
         {
             "gpus": f"{num_processes}xcpu",
             "strategy": strategy,
-            "method": method,
-            "precision": "bf16" if strategy.startswith("zero") else "fp32",
+            "method": case.method,
+            "precision": "bf16" if strategy.startswith("zero") or case.method == "qlora" else "fp32",
             "optimizer": "adamw_torch",
             "seq_len": SEQ_LEN,
         }
     )
     cluster, source = api.find_cluster(request.gpus), api.find_source(str(model), request)
     scenario = resolve(request, model=source.profile, cluster=cluster).scenario
-    scenario = replace(scenario, strategy=_saving(scenario.strategy, gathers=gathers))
-    return checkpoint_files(Bench(source=source, cluster=cluster).sizes(scenario), scenario, num_ranks=num_processes)
+    scenario = replace(scenario, strategy=_saving(scenario.strategy, gathers=case.gathers))
+    bench = Bench(source=source, cluster=cluster)
+    run = run_of(bench, scenario)
+    files = checkpoint_files(run.sizes, scenario, num_ranks=num_processes)
+    return Predicted(files, run.host_saving().needed_bytes - run.host_training(0).needed_bytes)
 
 
 def _saving(strategy: Strategy, *, gathers: bool) -> Strategy:
@@ -113,19 +158,17 @@ def main() -> None:
         process = multiprocessing.get_context("spawn").Process(target=save_model, args=(Path(name),))
         process.start()
         process.join()
-        for strategy, method, num_processes, gathers in CASES:
-            title = f"{strategy} {method}{'' if gathers else ' shards only'}"
-            if only not in title:
+        for case in CASES:
+            if only not in case.title:
                 continue
-            measured = measured_bytes(
-                {"strategy": strategy, "method": method, "gathers": gathers, "model": name}, num_processes
-            )
-            files = predicted(
-                Path(name), strategy=strategy, method=method, num_processes=num_processes, gathers=gathers
-            )
-            error = files.total_bytes / measured - 1
+            found = measured({**case._asdict(), "model": name}, case.num_processes)
+            told = predicted(Path(name), case)
+            total = told.files.weights_bytes if case.model_only else told.files.total_bytes
+            error = total / found.files_bytes - 1 if found.files_bytes else 0.0
             print(
-                f"{title:24} {measured:13,} bytes measured {files.total_bytes:13,} predicted {error:+7.2%}", flush=True
+                f"{case.title:24} {found.files_bytes:13,} bytes measured {total:13,} predicted {error:+7.2%}; "
+                f"host rises {found.host_bytes / MIB:5.0f} MiB, {told.host_bytes / MIB:5.0f} predicted",
+                flush=True,
             )
 
 

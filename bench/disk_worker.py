@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ def _train(case: dict[str, Any], folder: Path, engine: dict[str, Any], *, use_cp
     import torch
     from transformers import Trainer, TrainingArguments
 
+    from bench.host_worker import Watch, resident
     from launchkit.finetune import cpu_fsdp
 
     arguments = TrainingArguments(
@@ -48,22 +50,39 @@ def _train(case: dict[str, Any], folder: Path, engine: dict[str, Any], *, use_cp
         use_cpu=use_cpu,
         optim="adamw_torch",
         dataloader_pin_memory=False,
+        save_only_model=case["model_only"],
         **engine,
     )
     if "deepspeed" in engine:
         cpu_fsdp.join_deepspeed()
     tokens = [torch.randint(0, VOCABULARY, (SEQ_LEN,)) for _ in range(8)]
     rows = [{"input_ids": row, "labels": row} for row in tokens]
-    Trainer(model=_model(case), args=arguments, train_dataset=rows).train()
+
+    class Watched(Trainer):
+        """A trainer that notes how far this process's private memory rises while it saves."""
+
+        def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+            ctypes.CDLL(None).malloc_trim(0)  # or copies would lie in what the heap keeps
+            before, _ = resident()
+            with Watch() as watch:
+                super()._save_checkpoint(*args, **kwargs)
+            most = max((private for _, private, _ in watch.samples), default=before)
+            (folder / f"rise-{os.environ.get('RANK', 0)}").write_text(str(most - before))
+
+    Watched(model=_model(case), args=arguments, train_dataset=rows).train()
 
 
 def _model(case: dict[str, Any]) -> Any:
     import torch
     from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     dtype = torch.bfloat16 if case["strategy"].startswith("zero") else torch.float32
-    model = AutoModelForCausalLM.from_pretrained(case["model"], dtype=dtype)
+    quantised = {}
+    if case["method"] == "qlora":
+        kept = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+        quantised = {"quantization_config": kept}
+    model = AutoModelForCausalLM.from_pretrained(case["model"], dtype=dtype, **quantised)
     if case["method"] == "full":
         return model
     return get_peft_model(model, LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM"))

@@ -20,7 +20,8 @@ class ModelSizes:
 
     ``stored_bytes`` are the files that ``from_pretrained`` reads, ``loaded_bytes`` what it makes of them (without
     adapters, 4-bit weights packed), ``state_dict_bytes`` everything as the engine holds it while training,
-    ``trained_bytes`` the trained part of that. ``state_bytes`` are the optimizer's states, wherever they live.
+    ``trained_bytes`` the trained part of that. ``state_bytes`` are the optimizer's states, wherever they live, of
+    whose tensors ``num_scalar_states`` are single numbers, which no rank shards.
     ``largest_tensor_bytes`` is of the largest weight in its held dtype, ``largest_unit_bytes`` of the largest block, or
     of all that lies outside blocks. ``largest_unpacked_bytes`` is the largest 4-bit weight in 16 bits.
     """
@@ -33,6 +34,7 @@ class ModelSizes:
     num_trained_tensors: int
     state_bytes: int
     num_state_tensors: int
+    num_scalar_states: int
     largest_tensor_bytes: int
     largest_unit_bytes: int
     largest_unpacked_bytes: int
@@ -58,6 +60,9 @@ class ModelSizes:
             num_trained_tensors=sum(item.copies for item in trained),
             state_bytes=sum(n * sum(s.num_bytes(tensor) for s in variants(tensor).states) for tensor, n in tensors),
             num_state_tensors=sum(n * len(variants(tensor).states) for tensor, n in tensors),
+            num_scalar_states=sum(
+                n * sum(s.num_bytes(tensor) <= FP32_BYTES for s in variants(tensor).states) for tensor, n in tensors
+            ),
             largest_tensor_bytes=max((item.num_bytes for item in held), default=0),
             largest_unit_bytes=max(units.values(), default=0),
             largest_unpacked_bytes=max((item.unpacked_bytes for item in held), default=0),

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import PurePath
+from typing import NamedTuple
 
 from launchkit.hardware import Backend, Cluster
 from launchkit.model import ModelProfile
@@ -29,6 +30,7 @@ OWNERS: Mapping[str, tuple[str, ...]] = {
     "inputs": ("inputs",),
     "cuda+nccl+slack": OVERHEAD_KEYS,
 }
+LONG_WRITE_SECONDS = 60.0  # of a checkpoint; shorter ones are told with -v
 SMALLEST_SHOWN = 0.005  # of the peak; what is below is left to the JSON
 
 
@@ -130,12 +132,31 @@ def memory_lines(candidate: Candidate, *, cluster: Cluster, canvas: Canvas) -> l
     host = _host(cluster).removeprefix("the ")
     needs = " needs" if asks_rare_host(estimate, cluster) else ""
     parts = [peak_text(estimate, cluster=cluster), f"{host}{needs} {gib(estimate.host_peak_bytes)}"]
-    if estimate.host_load_peak_bytes > estimate.host_peak_bytes:
-        parts[-1] += f" ({gib(estimate.host_load_peak_bytes)} while loading)"
-    parts.append(f"{gigabytes(_checkpoint_bytes(estimate))} per checkpoint")
+    if (greatest := max(_host_peaks(estimate))).num_bytes > estimate.host_peak_bytes:
+        parts[-1] += f" ({gib(greatest.num_bytes)} while {greatest.doing})"
+    parts.append(f"{gigabytes(_checkpoint_bytes(estimate))} per checkpoint{_write_text(estimate)}")
     if speed := speed_text(candidate):
         parts.append(speed)
     return canvas.flow(parts, first=INDENT, rest=INDENT, separator=" · ")
+
+
+class _HostPeak(NamedTuple):
+    num_bytes: int
+    doing: str
+
+
+def _host_peaks(estimate: Estimate) -> Iterator[_HostPeak]:
+    """The host beside the step: loading, and saving where phases are known."""
+    yield _HostPeak(estimate.host_load_peak_bytes, "loading")
+    for peak in estimate.phases:
+        if peak.phase is RunPhase.SAVE:
+            yield _HostPeak(peak.host_peak_bytes, "saving")
+
+
+def _write_text(estimate: Estimate) -> str:
+    """``, ~28 min to write``, where training stands still for a minute or more."""
+    seconds = estimate.checkpoint.write_seconds if estimate.checkpoint else 0.0
+    return f", ~{duration(seconds)} to write" if seconds >= LONG_WRITE_SECONDS else ""
 
 
 def _checkpoint_bytes(estimate: Estimate) -> int:
@@ -246,7 +267,8 @@ def disk_uses(estimate: Estimate) -> list[str]:
         "optimizer": files.optimizer_bytes,
         f"at most at once, with {files.num_kept} kept": files.disk_peak_bytes,
     }
-    return [f"{name} {gigabytes(num_bytes)}" for name, num_bytes in parts.items() if num_bytes]
+    written = [f"~{duration(files.write_seconds)} to write one"] if files.write_seconds else []
+    return [*(f"{name} {gigabytes(num_bytes)}" for name, num_bytes in parts.items() if num_bytes), *written]
 
 
 _PHASE_NAMES = {

@@ -22,6 +22,7 @@ FULL = ModelSizes(
     num_trained_tensors=57,
     state_bytes=216_584_420,
     num_state_tensors=171,
+    num_scalar_states=57,
     largest_tensor_bytes=16_384_000,
     largest_unit_bytes=32_770_048,
     largest_unpacked_bytes=0,
@@ -35,10 +36,11 @@ LORA = replace(
     num_trained_tensors=84,
     state_bytes=7_471_440,
     num_state_tensors=252,
+    num_scalar_states=84,
 )
 # Under ZeRO the states are of one flat tensor; weights are 16-bit, but for adapters under ZeRO-3.
-ZERO_FULL = replace(FULL, trained_bytes=54_146_048, state_bytes=216_584_196, num_state_tensors=3)
-ZERO_LORA = replace(LORA, trained_bytes=1_867_776, state_bytes=7_471_108, num_state_tensors=3)
+ZERO_FULL = replace(FULL, trained_bytes=54_146_048, state_bytes=216_584_196, num_state_tensors=3, num_scalar_states=1)
+ZERO_LORA = replace(LORA, trained_bytes=1_867_776, state_bytes=7_471_108, num_state_tensors=3, num_scalar_states=1)
 
 
 @pytest.mark.parametrize(
@@ -50,6 +52,7 @@ ZERO_LORA = replace(LORA, trained_bytes=1_867_776, state_bytes=7_471_108, num_st
         ("fsdp2", FULL, {}, 433_281_493),
         ("fsdp2", LORA, {"method": "lora"}, 15_102_325),
         ("fsdp2", FULL, {"full_state_dict": False}, 325_693_037),
+        ("fsdp2", LORA, {"method": "lora", "full_state_dict": False}, 12_418_663),
         ("zero1", ZERO_FULL, {}, 433_286_895),
         ("zero2", ZERO_FULL, {}, 433_286_895),
         ("zero2", ZERO_LORA, {"method": "lora"}, 15_120_315),
@@ -83,4 +86,4 @@ def test_disk_holds_what_is_kept_what_is_written_and_the_final_model() -> None:
 def test_shards_are_written_side_by_side() -> None:
     shards = scenario(strategy="fsdp2", full_state_dict=False)
     alone, four = (checkpoint_files(FULL, shards, num_ranks=ranks).write_seconds for ranks in (1, 4))
-    assert alone == pytest.approx(4 * four, rel=1e-6)
+    assert alone == pytest.approx(4 * four, rel=0.01)  # each rank describes its pieces

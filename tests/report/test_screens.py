@@ -255,9 +255,35 @@ def test_verbose_says_what_the_host_and_the_disk_are_needed_for() -> None:
     lines = (
         " phases       device peak loading 5.0 GiB (host 30.0 GiB) · saving 8.0 GiB (host 10.0 GiB)\n",
         " host         loading 10.0 GiB and 20.0 GiB of mapped files · saving 10.0 GiB\n",
-        " disk         weights 1.0 GB · optimizer 2.0 GB · at most at once, with 2 kept 10.0 GB\n",
+        " disk         weights 1.0 GB · optimizer 2.0 GB · at most at once, with 2 kept 10.0 GB ·\n",
+        "              ~1.0 s to write one\n",
     )
     assert all(line in full and line not in brief for line in lines)
+    assert "while saving" not in brief  # loading takes more
+
+
+def test_a_checkpoint_that_takes_minutes_and_a_host_that_saving_fills_are_told_at_once() -> None:
+    peak = PhasePeak(
+        phase=RunPhase.SAVE,
+        allocated_peak_bytes=4 * GIB,
+        device_peak_bytes=5 * GIB,
+        device_peak_high_bytes=6 * GIB,
+        host_peak_bytes=77 * GIB,
+        host_needed_bytes=77 * GIB,
+    )
+    files = CheckpointFiles(
+        weights_bytes=10**9,
+        engine_weights_bytes=0,
+        optimizer_bytes=99 * 10**9,
+        total_bytes=100 * 10**9,
+        num_kept=2,
+        disk_peak_bytes=301 * 10**9,
+        write_seconds=200.0,
+    )
+    estimate = replace(plans.estimate(), phases=(peak,), checkpoint=files)
+    text = render_plan(plans.plan(chosen=plans.candidate(estimate=estimate)), canvas=Canvas())
+    assert "(77.0 GiB while saving)" in text
+    assert "100.0 GB per checkpoint, ~3.3 min to write" in " ".join(text.split())
 
 
 @pytest.mark.parametrize(
