@@ -294,7 +294,8 @@ def _rescues(search: Search, nearest: Candidate) -> Iterable[Suggestion]:
         live = bench.live_peak_bytes(shorter)
         if live <= search.room_bytes(shorter):
             candidate = judge(bench, shorter)
-            if candidate.estimate.fits:  # in every phase: loading knows no length
+            # In every phase, and on the host: loading and the host know no length.
+            if candidate.estimate.fits and bench.host_shortage(shorter) is None:
                 yield Suggestion(
                     flags=f"--seq-len {length}", saved_bytes=_saved_bytes(nearest, candidate), time_factor=0.0
                 )
@@ -344,7 +345,7 @@ def _more_gpus(search: Search, nearest: Candidate) -> Iterable[Suggestion]:
         other = Search(bench=bench, request=search.request)
         scenario = other.base(nearest.scenario.training.method, strategy)
         live = bench.live_peak_bytes(scenario)
-        if live <= other.room_bytes(scenario):
+        if live <= other.room_bytes(scenario) and bench.host_shortage(scenario) is None:
             candidate = judge(bench, scenario)
             if candidate.estimate.fits:
                 flags = f"--gpus {format_gpus(wider)} --strategy {strategy.kind}"

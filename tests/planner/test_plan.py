@@ -106,6 +106,13 @@ def test_offload_needs_host_memory() -> None:
     assert lacking and all(reason.startswith("host memory") for reason in lacking)
 
 
+def test_nothing_is_suggested_that_the_host_has_no_room_for() -> None:
+    """Shorter sequences need as much of it, and so do twice the GPUs of a node that is full."""
+    plan = made(350, host_bytes=256 * GIB, method="full", offload="all")
+    assert plan.chosen is None
+    assert not [s.flags for s in plan.suggestions if s.flags.startswith("--seq-len")]
+
+
 def test_unknown_host_memory_is_taken_to_be_enough() -> None:
     assert chosen_of(made(350, host_bytes=0)).scenario.strategy.offload is Offload.ALL
 
