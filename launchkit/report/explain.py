@@ -192,10 +192,10 @@ TERMS: tuple[Term, ...] = (
         text="Memory of one node's processes together: the framework, pinned buffers, and offloaded states or weights. "
         "While loading in another dtype than the stored one, every process holds a whole copy of the weights, also "
         "under FSDP's cpu_ram_efficient_loading; while saving, rank 0 gathers them under FSDP and ZeRO-3, and every "
-        "rank clones them under ZeRO-1 and 2. Of CPU processes it counts what glibc keeps of freed tensors too. Exit code "
-        "−9 means this ran out.",
-        omits="dataloader workers, of which there are none unless asked for: forked ones share their parent's pages and "
-        "add some 12 MiB each, with rows in Python lists more in time; the page cache.",
+        "rank clones them under ZeRO-1 and 2. Of CPU processes it counts what glibc keeps of freed tensors too. "
+        "Exit code −9 means this ran out.",
+        omits="dataloader workers, of which there are none unless asked for: forked ones share their parent's pages "
+        "and add some 12 MiB each, with rows in Python lists more in time; the page cache.",
         also=("host_peak_bytes", "host_load_peak_bytes", "host_needed_bytes"),
         see=("offload", "phases"),
     ),
