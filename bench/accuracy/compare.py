@@ -35,7 +35,7 @@ FLAGS = (
     "method", "precision", "checkpointing", "attention", "optimizer", "trainer", "micro_batch", "seq_len", "packing",
     "images",
 )  # fmt: skip
-ADAPTER_FLAGS = ("lora_rank", "lora_targets", "dora", "lora_modules_to_save")
+ADAPTER_FLAGS = ("lora_rank", "lora_targets", "dora", "rslora", "lora_dropout", "lora_modules_to_save")
 
 
 def predict(cell: Cell, state: str) -> dict[str, Any]:
