@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from launchkit.errors import IllegalScenarioError
 from launchkit.program import Alloc, Event, Free, Owner, Parameter, Size, local
-from launchkit.scenario import DeviceKind
+from launchkit.scenario import DeviceKind, Trainer
 from launchkit.units import divide_up
 
 FP32_BYTES = 4
@@ -31,12 +31,14 @@ class LocalTensor(NamedTuple):
 
     ``in_block`` is false outside the stack of blocks (embeddings, head), where Muon hands over to AdamW. ``is_split``
     where the ranks of a tensor-parallel group have other parts of it: no kernel takes such tensors with others.
+    ``is_kept_wide`` where the states are in fp32 whatever the optimizer's bits.
     """
 
     shape: tuple[int, ...]
     itemsize: int
     in_block: bool = True
     is_split: bool = False
+    is_kept_wide: bool = False
 
     @property
     def numel(self) -> int:
@@ -47,9 +49,23 @@ class LocalTensor(NamedTuple):
         return self.numel * self.itemsize
 
 
-def local_tensor(parameter: Parameter, *, lora_rank: int = 0, itemsize: int = 0, in_block: bool = True) -> LocalTensor:
-    """``parameter`` unsharded, the LoRA rank put in; ``itemsize`` where it is held in another dtype."""
-    return LocalTensor(parameter.sizes(lora_rank), itemsize or parameter.itemsize, in_block, parameter.is_split)
+def local_tensor(
+    parameter: Parameter,
+    *,
+    lora_rank: int = 0,
+    itemsize: int = 0,
+    in_block: bool = True,
+    trainer: Trainer = Trainer.LOOP,
+) -> LocalTensor:
+    """``parameter`` unsharded, the LoRA rank put in; ``itemsize`` where it is held in another dtype.
+
+    The Trainer and those built on it have bitsandbytes keep the states of embeddings in fp32. Source: transformers 5.23
+    ``Trainer.create_optimizer`` (``register_module_override``).
+    """
+    is_kept_wide = parameter.is_embedding and trainer is not Trainer.LOOP
+    return LocalTensor(
+        parameter.sizes(lora_rank), itemsize or parameter.itemsize, in_block, parameter.is_split, is_kept_wide
+    )
 
 
 class Extent(StrEnum):
@@ -540,14 +556,16 @@ def _bnb_on_cpu(algorithm: str, *, bits: int, is_half: bool) -> tuple[Temporary,
 
 
 def _bnb(algorithm: str, *, bits: int, paged: bool = False) -> tuple[Variant, ...]:
-    """bitsandbytes keeps small tensors in fp32, and pages only those of 100 000 elements and more."""
+    """bitsandbytes keeps small tensors in fp32, and such as it is told to, and pages only those of 100 000 elements and
+    more."""
     num_states = {"adam": 2, "ademamix": 3}.get(algorithm, 1)
+    large = Place.PAGED if paged else Place.DEVICE
     kinds: list[tuple[Callable[[LocalTensor], bool], int, Place]] = []
     if bits == 8:
         kinds.append((_is_small_8bit, 32, Place.DEVICE))
-    if paged:
-        kinds.append((_is_unpaged, bits, Place.DEVICE))
-    kinds.append((_always, bits, Place.PAGED if paged else Place.DEVICE))
+        kinds.append((lambda tensor: tensor.is_kept_wide and _is_unpaged(tensor), 32, Place.DEVICE))
+        kinds.append((lambda tensor: tensor.is_kept_wide, 32, large))
+    kinds += [(_is_unpaged, bits, Place.DEVICE), (_always, bits, large)]
     return tuple(
         Variant(
             applies=lambda tensor, applies=applies, is_half=is_half: applies(tensor) and _is_half(tensor) is is_half,

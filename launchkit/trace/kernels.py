@@ -46,8 +46,22 @@ def _grouped_mm(mat_a: Any, mat_b: Any, offs: Any = None, bias: Any = None, out_
     return mat_a.new_empty(shape, dtype=out_dtype or mat_a.dtype)
 
 
-# Operators whose own fake implementation is narrower than the real kernel.
-SUBSTITUTES: dict[Any, Callable[..., Any]] = {aten._grouped_mm.default: _grouped_mm}
+def _layer_norm(input: Any, shape: Any, weight: Any, bias: Any, eps: float) -> tuple[torch.Tensor, ...]:
+    """``aten::native_layer_norm`` of 16-bit tensors with weights in fp32, whose statistics are in fp32; the meta
+    function gives them the input's dtype.
+
+    Source: ``aten/src/ATen/native/layer_norm.cpp`` (``param_scalar_type``).
+    """
+    out, *statistics = aten.native_layer_norm.default(input, shape, weight, bias, eps)
+    is_mixed = any(part is not None and part.dtype != input.dtype for part in (weight, bias))
+    return (out, *(statistic.float() if is_mixed else statistic for statistic in statistics))
+
+
+# Operators whose own fake implementation is narrower than the real kernel, or gives other dtypes.
+SUBSTITUTES: dict[Any, Callable[..., Any]] = {
+    aten._grouped_mm.default: _grouped_mm,
+    aten.native_layer_norm.default: _layer_norm,
+}
 
 
 Tensors = list[torch.Tensor]
@@ -111,6 +125,17 @@ def _convolution_backward_scratch(inputs: Tensors, outputs: Tensors) -> Scratch:
     return ((*copied, *_unfolded(source, weight, gradient)),)
 
 
+def _layer_norm_scratch(inputs: Tensors, outputs: Tensors) -> Scratch:
+    """A copy of an input that does not lie in order. Source: ``layer_norm.cpp`` (``expect_contiguous``)."""
+    return () if inputs[0].is_contiguous() else ((inputs[0].nbytes,),)
+
+
+def _layer_norm_backward_scratch(inputs: Tensors, outputs: Tensors) -> Scratch:
+    """Copies of a gradient and of an input that do not lie in order."""
+    copied = tuple(part.nbytes for part in inputs[:2] if not part.is_contiguous())
+    return (copied,) if copied else ()
+
+
 def _scaled_product_scratch(inputs: Tensors, outputs: Tensors) -> Scratch:
     """The second factor in order, both in fp32, each scaled out of place, and the product in fp32 and in its own dtype.
 
@@ -132,5 +157,7 @@ _CUDA_SCRATCH: _Rules = {
 _CPU_SCRATCH: _Rules = {
     "aten::convolution": _convolution_scratch,
     "aten::convolution_backward": _convolution_backward_scratch,
+    "aten::native_layer_norm": _layer_norm_scratch,
+    "aten::native_layer_norm_backward": _layer_norm_backward_scratch,
     SCALED_PRODUCT: _scaled_product_scratch,
 }
