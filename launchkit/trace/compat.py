@@ -12,7 +12,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from transformers import masking_utils
+from transformers import PreTrainedModel, masking_utils
 
 from launchkit.scenario import DeviceKind
 
@@ -34,6 +34,10 @@ def _unpadded(ignores: Callable[..., bool]) -> Callable[..., bool]:
         return ignores(None, *arguments, **options)
 
     return ask
+
+
+def _no_padding(model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> None:
+    """transformers' warning of padding that no mask tells of: there is none (RoFormer and others look)."""
 
 
 def _every_index(tensor: torch.Tensor) -> torch.Tensor:
@@ -59,6 +63,7 @@ def full_sequences(*, packed: bool = False) -> Iterator[None]:
         mock.patch.object(masking_utils, "is_tracing", lambda tensor=None: False),
         mock.patch.object(masking_utils, "_ignore_causal_mask_sdpa", _unpadded(masking_utils._ignore_causal_mask_sdpa)),
         mock.patch.object(torch.Tensor, "nonzero", _every_index),
+        mock.patch.object(PreTrainedModel, "warn_if_padding_and_no_attention_mask", _no_padding),
         mock.patch.dict(os.environ, TRANSFORMERS_DISABLE_TORCH_CHECK="1"),  # image tokens are as many as the features
         mock.patch.object(torch, "rand", _never_dropped(torch.rand)),
     ):

@@ -125,6 +125,21 @@ def _convolution_backward_scratch(inputs: Tensors, outputs: Tensors) -> Scratch:
     return ((*copied, *_unfolded(source, weight, gradient)),)
 
 
+def _promotion_scratch(inputs: Tensors, outputs: Tensors) -> Scratch:
+    """Copies, in the dtype that two operands have in common, of those that have another, and of a result that is
+    written into one of another. CUDA casts while it computes.
+
+    Source: ``aten/src/ATen/TensorIterator.cpp`` (``compute_types``).
+    """
+    operands = inputs[-2:]
+    if len(inputs) < 2 or operands[0].dtype == operands[1].dtype:
+        return ()
+    common = torch.result_type(*operands)
+    is_in_place = outputs[0].untyped_storage()._cdata == operands[0].untyped_storage()._cdata
+    cast = [part for part in (*operands, *(outputs if is_in_place else ())) if part.dtype != common]
+    return (tuple(part.numel() * common.itemsize for part in cast),) if cast else ()
+
+
 def _layer_norm_scratch(inputs: Tensors, outputs: Tensors) -> Scratch:
     """A copy of an input that does not lie in order. Source: ``layer_norm.cpp`` (``expect_contiguous``)."""
     return () if inputs[0].is_contiguous() else ((inputs[0].nbytes,),)
@@ -154,7 +169,25 @@ _CUDA_SCRATCH: _Rules = {
     "aten::_scaled_dot_product_flash_attention_backward": _flash_backward_scratch,
     "aten::_scaled_dot_product_efficient_attention_backward": _efficient_backward_scratch,
 }
+_PROMOTING = (
+    "add",
+    "sub",
+    "rsub",
+    "mul",
+    "div",
+    "pow",
+    "maximum",
+    "minimum",
+    "eq",
+    "ne",
+    "lt",
+    "le",
+    "gt",
+    "ge",
+    "where",
+)
 _CPU_SCRATCH: _Rules = {
+    **{f"aten::{name}{place}": _promotion_scratch for name in _PROMOTING for place in ("", "_")},
     "aten::convolution": _convolution_scratch,
     "aten::convolution_backward": _convolution_backward_scratch,
     "aten::native_layer_norm": _layer_norm_scratch,
