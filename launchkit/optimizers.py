@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 from math import prod
 from typing import NamedTuple
 
@@ -568,7 +569,7 @@ def _bnb(algorithm: str, *, bits: int, paged: bool = False) -> tuple[Variant, ..
     kinds += [(_is_unpaged, bits, Place.DEVICE), (_always, bits, large)]
     return tuple(
         Variant(
-            applies=lambda tensor, applies=applies, is_half=is_half: applies(tensor) and _is_half(tensor) is is_half,
+            applies=partial(_is_kind, applies=applies, is_half=is_half),
             states=_bnb_states(num_states, bits=held_bits, place=place),
             loop=_bnb_on_cpu(algorithm, bits=held_bits, is_half=is_half),
             foreach=(),
@@ -576,6 +577,10 @@ def _bnb(algorithm: str, *, bits: int, paged: bool = False) -> tuple[Variant, ..
         for applies, held_bits, place in kinds
         for is_half in (True, False)
     )
+
+
+def _is_kind(tensor: LocalTensor, *, applies: Callable[[LocalTensor], bool], is_half: bool) -> bool:
+    return applies(tensor) and _is_half(tensor) is is_half
 
 
 # Bytes per element that the compiled update holds on a CPU, by elements to a byte of state: both moments in fp32, and

@@ -672,7 +672,8 @@ def run_trainer(cell: Cell) -> list[int]:
     elif is_sharded:
         shard_through_accelerate(cell, model)
     data = task_batches(cell, model.config)
-    num_batches = cell.num_steps * cell.gradient_accumulation_steps * cell.num_processes
+    # One more than is used, as a loader holds one ahead until its data ends.
+    num_batches = (cell.num_steps * cell.gradient_accumulation_steps + 1) * cell.num_processes
     if cell.evaluation_micro_batch:
         num_batches = max(num_batches, 2 * cell.evaluation_micro_batch * cell.num_processes // cell.micro_batch)
     rows = [

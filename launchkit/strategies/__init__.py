@@ -70,11 +70,10 @@ def trace_key(training: Training, strategy: Strategy, device: DeviceKind, *, sin
 
 def rewrite(program: StepProgram, *, scenario: Scenario, cluster: Cluster) -> StepProgram:
     """The step of the largest rank: ``program`` as the strategy runs it, with its optimizer."""
-    loaded = _with_batches_ahead(program, scenario, cluster.gpu.device_kind)
-    return engine(scenario.strategy.kind).rewrite(loaded, scenario=scenario, cluster=cluster)
+    return engine(scenario.strategy.kind).rewrite(program, scenario=scenario, cluster=cluster)
 
 
-def _with_batches_ahead(program: StepProgram, scenario: Scenario, device: DeviceKind) -> StepProgram:
+def with_batches_ahead(program: StepProgram, scenario: Scenario, device: DeviceKind) -> StepProgram:
     """``program`` with the inputs of every micro-batch of the step, which the Trainer takes from its loader before the
     first one, and on a CPU of one more, which the loader has fetched: to a GPU it goes when it is asked for.
 
