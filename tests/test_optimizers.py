@@ -22,7 +22,7 @@ from launchkit.optimizers import (
     traffic_bytes,
 )
 from launchkit.program import Alloc, Event, Free, Owner, Parameter, Point
-from launchkit.scenario import DeviceKind
+from launchkit.scenario import DeviceKind, Trainer
 
 CPU, CUDA = DeviceKind.CPU, DeviceKind.CUDA
 SHAPES = ((300, 200), (200,), (128, 512), (700, 100), (512,))
@@ -306,3 +306,23 @@ def test_local_tensor_puts_the_lora_rank_in() -> None:
 
 def test_traffic_counts_gradient_parameter_and_states() -> None:
     assert traffic_bytes(find("adamw_torch"), [LocalTensor((1000,), 4)], device=CUDA) == 4000 * (3 + 4)
+
+
+@pytest.mark.parametrize(
+    ("name", "trainer", "bytes_per_element"),
+    [
+        ("model.embed_tokens.weight", Trainer.LOOP, 1 + 4 / 256),
+        ("model.embed_tokens.weight", Trainer.HF, 4),
+        ("base_model.model.model.embed_tokens.modules_to_save.default.weight", Trainer.TRL, 4),
+        ("lm_head.weight", Trainer.HF, 1 + 4 / 256),
+        ("model.layers.0.mlp.up_proj.weight", Trainer.HF, 1 + 4 / 256),
+    ],
+)
+def test_the_trainer_keeps_states_of_embeddings_in_fp32(name: str, trainer: Trainer, bytes_per_element: float) -> None:
+    """Twice, for the two moments. Large ones are paged all the same."""
+    table = Parameter(name=name, shape=(1000, 256), itemsize=2)
+    expected = int(2 * 256_000 * bytes_per_element)
+    tensor = local_tensor(table, trainer=trainer)
+    assert sum(find("adamw_bnb_8bit").state_bytes(tensor, device=CUDA)) == expected
+    paged = find("paged_adamw_8bit").state_bytes(tensor, device=CUDA, place=Place.PAGED)
+    assert sum(paged) == 2 * 256_000 * (4 if bytes_per_element == 4 else 1)

@@ -20,7 +20,7 @@ class Cell:
     sequences each. ``zero`` are keys of DeepSpeed's ``zero_optimization`` beside the stage, ``offload`` is DeepSpeed's;
     what ``zero`` does not name has DeepSpeed's own default, or accelerate's where it says ``auto``. ``tp`` processes
     share each matrix, ``sp`` each sequence. ``float8_all_gather`` counts for FSDP2 in ``fp8``.
-    ``onednn`` leaves torch's kernels as a process finds them.
+    ``onednn`` leaves on what torch takes products in 16 bits and convolutions from, which goes by the machine.
     """
 
     name: str

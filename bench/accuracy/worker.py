@@ -807,7 +807,7 @@ def summarise(cell: Cell, prof: Any, *, resident: list[int], timeline: bool) -> 
 def run(cell: Cell, folder: Path, *, timeline: bool) -> None:
     """Runs ``cell`` and writes this rank's numbers into ``folder``."""
     torch.manual_seed(0)
-    torch.backends.mkldnn.enabled = cell.onednn  # else its scratch, which only CPUs have, makes the peak of many steps
+    torch.backends.mkldnn.enabled = cell.onednn  # its scratch, which only CPUs have, makes the peak of many steps
     if cell.tp > 1:
         outlive_gloo_under_dtensor()
     if cell.num_processes > 1 and cell.trainer == "loop":

@@ -106,7 +106,7 @@ def _unfolded(source: torch.Tensor, weight: torch.Tensor, result: torch.Tensor) 
     group, with next to nothing at a time.
 
     Source: ``aten/src/ATen/native/ConvolutionMM2d.cpp`` and ``ConvolutionMM3d.cpp`` (``compute_columns``); confirmed on
-    timelines. Omits: what oneDNN, which is on by default, takes in their place.
+    timelines. Omits: what oneDNN takes in their place, which ``trace.asking`` sees.
     """
     is_grouped = source.shape[1] != weight.shape[1]
     patches = math.prod(weight.shape[1:]) * result.shape[0] * math.prod(result.shape[2:])
