@@ -60,7 +60,7 @@ def local_tensor(
 ) -> LocalTensor:
     """``parameter`` unsharded, the LoRA rank put in; ``itemsize`` where it is held in another dtype.
 
-    The Trainer and those built on it have bitsandbytes keep the states of embeddings in fp32. Source: transformers 5.23
+    The Trainer and those built on it have bitsandbytes keep the states of embeddings in fp32. Source: transformers 5.24
     ``Trainer.create_optimizer`` (``register_module_override``).
     """
     is_kept_wide = parameter.is_embedding and trainer is not Trainer.LOOP

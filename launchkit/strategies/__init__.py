@@ -77,7 +77,7 @@ def with_batches_ahead(program: StepProgram, scenario: Scenario, device: DeviceK
     """``program`` with the inputs of every micro-batch of the step, which the Trainer takes from its loader before the
     first one, and on a CPU of one more, which the loader has fetched: to a GPU it goes when it is asked for.
 
-    Source: transformers 5.23 ``Trainer.get_batch_samples``, accelerate 1.15 ``DataLoaderShard.__iter__``.
+    Source: transformers 5.24 ``Trainer.get_batch_samples``, accelerate 1.15 ``DataLoaderShard.__iter__``.
     """
     if scenario.training.trainer is Trainer.LOOP:
         return program
