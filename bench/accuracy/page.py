@@ -74,8 +74,9 @@ whatever the model's: there a small error says little. oneDNN is off (`torch.bac
 cells named `onednn-`: within one bf16 product or convolution it takes and returns scratch that CUDA has no part in, up
 to 26 % of a tiny model's peak (`arch-vit-fp32`). `estimate --gpus cpu` runs each product once to see what it takes
 (`launchkit/trace/asking.py`), which holds for the machine it runs on: on another one the `onednn-` rows differ. Cells
-named `combined-` are those that a random grid over everything that a cell can say found wrong. The cells say whether the sequence of allocations is right. They say nothing of what only CUDA has: the rounding
-and caching of its allocator, flash attention, cuBLAS workspaces, the context.
+named `combined-` are those that a random grid over everything that a cell can say found wrong. The cells say whether
+the sequence of allocations is right. They say nothing of what only CUDA has: the rounding and caching of its allocator,
+flash attention, cuBLAS workspaces, the context.
 
 **Published runs** are GPU runs that others measured and described. Like is compared with like: *allocated* and
 *reserved* are torch's counters, *device* is what the driver counts, context included. A run is *like with like* where
