@@ -13,12 +13,13 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 from math import prod
 from typing import NamedTuple
 
 from launchkit.errors import IllegalScenarioError
 from launchkit.program import Alloc, Event, Free, Owner, Parameter, Size, local
-from launchkit.scenario import DeviceKind
+from launchkit.scenario import DeviceKind, Trainer
 from launchkit.units import divide_up
 
 FP32_BYTES = 4
@@ -31,12 +32,14 @@ class LocalTensor(NamedTuple):
 
     ``in_block`` is false outside the stack of blocks (embeddings, head), where Muon hands over to AdamW. ``is_split``
     where the ranks of a tensor-parallel group have other parts of it: no kernel takes such tensors with others.
+    ``is_kept_wide`` where the states are in fp32 whatever the optimizer's bits.
     """
 
     shape: tuple[int, ...]
     itemsize: int
     in_block: bool = True
     is_split: bool = False
+    is_kept_wide: bool = False
 
     @property
     def numel(self) -> int:
@@ -47,9 +50,23 @@ class LocalTensor(NamedTuple):
         return self.numel * self.itemsize
 
 
-def local_tensor(parameter: Parameter, *, lora_rank: int = 0, itemsize: int = 0, in_block: bool = True) -> LocalTensor:
-    """``parameter`` unsharded, the LoRA rank put in; ``itemsize`` where it is held in another dtype."""
-    return LocalTensor(parameter.sizes(lora_rank), itemsize or parameter.itemsize, in_block, parameter.is_split)
+def local_tensor(
+    parameter: Parameter,
+    *,
+    lora_rank: int = 0,
+    itemsize: int = 0,
+    in_block: bool = True,
+    trainer: Trainer = Trainer.LOOP,
+) -> LocalTensor:
+    """``parameter`` unsharded, the LoRA rank put in; ``itemsize`` where it is held in another dtype.
+
+    The Trainer and those built on it have bitsandbytes keep the states of embeddings in fp32. Source: transformers 5.24
+    ``Trainer.create_optimizer`` (``register_module_override``).
+    """
+    is_kept_wide = parameter.is_embedding and trainer is not Trainer.LOOP
+    return LocalTensor(
+        parameter.sizes(lora_rank), itemsize or parameter.itemsize, in_block, parameter.is_split, is_kept_wide
+    )
 
 
 class Extent(StrEnum):
@@ -109,11 +126,15 @@ class StateTensor(NamedTuple):
 
 
 class Bind(NamedTuple):
-    """``variable = <a new tensor>``: what the name held before is freed once the new one exists."""
+    """``variable = <a new tensor>``: what the name held before is freed once the new one exists.
+
+    The tensor has ``ceil(entries / elements_per_entry)`` items.
+    """
 
     variable: str
     extent: Extent = Extent.ELEMENTS
     itemsize: int = OWN_DTYPE
+    elements_per_entry: int = 1
 
 
 class Drop(NamedTuple):
@@ -134,7 +155,8 @@ class Variant:
     """States and temporaries of the tensors for which ``applies`` is true.
 
     ``loop`` are the temporaries of the update written tensor by tensor, ``foreach`` those of the multi-tensor one,
-    which torch prefers on CUDA; None where there is no multi-tensor form (a fused kernel, or a loop everywhere).
+    which torch prefers on CUDA; None where there is no multi-tensor form (a fused kernel, or a loop everywhere), empty
+    where CUDA has a kernel that updates a tensor in place and the CPU a loop.
     """
 
     applies: Callable[[LocalTensor], bool] = _always
@@ -262,6 +284,8 @@ def _updates(
         variant = optimizer.variant(tensor)
         if variant.foreach is None or (device is DeviceKind.CPU and not optimizer.foreach_on_cpu):
             yield variant.loop, (tensor,)
+        elif not variant.foreach:
+            yield (), (tensor,)
         else:
             alike.setdefault((tensor.itemsize, tensor.is_split, variant.foreach), []).append(tensor)
     for (*_, temporaries), batch in alike.items():
@@ -301,7 +325,8 @@ class _Writer:
         self._held.clear()
 
     def _temporary(self, bind: Bind, tensor: LocalTensor) -> Alloc:
-        num_bytes = _ENTRIES[bind.extent](tensor.shape) * (bind.itemsize or tensor.itemsize)
+        entries = divide_up(_ENTRIES[bind.extent](tensor.shape), bind.elements_per_entry)
+        num_bytes = entries * (bind.itemsize or tensor.itemsize)
         return self.allocate(num_bytes, Owner.TEMPORARIES)
 
     def _release(self, allocs: Sequence[Alloc]) -> None:
@@ -485,16 +510,77 @@ def _bnb_states(num_states: int, *, bits: int, place: Place = Place.DEVICE) -> t
     return codes + (StateTensor(Extent.ELEMENTS, FP32_BYTES, _BNB_BLOCK),) * num_states
 
 
-def _bnb(num_states: int, *, bits: int, paged: bool = False) -> tuple[Variant, ...]:
-    """bitsandbytes keeps small tensors in fp32, and pages only those of 100 000 elements and more."""
-    small = (Variant(applies=_is_small_8bit, states=_bnb_states(num_states, bits=32)),) if bits == 8 else ()
-    if not paged:
-        return (*small, Variant(states=_bnb_states(num_states, bits=bits)))
-    return (
-        *small,
-        Variant(applies=_is_unpaged, states=_bnb_states(num_states, bits=bits)),
-        Variant(states=_bnb_states(num_states, bits=bits, place=Place.PAGED)),
+_AS_CODES = {
+    "maxima": Bind("maxima", itemsize=FP32_BYTES, elements_per_entry=_BNB_BLOCK),
+    "codes": Bind("codes", itemsize=1),
+}
+
+
+def _variables(text: str) -> tuple[Temporary, ...]:
+    """A function's variables in order, in fp32 but for codes: ``x`` is bound, ``-x`` let go of, as are all that are
+    left when the function returns."""
+    words = text.split()
+    left = [f"-{word}" for word in words if not word.startswith("-") and f"-{word}" not in words]
+    return tuple(
+        Drop(word[1:]) if word.startswith("-") else _AS_CODES.get(word, Bind(word, itemsize=FP32_BYTES))
+        for word in (*words, *left)
     )
+
+
+# bitsandbytes' updates on a CPU, which are torch code; its CUDA kernels work in place. By the states' bits: what is
+# dequantised ahead of the gradient, and what follows on it. Source: bitsandbytes 0.50.2 backends/cpu/ops.py,
+# ``_optimizer_update_32bit_cpu`` and ``_optimizer_update_8bit_blockwise_cpu``. Omits: states on their way back into
+# codes where less is held then than before.
+_BNB_ON_CPU: dict[tuple[str, int], tuple[str, str]] = {
+    ("adam", 32): ("", "sqrt denominator -sqrt update -denominator"),
+    ("adam", 8): ("state1 state2", "sqrt denominator -sqrt"),
+    ("rmsprop", 32): ("", "sqrt denominator -sqrt update -denominator"),
+    ("rmsprop", 8): ("state1", "sqrt -sqrt"),
+    ("lion", 32): ("", "scaled update -scaled sign -sign"),
+    ("lion", 8): ("state1", "scaled scaled_gradient sum -scaled -scaled_gradient update -sum"),
+    ("ademamix", 32): (
+        "",
+        "fast slow mixed -fast -slow sqrt corrected -sqrt denominator -corrected quotient -quotient",
+    ),
+    ("ademamix", 8): (
+        "fast slow stacked_fast stacked_slow state2",
+        "scaled_fast scaled_slow mixed -scaled_fast -scaled_slow sqrt corrected -sqrt denominator -corrected update "
+        "-mixed -denominator new_fast new_slow maxima codes",
+    ),
+}
+
+
+def _bnb_on_cpu(algorithm: str, *, bits: int, is_half: bool) -> tuple[Temporary, ...]:
+    """Weights in 16 bits are widened, and so is their gradient before it is scaled out of place."""
+    states, update = _BNB_ON_CPU[algorithm, bits]
+    return _variables(f"{states} {'wide gradient -wide weights' if is_half else 'gradient'} {update}")
+
+
+def _bnb(algorithm: str, *, bits: int, paged: bool = False) -> tuple[Variant, ...]:
+    """bitsandbytes keeps small tensors in fp32, and such as it is told to, and pages only those of 100 000 elements and
+    more."""
+    num_states = {"adam": 2, "ademamix": 3}.get(algorithm, 1)
+    large = Place.PAGED if paged else Place.DEVICE
+    kinds: list[tuple[Callable[[LocalTensor], bool], int, Place]] = []
+    if bits == 8:
+        kinds.append((_is_small_8bit, 32, Place.DEVICE))
+        kinds.append((lambda tensor: tensor.is_kept_wide and _is_unpaged(tensor), 32, Place.DEVICE))
+        kinds.append((lambda tensor: tensor.is_kept_wide, 32, large))
+    kinds += [(_is_unpaged, bits, Place.DEVICE), (_always, bits, large)]
+    return tuple(
+        Variant(
+            applies=partial(_is_kind, applies=applies, is_half=is_half),
+            states=_bnb_states(num_states, bits=held_bits, place=place),
+            loop=_bnb_on_cpu(algorithm, bits=held_bits, is_half=is_half),
+            foreach=(),
+        )
+        for applies, held_bits, place in kinds
+        for is_half in (True, False)
+    )
+
+
+def _is_kind(tensor: LocalTensor, *, applies: Callable[[LocalTensor], bool], is_half: bool) -> bool:
+    return applies(tensor) and _is_half(tensor) is is_half
 
 
 # Bytes per element that the compiled update holds on a CPU, by elements to a byte of state: both moments in fp32, and
@@ -527,14 +613,16 @@ _BNB = "bitsandbytes 0.50.2 bitsandbytes/optim/optimizer.py"
 _TORCHAO = "torchao 0.18.0 torchao/optim/adam.py and subclass_*.py; what the compiled update holds on a GPU is left out"
 
 
-def _bnb_row(name: str, num_states: int, *, bits: int, source: str = _BNB) -> Optimizer:
+def _bnb_row(name: str, algorithm: str, *, bits: int, source: str = _BNB) -> Optimizer:
+    """``algorithm`` is bitsandbytes' own name of the update."""
+    num_code_books = 2 if algorithm in ("adam", "ademamix") else 1
     return Optimizer(
         name=name,
         hf_name=name,
         needs="bitsandbytes",
         source=source,
-        variants=_bnb(num_states, bits=bits, paged=name.startswith("paged")),
-        shared_state_bytes=(_CODE_BOOK_BYTES,) * min(num_states, 2) if bits == 8 else (),
+        variants=_bnb(algorithm, bits=bits, paged=name.startswith("paged")),
+        shared_state_bytes=(_CODE_BOOK_BYTES,) * num_code_books if bits == 8 else (),
         states_interleaved=True,
     )
 
@@ -662,20 +750,20 @@ _ROWS = (
         variants=_STABLE_ADAMW,
         source="torch-optimi 0.3.3 optimi/stableadamw.py",
     ),
-    _bnb_row("adamw_bnb_8bit", 2, bits=8),
-    _bnb_row("paged_adamw_8bit", 2, bits=8),
-    _bnb_row("paged_adamw_32bit", 2, bits=32),
-    _bnb_row("lion_8bit", 1, bits=8),
-    _bnb_row("lion_32bit", 1, bits=32),
-    _bnb_row("paged_lion_8bit", 1, bits=8),
-    _bnb_row("paged_lion_32bit", 1, bits=32),
-    _bnb_row("rmsprop_bnb", 1, bits=32),
-    _bnb_row("rmsprop_bnb_8bit", 1, bits=8),
-    _bnb_row("rmsprop_bnb_32bit", 1, bits=32),
-    _bnb_row("ademamix", 3, bits=32, source=_ADEMAMIX),
-    _bnb_row("ademamix_8bit", 3, bits=8, source=_ADEMAMIX),
-    _bnb_row("paged_ademamix_32bit", 3, bits=32, source=_ADEMAMIX),
-    _bnb_row("paged_ademamix_8bit", 3, bits=8, source=_ADEMAMIX),
+    _bnb_row("adamw_bnb_8bit", "adam", bits=8),
+    _bnb_row("paged_adamw_8bit", "adam", bits=8),
+    _bnb_row("paged_adamw_32bit", "adam", bits=32),
+    _bnb_row("lion_8bit", "lion", bits=8),
+    _bnb_row("lion_32bit", "lion", bits=32),
+    _bnb_row("paged_lion_8bit", "lion", bits=8),
+    _bnb_row("paged_lion_32bit", "lion", bits=32),
+    _bnb_row("rmsprop_bnb", "rmsprop", bits=32),
+    _bnb_row("rmsprop_bnb_8bit", "rmsprop", bits=8),
+    _bnb_row("rmsprop_bnb_32bit", "rmsprop", bits=32),
+    _bnb_row("ademamix", "ademamix", bits=32, source=_ADEMAMIX),
+    _bnb_row("ademamix_8bit", "ademamix", bits=8, source=_ADEMAMIX),
+    _bnb_row("paged_ademamix_32bit", "ademamix", bits=32, source=_ADEMAMIX),
+    _bnb_row("paged_ademamix_8bit", "ademamix", bits=8, source=_ADEMAMIX),
 )
 
 OPTIMIZERS = {row.name: row for row in _ROWS}

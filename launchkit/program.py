@@ -12,6 +12,7 @@ place counted from either end of the stack, so the same template is right at eve
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from enum import IntEnum, StrEnum
@@ -236,6 +237,14 @@ class Copy(NamedTuple):
     moment: Moment
 
 
+# ``embed_tokens``, ``word_embeddings``, ``pos_embed``, GPT-2's ``wte`` and T5's ``shared``, but neither GPT-NeoX's head
+# ``embed_out`` nor projections; behind PEFT's name for a module that is trained whole.
+_EMBEDDING = re.compile(
+    r"(^|\.)(\w*embed(dings?|_in|_tokens\w*|_positions)?|wte|wpe|w|shared|relative_attention_bias)"
+    r"(\.modules_to_save\.\w+)?\.weight$"
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Parameter:
     """One parameter tensor of a group.
@@ -259,6 +268,11 @@ class Parameter:
     has_gradient: bool = True
     gradient_numel: int = 0
     is_split: bool = False
+
+    @property
+    def is_embedding(self) -> bool:
+        """Whether it is the table of an ``nn.Embedding``, as its name and shape tell in transformers' models."""
+        return len(self.shape) == 2 and _EMBEDDING.search(self.name) is not None
 
     def sizes(self, lora_rank: int = 0) -> tuple[int, ...]:
         """The shape, with the LoRA rank put in."""

@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
+from launchkit.program import Point
+
 
 class Method(StrEnum):
     FULL = "full"
@@ -431,6 +433,7 @@ class TraceKey:
     sp: int = 1  # ranks that share each sequence, and heads in its attention
     pads_float8: bool = False  # torchao pads the inner dimension of each product, as accelerate's recipe has it
     gathers_float8: bool = False  # weights of torchao's layers arrive in 8 bits
+    at: Point | None = None  # of this batch alone, with the scratch that this machine's kernels take for it
 
     @property
     def split(self) -> Split:
@@ -516,4 +519,6 @@ class TraceKey:
         if self.gathers_float8:
             parts.append("gathered")
         parts += [f"{name}{size}" for name, size in (("tp", self.tp), ("cp", self.cp), ("sp", self.sp)) if size > 1]
+        if self.at is not None:
+            parts.append("x".join(map(str, self.at)))
         return "/".join(str(part) for part in parts)

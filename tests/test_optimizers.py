@@ -22,7 +22,7 @@ from launchkit.optimizers import (
     traffic_bytes,
 )
 from launchkit.program import Alloc, Event, Free, Owner, Parameter, Point
-from launchkit.scenario import DeviceKind
+from launchkit.scenario import DeviceKind, Trainer
 
 CPU, CUDA = DeviceKind.CPU, DeviceKind.CUDA
 SHAPES = ((300, 200), (200,), (128, 512), (700, 100), (512,))
@@ -201,38 +201,35 @@ def test_torchao_keeps_and_allocates_what_its_class_does(name: str, class_name: 
     assert steady_predicted == pytest.approx(steady, rel=0.01)
 
 
+@pytest.mark.parametrize("itemsize", [4, 2])
 @pytest.mark.parametrize(
-    ("name", "class_name", "arguments"),
+    ("name", "class_name", "bits"),
     [
-        ("adamw_bnb_8bit", "AdamW", {"optim_bits": 8}),
-        ("paged_adamw_32bit", "AdamW", {"optim_bits": 32}),
-        ("lion_8bit", "Lion", {"optim_bits": 8}),
-        ("lion_32bit", "Lion", {"optim_bits": 32}),
-        ("rmsprop_bnb_8bit", "RMSprop", {"optim_bits": 8}),
-        ("ademamix_8bit", "AdEMAMix", {"optim_bits": 8}),
-        ("ademamix", "AdEMAMix", {"optim_bits": 32}),
+        ("adamw_bnb_8bit", "AdamW", 8),
+        ("paged_adamw_32bit", "AdamW", 32),
+        ("lion_8bit", "Lion", 8),
+        ("lion_32bit", "Lion", 32),
+        ("rmsprop_bnb_8bit", "RMSprop", 8),
+        ("rmsprop_bnb", "RMSprop", 32),
+        ("ademamix_8bit", "AdEMAMix", 8),
+        ("ademamix", "AdEMAMix", 32),
     ],
 )
-def test_states_of_bitsandbytes(name: str, class_name: str, arguments: dict[str, int]) -> None:
-    """State bytes on the CPU, where nothing is paged; the code books are shared and counted once."""
+def test_bitsandbytes_on_a_cpu(name: str, class_name: str, bits: int, itemsize: int) -> None:
+    """Its updates are torch code there, and hold several copies of a tensor in fp32. Code books come with the class."""
     torch = pytest.importorskip("torch")
     optim = pytest.importorskip("bitsandbytes").optim
-    parameters = [torch.nn.Parameter(torch.randn(shape)) for shape in SHAPES]
-    for parameter in parameters:
-        parameter.grad = torch.randn_like(parameter)
-    optimizer = getattr(optim, class_name)(parameters, lr=1e-3, **arguments)
-    for group_index, group in enumerate(optimizer.param_groups):
-        for index, parameter in enumerate(group["params"]):
-            optimizer.init_state(group, parameter, group_index, index)
-    storages = {
-        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
-        for state in optimizer.state.values()
-        for tensor in state.values()
-        if isinstance(tensor, torch.Tensor)
-    }
-    row = find(name)
-    predicted = sum(sum(row.state_bytes(LocalTensor(shape, 4), device=CPU)) for shape in SHAPES)
-    assert predicted + sum(row.shared_state_bytes) == sum(storages.values())
+
+    def make(parameters: list[Any]) -> Any:
+        return getattr(optim, class_name)(parameters, lr=1e-3, optim_bits=bits)
+
+    books = sum(find(name).shared_state_bytes)
+    (first, kept), steady = real_steps(torch, make, itemsize)
+    (first_predicted, kept_predicted), steady_predicted = predicted_steps(name, itemsize, CPU)
+    assert (first_predicted - books, kept_predicted - books) == pytest.approx((first, kept), abs=64)
+    assert steady_predicted == pytest.approx(steady, abs=64), "but for scalars"
+    in_place = [live_bytes(step_events(find(name), [LocalTensor((64, 100), itemsize)], device=CUDA, first_step=False))]
+    assert in_place == [(0, 0)], "CUDA has kernels for it"
 
 
 def test_every_trainer_name_is_one_the_trainer_knows() -> None:
@@ -309,3 +306,23 @@ def test_local_tensor_puts_the_lora_rank_in() -> None:
 
 def test_traffic_counts_gradient_parameter_and_states() -> None:
     assert traffic_bytes(find("adamw_torch"), [LocalTensor((1000,), 4)], device=CUDA) == 4000 * (3 + 4)
+
+
+@pytest.mark.parametrize(
+    ("name", "trainer", "bytes_per_element"),
+    [
+        ("model.embed_tokens.weight", Trainer.LOOP, 1 + 4 / 256),
+        ("model.embed_tokens.weight", Trainer.HF, 4),
+        ("base_model.model.model.embed_tokens.modules_to_save.default.weight", Trainer.TRL, 4),
+        ("lm_head.weight", Trainer.HF, 1 + 4 / 256),
+        ("model.layers.0.mlp.up_proj.weight", Trainer.HF, 1 + 4 / 256),
+    ],
+)
+def test_the_trainer_keeps_states_of_embeddings_in_fp32(name: str, trainer: Trainer, bytes_per_element: float) -> None:
+    """Twice, for the two moments. Large ones are paged all the same."""
+    table = Parameter(name=name, shape=(1000, 256), itemsize=2)
+    expected = int(2 * 256_000 * bytes_per_element)
+    tensor = local_tensor(table, trainer=trainer)
+    assert sum(find("adamw_bnb_8bit").state_bytes(tensor, device=CUDA)) == expected
+    paged = find("paged_adamw_8bit").state_bytes(tensor, device=CUDA, place=Place.PAGED)
+    assert sum(paged) == 2 * 256_000 * (4 if bytes_per_element == 4 else 1)

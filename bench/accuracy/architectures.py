@@ -360,6 +360,21 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "image_seq_length": 16,
         "architectures": ["LlavaForConditionalGeneration"],
     },
+    "stablelm": SMALL | {"model_type": "stablelm"},
+    "starcoder2": SMALL | {"model_type": "starcoder2"},
+    "glm4": HEADS | {"model_type": "glm4", "pad_token_id": 0},
+    "exaone4": SMALL | {"model_type": "exaone4", "sliding_window": 32, "sliding_window_pattern": 2},
+    "nanochat": SMALL | {"model_type": "nanochat"},
+    "codegen": {"model_type": "codegen", "n_embd": 128, "n_layer": 4, "n_head": 4, "vocab_size": 512, "rotary_dim": 16},
+    "gpt_bigcode": {"model_type": "gpt_bigcode", "n_embd": 128, "n_layer": 4, "n_head": 2, "vocab_size": 512},
+    "biogpt": ENCODER | {"model_type": "biogpt"},
+    "mbart": BART
+    | {"model_type": "mbart", "max_position_embeddings": 512, "architectures": ["MBartForConditionalGeneration"]},
+    "albert": ENCODER
+    | {"model_type": "albert", "embedding_size": 64, "architectures": ["AlbertForSequenceClassification"]},
+    "roformer": ENCODER | {"model_type": "roformer", "architectures": ["RoFormerForSequenceClassification"]},
+    "deit": VISION
+    | {"model_type": "deit", "image_size": 64, "patch_size": 16, "architectures": ["DeiTForImageClassification"]},
 }
 
 # Without adapters: PEFT refuses Mamba's projections.
@@ -370,7 +385,21 @@ _LORA_FAILS = ("phimoe", "llama4_text", "llama4", "distilbert")
 # Traced with text alone, and not measured: their processors' grids of patches are no tensors of a fixed size.
 _NOT_MEASURED = ("qwen2_vl", "qwen2_5_vl")
 # transformers has no other attention for these.
-_EAGER_ONLY = ("gemma2", "gpt_oss", "bloom", "gpt_neo", "gptj", "deberta_v2", "mamba", "mamba2", "falcon_mamba")
+_EAGER_ONLY = (
+    "gemma2",
+    "gpt_oss",
+    "bloom",
+    "gpt_neo",
+    "gptj",
+    "deberta_v2",
+    "mamba",
+    "mamba2",
+    "falcon_mamba",
+    "codegen",
+    "roformer",
+)
+# transformers does not checkpoint it: its layers are one layer, run again and again.
+_WITHOUT_CHECKPOINTING = ("albert",)
 # Their linear attention takes 64 tokens at once, and pads what is no multiple of it.
 _CHUNKED_BY_64 = ("qwen3_next", "qwen3_5")
 _OPTIMIZERS = ("adamw_torch", "sgd", "adamw_torch_fused")
@@ -399,7 +428,7 @@ def architecture_cells() -> Iterator[Cell]:
             config=config,
             attention=attention,
             precision=("bf16", "bf16-params")[number % 2],
-            checkpointing="full",
+            checkpointing="none" if name in _WITHOUT_CHECKPOINTING else "full",
             seq_len=middle,
             images=images,
         )

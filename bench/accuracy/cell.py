@@ -20,6 +20,7 @@ class Cell:
     sequences each. ``zero`` are keys of DeepSpeed's ``zero_optimization`` beside the stage, ``offload`` is DeepSpeed's;
     what ``zero`` does not name has DeepSpeed's own default, or accelerate's where it says ``auto``. ``tp`` processes
     share each matrix, ``sp`` each sequence. ``float8_all_gather`` counts for FSDP2 in ``fp8``.
+    ``onednn`` leaves on what torch takes products in 16 bits and convolutions from, which goes by the machine.
     """
 
     name: str
@@ -31,6 +32,8 @@ class Cell:
     lora_rank: int = 8
     lora_targets: str = "all-linear"
     dora: bool = False
+    rslora: bool = False
+    lora_dropout: float = 0.0
     lora_modules_to_save: str = ""
     precision: str = "fp32"
     checkpointing: str = "none"
@@ -55,6 +58,7 @@ class Cell:
     tp: int = 1
     sp: int = 1
     float8_all_gather: bool = True
+    onednn: bool = False
 
     @property
     def is_mixed(self) -> bool:

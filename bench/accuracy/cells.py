@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from bench.accuracy.architectures import architecture_cells
+from bench.accuracy.architectures import ARCHITECTURES, architecture_cells
 from bench.accuracy.cell import Cell
 
 LLAMA: dict[str, Any] = {
@@ -338,6 +338,43 @@ METHODS = (
     Cell(name="method-selective-lora", config=LLAMA, method="lora", precision="bf16", checkpointing="selective"),
 )
 
+_GEMMA: dict[str, Any] = UNEVEN | {"model_type": "gemma", "head_dim": 30}
+_VIT: dict[str, Any] = ARCHITECTURES["vit"]
+_WHISPER: dict[str, Any] = ARCHITECTURES["whisper"]
+
+# What the fixed grid above leaves out, and a random one found wrong.
+COMBINED = (
+    Cell(name="combined-adamw-bnb-8bit", config=WIDE, seq_len=16, optimizer="adamw_bnb_8bit"),
+    Cell(name="combined-hf-adamw-bnb-8bit", config=VOCABULARY, seq_len=16, trainer="hf", optimizer="adamw_bnb_8bit"),
+    Cell(name="combined-lion-bf16", config=WIDE, seq_len=16, precision="bf16-params", optimizer="lion_32bit"),
+    Cell(name="combined-trl-lion-8bit", config=TIED, trainer="trl", precision="bf16-pure", optimizer="lion_8bit"),
+    Cell(name="combined-ademamix-8bit", config=WIDE, seq_len=16, precision="bf16-pure", optimizer="ademamix_8bit"),
+    Cell(name="combined-rmsprop-bnb", config=WIDE, seq_len=16, optimizer="rmsprop_bnb"),
+    Cell(name="combined-hf-adafactor", config=TIED, trainer="hf", precision="bf16-params", optimizer="adafactor"),
+    Cell(name="combined-hf-momentum", config=GPT2, trainer="hf", optimizer="sgd_momentum", checkpointing="full"),
+    Cell(name="combined-hf-accumulation", config=LLAMA, trainer="hf", gradient_accumulation_steps=3),
+    Cell(name="combined-trl-accumulation", config=VOCABULARY, trainer="trl", gradient_accumulation_steps=2),
+    Cell(name="combined-hf-vit", config=_VIT, trainer="hf", gradient_accumulation_steps=2),
+    Cell(
+        name="combined-dora-dropout",
+        config=_GEMMA,
+        method="lora",
+        dora=True,
+        lora_dropout=0.05,
+        precision="bf16",
+        checkpointing="full",
+        seq_len=192,
+    ),
+    Cell(name="combined-rslora-saved", config=LLAMA, method="lora", rslora=True, lora_modules_to_save="lm_head"),
+    Cell(name="onednn-bf16", config=LLAMA, precision="bf16", onednn=True),
+    Cell(name="onednn-bf16-checkpointing", config=LLAMA, precision="bf16", checkpointing="full", onednn=True),
+    Cell(name="onednn-uneven-checkpointing", config=UNEVEN, precision="bf16-pure", checkpointing="full", onednn=True),
+    Cell(name="onednn-hf-lora", config=LLAMA, trainer="hf", method="lora", precision="bf16", onednn=True),
+    Cell(name="onednn-vit-fp32", config=_VIT, onednn=True),
+    Cell(name="onednn-vit-bf16", config=_VIT, precision="bf16", checkpointing="full", onednn=True),
+    Cell(name="onednn-whisper-bf16", config=_WHISPER, precision="bf16", onednn=True),
+)
+
 
 def _zero(name: str, config: dict[str, Any] = LLAMA, *, stage: int, num_processes: int = 2, **values: Any) -> Cell:
     """A cell with small buckets and ``zero`` beside them, in bf16 where nothing else is said."""
@@ -492,6 +529,7 @@ SEQUENCE_PARALLEL = (
 CELLS = (
     *SINGLE,
     *METHODS,
+    *COMBINED,
     *DDP,
     *DDP_SETTINGS,
     *FSDP1,

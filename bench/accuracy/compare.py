@@ -15,6 +15,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from bench.accuracy import page
 from bench.accuracy.cell import Cell
 from bench.accuracy.cells import find
@@ -35,7 +37,7 @@ FLAGS = (
     "method", "precision", "checkpointing", "attention", "optimizer", "trainer", "micro_batch", "seq_len", "packing",
     "images",
 )  # fmt: skip
-ADAPTER_FLAGS = ("lora_rank", "lora_targets", "dora", "lora_modules_to_save")
+ADAPTER_FLAGS = ("lora_rank", "lora_targets", "dora", "rslora", "lora_dropout", "lora_modules_to_save")
 
 
 def predict(cell: Cell, state: str) -> dict[str, Any]:
@@ -70,6 +72,8 @@ def predicted(model: str, request: Request, cell: Cell, *, state: str) -> Estima
     """What the planner says of a step of the request, or of an evaluation behind it, with the cell's own settings of
     the engine, which no flag says."""
     cluster = find_cluster(request.gpus)
+    torch.set_num_threads(1)  # as the worker has it
+    torch.backends.mkldnn.enabled = cell.onednn
     source = find_source(model, request)
     scenario = resolve(request, model=source.profile, cluster=cluster).scenario
     hook = CommHook(cell.ddp.get("comm_hook", CommHook.NONE))

@@ -18,7 +18,7 @@ def task_batches(cell: Cell, config: Any) -> Iterator[Batch]:
     make = next((make for suffix, make in _BY_CLASS.items() if name.endswith(suffix)), _text)
     if hasattr(config, "num_mel_bins"):
         make = _speech
-    elif hasattr(config, "vision_config"):
+    elif cell.images:
         make = _text_about_an_image
     while True:
         yield make(cell, config)

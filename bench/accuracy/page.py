@@ -70,12 +70,13 @@ a row. The dashed line is equality, the band ten per cent around it; a rival bey
 states come into being; *steady* the third. Of several ranks the largest counts. Under FSDP2 the profiler misses the
 freeing of some of gloo's buffers, which then stay in its counter: the range is what that leaves open, and the error is
 against the nearest end of it. Under ZeRO nearly all of these bytes are DeepSpeed's buckets, which have their full size
-whatever the model's: there a small error says little. oneDNN is off (`torch.backends.mkldnn.enabled = False`): within
-one bf16 product or convolution it takes and returns scratch that CUDA has no part in, up to 26 % of a tiny model's peak
-(`arch-vit-fp32`). What torch's own convolution and 8-bit product hold instead is told (`launchkit/trace/kernels.py`).
-Cells whose peak oneDNN does not make were measured with it on; 20 of them measured again gave the same bytes. The cells
-say whether the sequence of allocations is right. They say nothing of what only CUDA has: the rounding
-and caching of its allocator, flash attention, cuBLAS workspaces, the context.
+whatever the model's: there a small error says little. oneDNN is off (`torch.backends.mkldnn.enabled = False`) but in
+cells named `onednn-`: within one bf16 product or convolution it takes and returns scratch that CUDA has no part in, up
+to 26 % of a tiny model's peak (`arch-vit-fp32`). `estimate --gpus cpu` runs each product once to see what it takes
+(`launchkit/trace/asking.py`), which holds for the machine it runs on: on another one the `onednn-` rows differ. Cells
+named `combined-` are those that a random grid over everything that a cell can say found wrong. The cells say whether
+the sequence of allocations is right. They say nothing of what only CUDA has: the rounding and caching of its allocator,
+flash attention, cuBLAS workspaces, the context.
 
 **Published runs** are GPU runs that others measured and described. Like is compared with like: *allocated* and
 *reserved* are torch's counters, *device* is what the driver counts, context included. A run is *like with like* where

@@ -161,17 +161,17 @@ def with_adapter(model: Any, cell: Cell) -> nn.Module:
     from peft import LoraConfig, get_peft_model
 
     from launchkit.finetune.split_adapters import declare_whole_widths
-    from launchkit.trace.methods import peft_task
+    from launchkit.trace.methods import lora_targets, peft_task
 
-    named = cell.lora_targets.split(",")
-    parameters = [name for name in named if "experts." in name]
-    targets = cell.lora_targets if named == ["all-linear"] else [name for name in named if name not in parameters]
+    targets, parameters = lora_targets(model, cell.lora_targets)
     config = LoraConfig(
         r=cell.lora_rank,
         lora_alpha=2 * cell.lora_rank,
         target_modules=targets,
         target_parameters=parameters or None,
         use_dora=cell.dora,
+        use_rslora=cell.rslora,
+        lora_dropout=cell.lora_dropout,
         task_type=peft_task(model),
         modules_to_save=cell.lora_modules_to_save.split(",") if cell.lora_modules_to_save else None,
     )
@@ -187,13 +187,31 @@ def trainable(model: nn.Module) -> list[nn.Parameter]:
 
 def build_optimizer(cell: Cell, model: nn.Module) -> torch.optim.Optimizer:
     """Parameters of one device mesh in one group, as the Trainer has them: no kernel takes them mixed."""
-    name, arguments = OPTIMIZERS[cell.optimizer]
+    make, arguments = optimizer_class(cell)
     groups: dict[Any, list[nn.Parameter]] = {}
     for parameter in trainable(model):
         groups.setdefault(getattr(parameter, "device_mesh", None), []).append(parameter)
     parameters = [{"params": group} for group in groups.values()]
-    optimizer: torch.optim.Optimizer = getattr(torch.optim, name)(parameters, lr=1e-4, **arguments)
-    return optimizer
+    return make(parameters, **{"lr": 1e-4, **arguments})
+
+
+def optimizer_class(cell: Cell) -> tuple[Callable[..., torch.optim.Optimizer], dict[str, Any]]:
+    """torch's own by name; of others, what the Trainer makes of the name."""
+    if cell.optimizer in OPTIMIZERS:
+        name, arguments = OPTIMIZERS[cell.optimizer]
+        return getattr(torch.optim, name), arguments
+    from transformers import Trainer, TrainingArguments
+
+    named = TrainingArguments(**trainer_optimizer(cell), use_cpu=True, report_to=[])
+    made: tuple[Any, dict[str, Any]] = Trainer.get_optimizer_cls_and_kwargs(named)
+    return made
+
+
+def trainer_optimizer(cell: Cell) -> dict[str, str]:
+    """The optimizer's name and arguments as the Trainer takes them."""
+    from launchkit.optimizers import find
+
+    return find(cell.optimizer).trainer_arguments
 
 
 def autocast(cell: Cell) -> contextlib.AbstractContextManager[Any]:
@@ -653,9 +671,9 @@ def run_trainer(cell: Cell) -> list[int]:
         is_sharded, model = True, split_through_transformers(cell, model)
     elif is_sharded:
         shard_through_accelerate(cell, model)
-    vocab_size = model.config.vocab_size
-    data = batches(cell, vocab_size)
-    num_batches = cell.num_steps * cell.gradient_accumulation_steps * cell.num_processes
+    data = task_batches(cell, model.config)
+    # One more than is used, as a loader holds one ahead until its data ends.
+    num_batches = (cell.num_steps * cell.gradient_accumulation_steps + 1) * cell.num_processes
     if cell.evaluation_micro_batch:
         num_batches = max(num_batches, 2 * cell.evaluation_micro_batch * cell.num_processes // cell.micro_batch)
     rows = [
@@ -690,7 +708,7 @@ def run_trainer(cell: Cell) -> list[int]:
             per_device_train_batch_size=cell.micro_batch,
             gradient_accumulation_steps=cell.gradient_accumulation_steps,
             gradient_checkpointing=cell.checkpointing == "full",
-            optim=cell.optimizer,
+            **trainer_optimizer(cell),
             bf16=cell.precision in ("bf16", "bf16-params") and not is_sharded,
             max_grad_norm=cell.max_grad_norm or 1.0,
             per_device_eval_batch_size=cell.evaluation_micro_batch or 8,
@@ -789,7 +807,7 @@ def summarise(cell: Cell, prof: Any, *, resident: list[int], timeline: bool) -> 
 def run(cell: Cell, folder: Path, *, timeline: bool) -> None:
     """Runs ``cell`` and writes this rank's numbers into ``folder``."""
     torch.manual_seed(0)
-    torch.backends.mkldnn.enabled = False  # else its scratch, which only CPUs have, makes the peak of many steps
+    torch.backends.mkldnn.enabled = cell.onednn  # its scratch, which only CPUs have, makes the peak of many steps
     if cell.tp > 1:
         outlive_gloo_under_dtensor()
     if cell.num_processes > 1 and cell.trainer == "loop":

@@ -60,10 +60,14 @@ CUDA_BLOCK_BYTES = 512
 
 @dataclass(kw_only=True)
 class Bench:
-    """A model on a cluster, with the programs rewritten so far. Scenarios that differ in batch alone share one."""
+    """A model on a cluster, with the programs rewritten so far. Scenarios that differ in batch alone share one.
+
+    Where it ``asks_kernels``, a single CPU process has a program for each batch, with what this machine's kernels take.
+    """
 
     source: ModelSource
     cluster: Cluster
+    asks_kernels: bool = False
     _rewritten: dict[tuple[TraceKey, Scenario], StepProgram] = field(default_factory=dict)
     _compiled: dict[tuple[TraceKey, Scenario], CompiledProgram] = field(default_factory=dict)
     _forward_passes: dict[TraceKey, CompiledProgram] = field(default_factory=dict)
@@ -81,14 +85,21 @@ class Bench:
         return replace(self.cluster, num_nodes=num_ranks // in_node, node=replace(self.cluster.node, num_gpus=in_node))
 
     def key(self, scenario: Scenario) -> TraceKey:
-        return program_key(scenario, self.source.profile, self.cluster.gpu.device_kind)
+        device = self.cluster.gpu.device_kind
+        key = program_key(scenario, self.source.profile, device)
+        asks = self.asks_kernels and device is DeviceKind.CPU and scenario.strategy.kind is StrategyKind.SINGLE
+        return replace(key, at=point_of(scenario)) if asks else key
 
     def evaluation_key(self, scenario: Scenario) -> TraceKey:
         """Of the program of an evaluation with the scenario's batch."""
-        return replace(self.key(scenario), evaluation=True).canonical
+        return replace(self.key(scenario), evaluation=True, at=None).canonical
 
     def program(self, scenario: Scenario) -> StepProgram:
         """The step of the largest rank. Raises ``TraceError`` where the model's program cannot be had."""
+        return strategies.with_batches_ahead(self._shared(scenario), scenario, self.cluster.gpu.device_kind)
+
+    def _shared(self, scenario: Scenario) -> StepProgram:
+        """The same but for the batches that the Trainer holds ahead."""
         key, same = self._identity(scenario)
         if (key, same) not in self._rewritten:
             cluster = self.cluster_of(scenario)
@@ -101,7 +112,7 @@ class Bench:
         """The allocated peak by the cheap reading."""
         identity = self._identity(scenario)
         if identity not in self._compiled:
-            self._compiled[identity] = compile_program(self.program(scenario))
+            self._compiled[identity] = compile_program(self._shared(scenario))
         granularity = 1 if self.cluster.gpu.device_kind is DeviceKind.CPU else CUDA_BLOCK_BYTES
         return self._compiled[identity].peak(point_of(scenario), granularity_bytes=granularity).num_bytes
 
@@ -208,7 +219,7 @@ def estimate(source: ModelSource, *, cluster: Cluster, scenario: Scenario) -> Ca
     Raises ``IllegalScenarioError`` where the engine would refuse it, ``TraceError`` where the model's step cannot be
     had.
     """
-    bench = Bench(source=source, cluster=cluster)
+    bench = Bench(source=source, cluster=cluster, asks_kernels=True)
     reason = strategies.refusal(scenario, source.profile, bench.cluster_of(scenario))
     if reason is not None:
         raise IllegalScenarioError(reason)

@@ -109,5 +109,9 @@ def _state_tensors(trained: list[_Held], scenario: Scenario, *, rank: int) -> It
     if scenario.strategy.kind.zero_stage:
         yield LocalTensor((sum(item.parameter.numel(rank) * item.copies for item in trained),), FP32_BYTES), 1
         return
+    trainer = scenario.training.trainer
     for item in trained:
-        yield local_tensor(item.parameter, lora_rank=rank, itemsize=item.itemsize, in_block=item.in_block), item.copies
+        tensor = local_tensor(
+            item.parameter, lora_rank=rank, itemsize=item.itemsize, in_block=item.in_block, trainer=trainer
+        )
+        yield tensor, item.copies

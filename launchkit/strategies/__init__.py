@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cache
 from importlib import import_module
 from typing import Any, Protocol
@@ -10,7 +11,7 @@ from typing import Any, Protocol
 from launchkit.hardware import Cluster
 from launchkit.model import ModelProfile
 from launchkit.optimizers import find
-from launchkit.program import StepProgram
+from launchkit.program import Owner, StepProgram
 from launchkit.scenario import (
     Attention,
     Checkpointing,
@@ -70,6 +71,22 @@ def trace_key(training: Training, strategy: Strategy, device: DeviceKind, *, sin
 def rewrite(program: StepProgram, *, scenario: Scenario, cluster: Cluster) -> StepProgram:
     """The step of the largest rank: ``program`` as the strategy runs it, with its optimizer."""
     return engine(scenario.strategy.kind).rewrite(program, scenario=scenario, cluster=cluster)
+
+
+def with_batches_ahead(program: StepProgram, scenario: Scenario, device: DeviceKind) -> StepProgram:
+    """``program`` with the inputs of every micro-batch of the step, which the Trainer takes from its loader before the
+    first one, and on a CPU of one more, which the loader has fetched: to a GPU it goes when it is asked for.
+
+    Source: transformers 5.24 ``Trainer.get_batch_samples``, accelerate 1.15 ``DataLoaderShard.__iter__``.
+    """
+    if scenario.training.trainer is Trainer.LOOP:
+        return program
+    num_batches = scenario.batch.gradient_accumulation_steps + (device is DeviceKind.CPU)
+    persistent = (
+        storage._replace(count=storage.count * num_batches) if storage.owner is Owner.INPUTS else storage
+        for storage in program.persistent
+    )
+    return replace(program, persistent=tuple(persistent))
 
 
 def refusal(scenario: Scenario, profile: ModelProfile, cluster: Cluster) -> str | None:

@@ -137,11 +137,11 @@ def whole_tensors(program: StepProgram, *, scenario: Scenario) -> tuple[LocalTen
     That is what the forward pass reads ahead of the blocks, layer after layer, and the rest. Omits: what stands between
     two stacks of blocks, and that blocks of several kinds may alternate.
     """
-    rank = lora_rank(scenario)
+    rank, trainer = lora_rank(scenario), scenario.training.trainer
 
     def trained(name: str) -> list[tuple[int, LocalTensor]]:
         return [
-            (index, local_tensor(parameter, lora_rank=rank, in_block=name != ROOT_GROUP))
+            (index, local_tensor(parameter, lora_rank=rank, in_block=name != ROOT_GROUP, trainer=trainer))
             for index, parameter in enumerate(program.groups[name].parameters)
             if parameter.trainable and parameter.has_gradient
         ]

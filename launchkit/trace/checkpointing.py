@@ -14,6 +14,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from transformers import modeling_utils
 
+from launchkit.errors import TraceError
 from launchkit.scenario import Checkpointing, DeviceKind
 from launchkit.trace.recorder import note_copy
 
@@ -52,6 +53,9 @@ def enable_checkpointing(model: nn.Module, checkpointing: Checkpointing) -> None
     """
     if checkpointing is Checkpointing.NONE:
         return
+    if not getattr(model, "supports_gradient_checkpointing", True):
+        whole: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+        raise TraceError(f"{type(whole).__name__} has no activation checkpointing; pass --checkpointing none")
     if checkpointing is Checkpointing.REENTRANT:
         model.enable_input_require_grads()
     enable: Any = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 from unittest import mock
 
 import torch
-from transformers import masking_utils
+from transformers import PreTrainedModel, masking_utils
 
 from launchkit.scenario import DeviceKind
 
@@ -27,13 +27,18 @@ def _one_sequence_per_row(position_ids: torch.Tensor) -> None:
     _several_sequences_per_row(position_ids)
 
 
-def _unpadded(ignores: Callable[..., bool]) -> Callable[..., bool]:
-    """transformers' question whether sdpa's causal mask may be left out, where the mask given has no padding in it."""
+def _unpadded(question: str) -> AbstractContextManager[Any]:
+    """transformers' ``question`` whether sdpa's mask may be left out, answered for a mask without padding."""
+    ignores = getattr(masking_utils, question)
 
     def ask(padding_mask: torch.Tensor | None, *arguments: Any, **options: Any) -> bool:
-        return ignores(None, *arguments, **options)
+        return bool(ignores(None, *arguments, **options))
 
-    return ask
+    return mock.patch.object(masking_utils, question, ask)
+
+
+def _no_padding(model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> None:
+    """transformers' warning of padding that no mask tells of: there is none (RoFormer and others look)."""
 
 
 def _every_index(tensor: torch.Tensor) -> torch.Tensor:
@@ -57,8 +62,10 @@ def full_sequences(*, packed: bool = False) -> Iterator[None]:
     with (
         mock.patch.object(masking_utils, "find_packed_sequence_indices", find),
         mock.patch.object(masking_utils, "is_tracing", lambda tensor=None: False),
-        mock.patch.object(masking_utils, "_ignore_causal_mask_sdpa", _unpadded(masking_utils._ignore_causal_mask_sdpa)),
+        _unpadded("_ignore_causal_mask_sdpa"),
+        _unpadded("_ignore_bidirectional_mask_sdpa"),
         mock.patch.object(torch.Tensor, "nonzero", _every_index),
+        mock.patch.object(PreTrainedModel, "warn_if_padding_and_no_attention_mask", _no_padding),
         mock.patch.dict(os.environ, TRANSFORMERS_DISABLE_TORCH_CHECK="1"),  # image tokens are as many as the features
         mock.patch.object(torch, "rand", _never_dropped(torch.rand)),
     ):

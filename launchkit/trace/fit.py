@@ -60,6 +60,8 @@ class Fitter:
     def _search(self, values: tuple[int, ...], what: str) -> Size:
         if not any(values):
             return Size(())
+        if len(values) == 1:  # a program of this point alone
+            return Size.constant(values[0])
         for count in (1, 2, 3):
             if count >= len(self.points):
                 break

@@ -106,6 +106,10 @@ class ChunkedLogProb(Function):
                 _accumulate(grad_weight[start : start + len(part)], logits.t(), rows, tile=tile, on_cuda=ctx.on_cuda)
             if grad_bias is not None:
                 grad_bias[start : start + len(part)] += logits.sum(dim=0, dtype=torch.float32)
+        if grad_weight is not None and grad_weight.dtype == weight.dtype:
+            # As far as the log goes it is born when it is complete: only then is it added to what other batches left.
+            del grad_weight
+            grad_weight = torch.empty(weight.shape, **fp32)
         return (
             None if grad_hidden is None else grad_hidden.to(hidden.dtype),
             None if grad_weight is None else grad_weight.to(weight.dtype),

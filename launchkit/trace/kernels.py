@@ -46,8 +46,22 @@ def _grouped_mm(mat_a: Any, mat_b: Any, offs: Any = None, bias: Any = None, out_
     return mat_a.new_empty(shape, dtype=out_dtype or mat_a.dtype)
 
 
-# Operators whose own fake implementation is narrower than the real kernel.
-SUBSTITUTES: dict[Any, Callable[..., Any]] = {aten._grouped_mm.default: _grouped_mm}
+def _layer_norm(input: Any, shape: Any, weight: Any, bias: Any, eps: float) -> tuple[torch.Tensor, ...]:
+    """``aten::native_layer_norm`` of 16-bit tensors with weights in fp32, whose statistics are in fp32; the meta
+    function gives them the input's dtype.
+
+    Source: ``aten/src/ATen/native/layer_norm.cpp`` (``param_scalar_type``).
+    """
+    out, *statistics = aten.native_layer_norm.default(input, shape, weight, bias, eps)
+    is_mixed = any(part is not None and part.dtype != input.dtype for part in (weight, bias))
+    return (out, *(statistic.float() if is_mixed else statistic for statistic in statistics))
+
+
+# Operators whose own fake implementation is narrower than the real kernel, or gives other dtypes.
+SUBSTITUTES: dict[Any, Callable[..., Any]] = {
+    aten._grouped_mm.default: _grouped_mm,
+    aten.native_layer_norm.default: _layer_norm,
+}
 
 
 Tensors = list[torch.Tensor]
@@ -92,7 +106,7 @@ def _unfolded(source: torch.Tensor, weight: torch.Tensor, result: torch.Tensor) 
     group, with next to nothing at a time.
 
     Source: ``aten/src/ATen/native/ConvolutionMM2d.cpp`` and ``ConvolutionMM3d.cpp`` (``compute_columns``); confirmed on
-    timelines. Omits: what oneDNN, which is on by default, takes in their place.
+    timelines. Omits: what oneDNN takes in their place, which ``trace.asking`` sees.
     """
     is_grouped = source.shape[1] != weight.shape[1]
     patches = math.prod(weight.shape[1:]) * result.shape[0] * math.prod(result.shape[2:])
@@ -109,6 +123,32 @@ def _convolution_backward_scratch(inputs: Tensors, outputs: Tensors) -> Scratch:
     gradient, source, weight = inputs[:3]
     copied = () if gradient.is_contiguous() else (gradient.nbytes,)
     return ((*copied, *_unfolded(source, weight, gradient)),)
+
+
+def _promotion_scratch(inputs: Tensors, outputs: Tensors) -> Scratch:
+    """Copies, in the dtype that two operands have in common, of those that have another, and of a result that is
+    written into one of another. CUDA casts while it computes.
+
+    Source: ``aten/src/ATen/TensorIterator.cpp`` (``compute_types``).
+    """
+    operands = inputs[-2:]
+    if len(inputs) < 2 or operands[0].dtype == operands[1].dtype:
+        return ()
+    common = torch.result_type(*operands)
+    is_in_place = outputs[0].untyped_storage()._cdata == operands[0].untyped_storage()._cdata
+    cast = [part for part in (*operands, *(outputs if is_in_place else ())) if part.dtype != common]
+    return (tuple(part.numel() * common.itemsize for part in cast),) if cast else ()
+
+
+def _layer_norm_scratch(inputs: Tensors, outputs: Tensors) -> Scratch:
+    """A copy of an input that does not lie in order. Source: ``layer_norm.cpp`` (``expect_contiguous``)."""
+    return () if inputs[0].is_contiguous() else ((inputs[0].nbytes,),)
+
+
+def _layer_norm_backward_scratch(inputs: Tensors, outputs: Tensors) -> Scratch:
+    """Copies of a gradient and of an input that do not lie in order."""
+    copied = tuple(part.nbytes for part in inputs[:2] if not part.is_contiguous())
+    return (copied,) if copied else ()
 
 
 def _scaled_product_scratch(inputs: Tensors, outputs: Tensors) -> Scratch:
@@ -129,8 +169,28 @@ _CUDA_SCRATCH: _Rules = {
     "aten::_scaled_dot_product_flash_attention_backward": _flash_backward_scratch,
     "aten::_scaled_dot_product_efficient_attention_backward": _efficient_backward_scratch,
 }
+_PROMOTING = (
+    "add",
+    "sub",
+    "rsub",
+    "mul",
+    "div",
+    "pow",
+    "maximum",
+    "minimum",
+    "eq",
+    "ne",
+    "lt",
+    "le",
+    "gt",
+    "ge",
+    "where",
+)
 _CPU_SCRATCH: _Rules = {
+    **{f"aten::{name}{place}": _promotion_scratch for name in _PROMOTING for place in ("", "_")},
     "aten::convolution": _convolution_scratch,
     "aten::convolution_backward": _convolution_backward_scratch,
+    "aten::native_layer_norm": _layer_norm_scratch,
+    "aten::native_layer_norm_backward": _layer_norm_backward_scratch,
     SCALED_PRODUCT: _scaled_product_scratch,
 }

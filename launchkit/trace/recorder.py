@@ -22,6 +22,7 @@ from torch.utils.flop_counter import flop_registry
 from launchkit.program import CollectiveKind, Tiles
 from launchkit.scenario import DeviceKind
 from launchkit.trace.accumulate import as_the_engine_adds, holders_of_a_sole_gradient
+from launchkit.trace.asking import MEASURED, OwnKernels, measured_scratch, own_kernels
 from launchkit.trace.float8 import float8_types
 from launchkit.trace.kernels import SUBSTITUTES, Scratch, flop_formulas, scratch
 from launchkit.trace.memo import FakeMaker, Look, Recipe, look_of
@@ -127,6 +128,9 @@ def one_pass(tile: Tile) -> Iterator[Tile]:
         _TILE.reset(token)
 
 
+Kernels = OwnKernels | bool  # this machine's, or what is told of a CPU's (true) and of CUDA's
+
+
 class _Operator(NamedTuple):
     """What the recorder notes of an operator besides its tensors: its scratch, and the FLOPs and traffic of its kernel,
     which one that only makes views has none of."""
@@ -143,7 +147,7 @@ _DEVICE_OF = torch.ops.prim.device.default
 
 # What operators did, by how their arguments looked, for all traces of this process. A model's programs have some
 # thousands, of about a kilobyte.
-_KNOWN: dict[tuple[Look, Tile | None, bool], tuple[_Operator, Recipe]] = {}
+_KNOWN: dict[tuple[Look, Tile | None, Kernels], tuple[_Operator, Recipe]] = {}
 _MOST_KNOWN = 50_000
 
 # Operators whose outputs share their inputs' storage or touch no data; they cost nothing on a device. What is sent is
@@ -156,10 +160,16 @@ class StepRecorder(TorchDispatchMode):
     """Use as a context around a step; ``place`` says where the step has got to and is set by the tracer's hooks."""
 
     def __init__(
-        self, *, known: Iterable[torch.Tensor], parameters: Iterable[torch.Tensor], device: DeviceKind = DeviceKind.CUDA
+        self,
+        *,
+        known: Iterable[torch.Tensor],
+        parameters: Iterable[torch.Tensor],
+        device: DeviceKind = DeviceKind.CUDA,
+        asks_kernels: bool = False,
     ) -> None:
         super().__init__()
         self._on_cpu = device is DeviceKind.CPU
+        self._kernels: Kernels = own_kernels() if asks_kernels else self._on_cpu
         self.log = Log()
         self.place = Place("forward.0", 0)
         self.recording = False
@@ -223,7 +233,7 @@ class StepRecorder(TorchDispatchMode):
         look, inputs = look_of(func, args, kwargs)
         if look is None:
             return self._run(func, args, kwargs)
-        known = _KNOWN.get((look, _TILE.get(), self._on_cpu))
+        known = _KNOWN.get((look, _TILE.get(), self._kernels))
         if known is None:
             out = self._run(func, args, kwargs)
             self._remember(look, func, args, kwargs, out)
@@ -251,7 +261,7 @@ class StepRecorder(TorchDispatchMode):
             return
         if len(_KNOWN) >= _MOST_KNOWN:
             _KNOWN.clear()
-        _KNOWN[look, _TILE.get(), self._on_cpu] = self._operator(func, args, kwargs, out), recipe
+        _KNOWN[look, _TILE.get(), self._kernels] = self._operator(func, args, kwargs, out), recipe
 
     def _operator(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> _Operator:
         inputs, tile, name = list(_tensors((args, kwargs))), _TILE.get(), func._schema.name
@@ -259,12 +269,20 @@ class StepRecorder(TorchDispatchMode):
         flops = int(formula(*args, **kwargs, out_val=out)) if formula else 0
         return _Operator(
             name=name,
-            scratch=scratch(name, inputs, list(_tensors(out)), on_cpu=self._on_cpu),
+            scratch=self._scratch(func, args, kwargs, out),
             flops=flops * tile.num_rows // tile.rows if tile else flops,
             num_bytes=sum(_traffic_bytes(t, tile) for t in (*inputs, *_tensors(out))),
             is_free=name in _FREE_OPS or name.startswith(_MESSAGE_NAMESPACES),
             is_mutable=func._schema.is_mutable,
         )
+
+    def _scratch(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Scratch:
+        name = func._schema.name
+        if isinstance(self._kernels, OwnKernels) and name in MEASURED:
+            found = measured_scratch(func, args, kwargs, kernels=self._kernels)
+            if found is not None:
+                return found
+        return scratch(name, list(_tensors((args, kwargs))), list(_tensors(out)), on_cpu=self._on_cpu)
 
     def _note(
         self, operator: _Operator, inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor | None]

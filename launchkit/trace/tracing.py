@@ -85,7 +85,9 @@ _BEFORE_ATTENTION = ("", "all-linear", "attention")
 
 
 def trace_points(key: TraceKey, lengths: Lengths = Lengths()) -> tuple[Point, ...]:  # frozen
-    """The points that a program is fitted to, the held-back one last."""
+    """The points that a program is fitted to, the held-back one last; or the one point that it is of."""
+    if key.at is not None:
+        return (key.at,)
     batched, single = (_LOOPED_BATCHED, _LOOPED_SINGLE) if lengths.looped else (_POINTS_BATCHED, _POINTS_SINGLE)
     points = tuple(lengths.of(point) for point in (single if key.single_sequence else batched))
     if key.method is Method.FULL:
@@ -138,6 +140,8 @@ def trace_model(config: Mapping[str, Any], key: TraceKey, *, progress: ProgressH
         stack.enter_context(_quiet())
         settings = load_config(config)
         lengths = telling_lengths(settings, beyond_window=key.beyond_window)
+        if lengths.looped:  # token by token at full length takes minutes
+            key = replace(key, at=None)
         points = trace_points(key, replace(lengths, stride=lengths.stride * key.split.num_pieces))
         if key.device is DeviceKind.CUDA:
             stack.enter_context(faithful_to_cuda())
@@ -181,6 +185,8 @@ def _trace_steps(
                 settings, key, lora_rank=point.lora_rank, mesh=mesh, first_apart=first_apart
             )
             firsts.append(done)
+            if key.at is not None:  # no other point would show that the first step differs
+                _trace_one(models[point.lora_rank], replace(key, at=None), point)
         logs.append(_trace_one(models[point.lora_rank], key, point))
         check_ring(logs[-1], key)
     described = models[points[0].lora_rank].described

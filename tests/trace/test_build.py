@@ -10,7 +10,9 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from bench.accuracy.architectures import ARCHITECTURES
 from launchkit.errors import LaunchkitError, ModelConfigError, TraceError
+from launchkit.program import Parameter
 from launchkit.scenario import Attention
 from launchkit.trace import profile_model, trace_model
 from launchkit.trace.build import (
@@ -177,3 +179,14 @@ def test_a_configuration_is_left_as_it_was() -> None:
     before = copy.deepcopy(config)
     profile_model(config, name="it")
     assert config == before
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_embeddings_are_told_by_their_names(name: str) -> None:
+    """As the Trainer tells them, by their class; those of relative positions are too small to count."""
+    config = load_config(ARCHITECTURES[name])
+    model = build_on_meta(training_class(config)[0], config, attention=Attention.EAGER, dtype=torch.bfloat16)
+    tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    rows = [(Parameter(name=name, shape=tuple(p.shape), itemsize=2), p) for name, p in model.named_parameters()]
+
+    assert [row.name for row, p in rows if row.is_embedding] == [row.name for row, p in rows if id(p) in tables]

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from itertools import accumulate
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from launchkit.trace.kernels import Scratch, scratch
 
@@ -29,6 +31,9 @@ def rise(call: Callable[[], object]) -> int:
     del held
     levels = list(accumulate(kept))
     return max(levels) - levels[-1]
+
+
+MASK = torch.ones(64, 256, dtype=torch.bool)
 
 
 def most(found: Scratch) -> int:
@@ -101,3 +106,43 @@ def test_cuda_has_scratch_of_its_own() -> None:
     assert most(scratch(backward, tensors, [], on_cpu=False)) == 2 * 4 * 64 * 4 * 9
     assert scratch(backward, tensors, [], on_cpu=True) == ()
     assert scratch("aten::convolution", [], [], on_cpu=False) == ()
+
+
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [
+        ("mul", lambda wide, narrow: torch.mul(narrow, wide)),
+        ("add_", lambda wide, narrow: narrow.clone().add_(wide)),
+        ("add_", lambda wide, narrow: wide.clone().add_(narrow)),
+        ("gt", torch.gt),
+        ("where", lambda wide, narrow: torch.where(MASK, wide, narrow)),
+        ("mul", lambda wide, narrow: torch.mul(wide, wide)),
+        ("mul", lambda wide, narrow: torch.mul(wide, narrow[:1].expand(64, 256))),
+    ],
+)
+def test_operands_of_two_dtypes_meet_in_a_copy(
+    name: str, call: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+) -> None:
+    seen: list[int] = []
+
+    class Probe(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            if func._schema.name == f"aten::{name}":
+                tensors = [argument for argument in args if isinstance(argument, torch.Tensor)]
+                seen.append(sum(map(sum, scratch(func._schema.name, tensors, [out], on_cpu=True))))
+            return out
+
+    wide, narrow = torch.randn(64, 256), torch.randn(64, 256, dtype=torch.bfloat16)
+    with Probe():
+        call(wide, narrow)
+    assert rise(lambda: call(wide, narrow)) == seen[0]
+
+
+def test_layer_norm_copies_what_lies_out_of_order() -> None:
+    norm = nn.LayerNorm(64).requires_grad_(False)
+    source = torch.randn(4, 64, 32).transpose(1, 2)
+    found = scratch("aten::native_layer_norm", [source, norm.weight, norm.bias], [torch.empty(1)], on_cpu=True)
+    statistics = 2 * 4 * 32 * 4
+    assert rise(lambda: norm(source)) == most(found) + statistics
+    assert scratch("aten::native_layer_norm", [torch.empty(4, 64)], [torch.empty(1)], on_cpu=True) == ()
