@@ -62,6 +62,10 @@ _PRECISION_KEYS: dict[str, dict[str, object]] = {
     "fp8": {"bf16": True, "fp16": False, "fp8": True},  # which then wins: Axolotl hands accelerate its recipe
 }
 
+# Left unset, Axolotl 0.19 turns them all on for an adapter (``check_auto_enable_lora_kernels``) and keeps other tensors
+# for the backward pass than PEFT, whose step is the one that is estimated.
+FUSED_LORA = ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "lora_embedding_kernel")
+
 
 def axolotl_config(
     candidate: Candidate,
@@ -146,6 +150,7 @@ def _adapter(candidate: Candidate) -> dict[str, object]:
         **adapter_parts(training),
         **({"peft_use_dora": True} if training.dora else {}),
         **({"peft_use_rslora": True} if training.rslora else {}),
+        **dict.fromkeys(FUSED_LORA, False),
     }
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from launchkit.errors import ConfigFileError
 from launchkit.export import known_keys
+from launchkit.export.axolotl import FUSED_LORA
 from launchkit.export.lint import Tool
 from launchkit.export.read.adapters import read_adapter, read_optimizer
 from launchkit.export.read.engines import read_ddp, read_deepspeed, read_deepspeed_file, read_fsdp, read_unsharded
@@ -86,12 +87,22 @@ def _method(keys: Section, draft: Draft, place: Place) -> None:
         draft.assumed.append("adapter lora with load_in_4bit is counted as qlora")
     draft.flag("method", Method.QLORA if adapter == "qlora" or is_4bit else Method.LORA)
     read_adapter(keys, draft)
+    _fused_lora(keys, draft)
     draft.flag("dora", keys.switch("peft_use_dora"))
     draft.flag("rslora", keys.switch("peft_use_rslora"))
 
 
 def _optimizer(keys: Section, draft: Draft, place: Place) -> None:
     read_optimizer(keys, draft, key="optimizer")
+
+
+def _fused_lora(keys: Section, draft: Draft) -> None:
+    """Unset in a supervised run, all are on, but in 8 bits, with code of the model's own, and under FSDP1."""
+    switches = [keys.switch(key) for key in FUSED_LORA]
+    is_left_out = keys.switch("load_in_8bit") or keys.switch("trust_remote_code") or keys.text("rl")
+    is_fsdp1 = keys.get("fsdp_config") is not None and str(keys.get("fsdp_version")) != "2"
+    if any(switches) or (all(switch is None for switch in switches) and not is_left_out and not is_fsdp1):
+        draft.assumed.append("Axolotl's fused LoRA kernels are not modelled: PEFT's own layers are counted")
 
 
 def _attention(keys: Section, draft: Draft, place: Place) -> None:

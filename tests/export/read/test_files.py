@@ -491,3 +491,19 @@ def test_no_value_of_any_key_is_more_than_one_clear_line(tool: Tool) -> None:
             reading.scenario(Request(), model=profile(), cluster=cluster())
         except LaunchkitError as error:
             assert "; " in str(error) and "\n" not in str(error)
+
+
+FUSED = [
+    ("", True),
+    ("lora_mlp_kernel: true", True),
+    ("lora_mlp_kernel: false", False),
+    ("load_in_8bit: true", False),
+    ("fsdp_version: 1\nfsdp_config: {reshard_after_forward: true}", False),
+    ("fsdp_version: 2\nfsdp_config: {reshard_after_forward: true}", True),
+]
+
+
+@pytest.mark.parametrize(("lines", "is_fused"), FUSED, ids=lambda value: str(value)[:40])
+def test_axolotls_fused_lora_is_said_where_it_runs(lines: str, is_fused: bool) -> None:
+    text = f"base_model: m\nadapter: lora\nlora_r: 8\nlora_target_linear: true\nlearning_rate: 1e-4\n{lines}\n"
+    assert ("fused LoRA" in " ".join(read(text).assumed)) is is_fused
