@@ -38,6 +38,7 @@ from launchkit.program import (
 from launchkit.scenario import (
     Compute,
     DeviceKind,
+    Fp8Backend,
     Method,
     Precision,
     Scenario,
@@ -69,6 +70,7 @@ AUTOCAST_COMPUTE = {
 def make_trace_key(training: Training, compute: Compute, device: DeviceKind, *, single_sequence: bool) -> TraceKey:
     """The key of the program in which ``training`` computes as ``compute``."""
     has_adapter = training.method is not Method.FULL
+    is_te = compute.is_float8 and training.fp8_backend is Fp8Backend.TE
     return TraceKey(
         device=device,
         method=training.method,
@@ -84,7 +86,8 @@ def make_trace_key(training: Training, compute: Compute, device: DeviceKind, *, 
         dora=training.dora and has_adapter,
         modules_to_save=training.lora_modules_to_save if has_adapter else "",
         images=training.images,
-        pads_float8=compute.is_float8 and training.trainer is not Trainer.AXOLOTL,
+        pads_float8=compute.is_float8 and not is_te and training.trainer is not Trainer.AXOLOTL,
+        transformer_engine=is_te,
     )
 
 
