@@ -29,13 +29,14 @@ from launchkit.errors import TraceError
 from launchkit.scenario import TraceKey
 from launchkit.trace.kernels import SCALED_PRODUCT
 from launchkit.trace.recorder import launch
-from launchkit.units import divide_up
 
 _HISTORY = 1024  # maxima kept per tensor: DelayedScaling's amax_history_len, and TERecipeKwargs'
 _NUM_QUANTISED = (3, 2)  # tensors of a linear layer with a scale of their own, forwards and backwards
 
-# Rows of a gradient to a partial sum of the bias's: of ``cast_transpose_fusion.cu`` with its widest stores, and
-# ``FP8_CHUNK_DIM_Y`` of ``quantize_fp8.cuh``.
+_ROW_MULTIPLE = 8  # ``pytorch/utils.py``, ``assert_dim_for_fp8_exec``
+
+# Rows of a gradient to a partial sum of the bias's, the last of which may be of fewer: of ``cast_transpose_fusion.cu``
+# with its widest stores, and ``FP8_CHUNK_DIM_Y`` of ``quantize_fp8.cuh``.
 _ROWS_PER_SUM_TRANSPOSING = 256
 _ROWS_PER_SUM = 128
 
@@ -81,6 +82,11 @@ class LinearProducts(Function):
         needs_weight, needs_x = weight.requires_grad, x.requires_grad
         dtype = _activation_dtype(x)
         rows, (columns, inner) = x.numel() // x.shape[-1], weight.shape
+        if rows % _ROW_MULTIPLE:
+            raise TraceError(
+                f"Transformer Engine multiplies {_ROW_MULTIPLE} rows at a time, and a layer of this model takes one "
+                "per sequence, not per token; use --fp8-backend ao"
+            )
         narrow_x = _quantise(x, transposed=transposes and needs_weight)
         narrow_weight = _quantise(weight, transposed=transposes and needs_x)
         if bias is not None:
@@ -94,18 +100,26 @@ class LinearProducts(Function):
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         needs_weight, needs_x, needs_bias, _ = ctx.needs_input_grad
-        *_kept, weight = ctx.saved_tensors
+        *kept, weight = ctx.saved_tensors
         columns, inner = weight.shape
         gradient = gradients[0].reshape(-1, columns).contiguous()
         rows, transposes = len(gradient), ctx.transposes
         bias_gradient = gradient.new_empty(columns) if needs_bias else None
         narrow = _quantise(gradient, transposed=transposes and (needs_weight or needs_bias))
         if needs_bias:
-            per_sum = _ROWS_PER_SUM_TRANSPOSING if transposes else _ROWS_PER_SUM
-            gradient.new_empty((divide_up(rows, per_sum), columns), dtype=torch.float32)
+            sums = 4 * rows * columns // (_ROWS_PER_SUM_TRANSPOSING if transposes else _ROWS_PER_SUM)
+            gradient.new_empty(sums, dtype=torch.uint8)  # in fp32
         x_gradient = _product(rows, columns, inner, narrow, dtype=ctx.dtype).view(ctx.shape) if needs_x else None
         weight_gradient = _product(columns, rows, inner, narrow, dtype=ctx.dtype) if needs_weight else None
+        _clear(*kept[1:3])  # the input's, ahead of what autograd makes of the gradients
         return weight_gradient, x_gradient, bias_gradient, None
+
+
+def _clear(*tensors: torch.Tensor | None) -> None:
+    """``clear_tensor_data``: gives the memory back whoever holds the tensors."""
+    for tensor in tensors:
+        if tensor is not None:
+            tensor.data = tensor.new_empty(0)
 
 
 def _activation_dtype(x: torch.Tensor) -> torch.dtype:
@@ -166,11 +180,12 @@ class Normalised(Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        x, _, _, weight = ctx.saved_tensors
+        x, *moments, weight = ctx.saved_tensors
         gradient = gradients[0].contiguous().to(ctx.dtype).view(x.shape)
         factor = weight.to(ctx.dtype)
         out, of_weight, of_bias = torch.empty_like(x), torch.empty_like(factor), torch.empty_like(factor)
         launch("layer_norm_backward", num_bytes=2 * gradient.nbytes)
+        _clear(*moments)
         return out.view(gradients[0].shape), of_weight, of_bias
 
 

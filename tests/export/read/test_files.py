@@ -96,6 +96,24 @@ mixed_precision: bf16
 num_machines: 1
 num_processes: 4
 """
+ACCELERATE_TE = """
+distributed_type: MULTI_GPU
+fp8_config:
+  amax_history_len: 16
+  backend: TE
+  fp8_format: HYBRID
+mixed_precision: fp8
+num_processes: 4
+"""
+ACCELERATE_TE = """
+distributed_type: MULTI_GPU
+fp8_config:
+  amax_history_len: 16
+  backend: TE
+  fp8_format: HYBRID
+mixed_precision: fp8
+num_processes: 4
+"""
 ACCELERATE_ZERO = """
 compute_environment: LOCAL_MACHINE
 deepspeed_config:
@@ -217,6 +235,14 @@ FILES: list[tuple[str, dict[str, Any]]] = [
             "strategy.fsdp.full_state_dict": False,
             "training.precision": "bf16",
         },
+    ),
+    (
+        ACCELERATE_TE,
+        {"strategy.kind": "ddp", "training.precision": "fp8", "training.fp8_backend": "te"},
+    ),
+    (
+        ACCELERATE_TE,
+        {"strategy.kind": "ddp", "training.precision": "fp8", "training.fp8_backend": "te"},
     ),
     (
         ACCELERATE_ZERO,
