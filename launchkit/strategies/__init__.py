@@ -191,10 +191,15 @@ def _optimizer_refusal(scenario: Scenario) -> str | None:
         return f"{optimizer.name} updates inside the backward pass of one process; use --strategy single"
     if optimizer.in_backward and scenario.batch.gradient_accumulation_steps > 1:
         return f"{optimizer.name} cannot accumulate gradients; use --global-batch {scenario.batch.micro_batch}"
+    if optimizer.updates_late and scenario.training.precision is Precision.FP16:
+        return f"{optimizer.name} never unscales what accelerate scales for --precision fp16; use --precision bf16"
     if optimizer.in_backward and scenario.strategy.split.num_ranks > 1:
         return f"{optimizer.name} updates inside the backward pass of one process; leave out the other ranks"
     if optimizer.target_modules and scenario.strategy.split.tp > 1:
         return f"{optimizer.name} projects whole matrices, and --tp shares them out; use --strategy ddp without it"
+    is_whole = kind in (StrategyKind.SINGLE, StrategyKind.DDP) and scenario.strategy.split.num_ranks == 1
+    if optimizer.fetches_states and not is_whole:
+        return f"{optimizer.name} keeps states on the host, where no engine looks for them; use --strategy ddp"
     if optimizer.target_modules and kind not in (StrategyKind.SINGLE, StrategyKind.DDP):
         return f"{optimizer.name} projects whole matrices, and --strategy {kind} shards them; use --strategy ddp"
     return None

@@ -239,6 +239,21 @@ TE = {"precision": "fp8", "fp8_backend": "te", "strategy": "ddp"}
             FP8_GPU,
             "fp8 with --offload all is not modelled",
         ),
+        (
+            {"optimizer": "lomo", "strategy": "ddp"},
+            {},
+            "lomo updates inside the backward pass of one process; use --st",
+        ),
+        (
+            {"optimizer": "adalomo", "precision": "fp16"},
+            {},
+            "adalomo never unscales what accelerate scales for --precision fp16; use --precision bf16",
+        ),
+        (
+            {"optimizer": "grokadamw", "strategy": "fsdp2"},
+            {},
+            "grokadamw keeps states on the host, where no engine looks for them; use --strategy ddp",
+        ),
         (TE, {"compute_capability": (8, 6)}, "of compute capability 8.9 or later, which RTX 4090 is not; use --prec"),
         (TE, {"backend": "cpu"}, "Transformer Engine's fp8 takes an NVIDIA GPU"),
         (TE | {"trainer": "axolotl"}, FP8_GPU, "Axolotl hands accelerate torchao's recipe; use --fp8-backend ao"),
