@@ -388,12 +388,13 @@ class Compute(StrEnum):
     BF16 = "bf16"  # bf16 weights, no autocast
     BF16_AUTOCAST = "bf16-autocast"  # bf16 weights, autocast on
     FP16 = "fp16"  # fp16 weights, no autocast
+    FP16_AUTOCAST = "fp16-autocast"  # fp16 weights, autocast on
     AUTOCAST_FP8 = "autocast-fp8"  # fp32 weights under bf16 autocast, products of linear layers in 8 bits
     FP8_AUTOCAST = "fp8-autocast"  # the same on bf16 weights
 
     @property
     def is_autocast(self) -> bool:
-        return self.is_float8 or self in (Compute.AUTOCAST_BF16, Compute.AUTOCAST_FP16, Compute.BF16_AUTOCAST)
+        return self.is_float8 or self in _AUTOCAST
 
     @property
     def is_float8(self) -> bool:
@@ -401,7 +402,12 @@ class Compute(StrEnum):
         return self in (Compute.AUTOCAST_FP8, Compute.FP8_AUTOCAST)
 
 
-_SAME_BYTES = {Compute.AUTOCAST_FP16: Compute.AUTOCAST_BF16, Compute.FP16: Compute.BF16}
+_AUTOCAST = (Compute.AUTOCAST_BF16, Compute.AUTOCAST_FP16, Compute.BF16_AUTOCAST, Compute.FP16_AUTOCAST)
+_SAME_BYTES = {
+    Compute.AUTOCAST_FP16: Compute.AUTOCAST_BF16,
+    Compute.FP16: Compute.BF16,
+    Compute.FP16_AUTOCAST: Compute.BF16_AUTOCAST,
+}
 
 
 class DeviceKind(StrEnum):

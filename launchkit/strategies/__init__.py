@@ -216,7 +216,7 @@ _WITHOUT_LOSS = {
     (Trainer.TRL, Loss.PLAIN): "TRL's trainer always computes its loss in chunks; use --loss chunked or --trainer hf",
     (Trainer.TRL, Loss.CCE): "TRL has no cut cross-entropy; use --loss chunked or --trainer axolotl",
 }
-_IN_16_BITS = (Compute.BF16, Compute.BF16_AUTOCAST, Compute.FP16, Compute.FP8_AUTOCAST)
+_IN_16_BITS = (*(Compute.BF16, Compute.BF16_AUTOCAST, Compute.FP16, Compute.FP16_AUTOCAST, Compute.FP8_AUTOCAST),)
 
 
 def _head_refusal(scenario: Scenario, profile: ModelProfile, cluster: Cluster) -> str | None:
