@@ -421,6 +421,10 @@ def test_flags_win_over_the_file(given: dict[str, Any], expected: dict[str, Any]
     assert {path: at(found, path) for path in expected} == expected
 
 
+def test_what_a_file_says_of_fp8_goes_with_fp8() -> None:
+    assert scenario(ACCELERATE_TE, precision="bf16").training.precision == "bf16"
+
+
 def test_an_engines_settings_go_with_the_engine() -> None:
     found = scenario(AXOLOTL_ZERO, strategy="fsdp2")
     assert (found.strategy.kind, found.strategy.offload, found.strategy.zero.sub_group_size) == ("fsdp2", "none", 10**9)
