@@ -123,6 +123,15 @@ class Gpu:
             return self.fp8_flops_per_s > 0
         return self.backend is Backend.CUDA and self.compute_capability >= (8, 9)
 
+    @property
+    def transposes_float8(self) -> bool:
+        """Whether cuBLAS multiplies 8-bit matrices in one layout only, so that a factor is kept in two: Ada, Hopper and
+        consumer Blackwell.
+
+        Source: Transformer Engine 2.18 ``common/transformer_engine.cpp``, ``nvte_is_non_tn_fp8_gemm_supported``.
+        """
+        return not (10, 0) <= self.compute_capability < (12, 0) and self.compute_capability < (13, 0)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Node:

@@ -81,6 +81,7 @@ class Extent(StrEnum):
     RANDOM_VECTORS = "random_vectors"  # the same with APOLLO's rank, which nothing bounds
     ON_RANDOM_VECTORS = "on_random_vectors"
     LONGER_SIDE = "longer_side"
+    RANK = "rank"  # GaLore's, which the smaller side bounds
     ONE = "one"
 
 
@@ -97,6 +98,7 @@ _ENTRIES: dict[Extent, Callable[[tuple[int, ...]], int]] = {
     Extent.RANDOM_VECTORS: lambda shape: min(shape) * _PROJECTED_RANK,
     Extent.ON_RANDOM_VECTORS: lambda shape: max(shape) * _PROJECTED_RANK,
     Extent.LONGER_SIDE: max,
+    Extent.RANK: lambda shape: min(_PROJECTED_RANK, *shape),
     Extent.ONE: lambda shape: 1,
 }
 
@@ -128,13 +130,15 @@ class StateTensor(NamedTuple):
 class Bind(NamedTuple):
     """``variable = <a new tensor>``: what the name held before is freed once the new one exists.
 
-    The tensor has ``ceil(entries / elements_per_entry)`` items.
+    The tensor has ``ceil(entries / elements_per_entry)`` items. ``from_host`` where it is a state's copy, made only
+    where the parameters are on a GPU and the states are not.
     """
 
     variable: str
     extent: Extent = Extent.ELEMENTS
     itemsize: int = OWN_DTYPE
     elements_per_entry: int = 1
+    from_host: bool = False
 
 
 class Drop(NamedTuple):
@@ -172,7 +176,9 @@ class Optimizer:
 
     ``target_modules`` is what ``optim_target_modules`` says of the layers that are treated apart, behind all others: a
     regular expression over module names. ``in_backward`` is true where each parameter is updated as soon as its
-    gradient is complete, and the gradient dropped; ``foreach_on_cpu`` where the multi-tensor form is not left to CUDA.
+    gradient is complete, and the gradient dropped; ``updates_late`` where that waits for the next gradient and takes an
+    fp32 copy of a 16-bit one, which is dropped before the rest. ``foreach_on_cpu`` where the multi-tensor form is not
+    left to CUDA.
     ``shared_state_bytes`` are allocations made once (bitsandbytes' code books). ``states_before_step`` is true where
     the states exist from construction on; ``states_interleaved`` where each is made just before its tensor's update,
     not all of them before the first.
@@ -185,6 +191,7 @@ class Optimizer:
     hf_args: str = ""
     target_modules: str = ""
     in_backward: bool = False
+    updates_late: bool = False
     foreach_on_cpu: bool = False
     needs: str = ""  # the package it comes from, besides torch and transformers
     shared_state_bytes: tuple[int, ...] = ()
@@ -214,14 +221,32 @@ class Optimizer:
         counts = Counter(tensors)
         return sum(count * sum(self.state_bytes(t, device=device, place=place)) for t, count in counts.items())
 
+    @property
+    def fetches_states(self) -> bool:
+        """Whether states wait on the host, and each step copies them to the GPU and back."""
+        return any(isinstance(t, Bind) and t.from_host for variant in self.variants for t in variant.loop)
+
     def host_state_bytes(self, tensors: Sequence[LocalTensor], *, device: DeviceKind) -> int:
-        """Bytes of paged states, which live in host memory when the GPU has no room. Scalars are left out."""
-        return self.total_state_bytes(tensors, device=device, place=Place.PAGED)
+        """Bytes of paged states, which live in host memory when the GPU has no room, and of those that stay there.
+        Scalars are left out."""
+        counts = Counter(tensors)
+        return sum(
+            count * state.num_bytes(tensor)
+            for tensor, count in counts.items()
+            for state in self.variant(tensor).states
+            if state.extent is not Extent.ONE and any(state.is_on(place, device) for place in _ON_HOST)
+        )
+
+
+_ON_HOST = (Place.HOST, Place.PAGED)
 
 
 def find(name: str) -> Optimizer:
-    """The row called ``name`` (or by the Trainer's alias of it)."""
+    """The row called ``name`` (or by the Trainer's alias of it). Names of the Trainer's that no row describes say why,
+    and what serves in their place."""
     row = OPTIMIZERS.get(ALIASES.get(name, name))
+    if row is None and name in UNPLANNED:
+        raise IllegalScenarioError(f"{name} {UNPLANNED[name]}")
     if row is None:
         import difflib  # lazy: needed only on the way to an error
 
@@ -283,7 +308,8 @@ def _updates(
     for tensor in tensors:
         variant = optimizer.variant(tensor)
         if variant.foreach is None or (device is DeviceKind.CPU and not optimizer.foreach_on_cpu):
-            yield variant.loop, (tensor,)
+            on_host = device is DeviceKind.CPU
+            yield tuple(t for t in variant.loop if not (on_host and isinstance(t, Bind) and t.from_host)), (tensor,)
         elif not variant.foreach:
             yield (), (tensor,)
         else:
@@ -364,25 +390,35 @@ _ADAM_FUSED = Variant(states=(_STEP_ON_DEVICE, StateTensor(), StateTensor()))
 _ADAFACTOR_HALF = (Drop("grad"), Bind("grad", itemsize=FP32_BYTES), Drop("p"), Bind("p", itemsize=FP32_BYTES))
 
 
-def _adafactor_update(*, factored: bool) -> tuple[Temporary, ...]:
-    """The variables of transformers' ``Adafactor.step``; all its arithmetic is in fp32."""
-    square = (Bind("square", itemsize=FP32_BYTES), Bind("update", itemsize=FP32_BYTES), Drop("square"))
+_NEGATED = (Bind("negative", itemsize=FP32_BYTES), Drop("negative"))
+
+
+def _second_moment(
+    *, factored: bool, of: Extent = Extent.ELEMENTS, sides: tuple[Extent, Extent] = (Extent.ROWS, Extent.COLUMNS)
+) -> tuple[Temporary, ...]:
+    """What Adafactor makes of the squared gradient, in fp32: of the whole one, or of one projected to ``of`` entries
+    with rows and columns of ``sides``."""
+    square = (Bind("square", of, FP32_BYTES), Bind("update", of, FP32_BYTES), Drop("square"))
     if not factored:
-        return (*square, Bind("update", itemsize=FP32_BYTES), Bind("negative", itemsize=FP32_BYTES), Drop("negative"))
+        return (*square, Bind("update", of, FP32_BYTES))
+    rows, columns = sides
     return (
         *square,
-        Bind("mean", Extent.ROWS, FP32_BYTES),
+        Bind("mean", rows, FP32_BYTES),
         Drop("mean"),
-        Bind("mean", Extent.COLUMNS, FP32_BYTES),
+        Bind("mean", columns, FP32_BYTES),
         Drop("mean"),
-        Bind("r_factor", Extent.ROWS, FP32_BYTES),
-        Bind("c_factor", Extent.COLUMNS, FP32_BYTES),
-        Bind("update", itemsize=FP32_BYTES),
+        Bind("r_factor", rows, FP32_BYTES),
+        Bind("c_factor", columns, FP32_BYTES),
+        Bind("update", of, FP32_BYTES),
         Drop("r_factor"),
         Drop("c_factor"),
-        Bind("negative", itemsize=FP32_BYTES),
-        Drop("negative"),
     )
+
+
+def _adafactor_update(*, factored: bool) -> tuple[Temporary, ...]:
+    """The variables of transformers' ``Adafactor.step``; all its arithmetic is in fp32."""
+    return (*_second_moment(factored=factored), *_NEGATED)
 
 
 _FACTORED_STATES = (StateTensor(Extent.ROWS, FP32_BYTES), StateTensor(Extent.COLUMNS, FP32_BYTES))
@@ -462,6 +498,30 @@ _GALORE = (
     ),
     _OWN_ADAMW,
 )
+
+# GaLore's Adafactor works on an fp32 gradient whatever the parameter is, so that its projector is one too.
+_PROJECTED_SIDES = (Extent.LONGER_SIDE, Extent.RANK)
+_GALORE_ADAFACTOR_UPDATE = (
+    Bind("grad", Extent.ON_SINGULAR_VECTORS, FP32_BYTES),
+    *_second_moment(factored=True, of=Extent.ON_SINGULAR_VECTORS, sides=_PROJECTED_SIDES),
+    Bind("full_rank_grad", itemsize=FP32_BYTES),
+    Bind("update", itemsize=FP32_BYTES),
+    Drop("full_rank_grad"),
+    *_NEGATED,
+)
+_GALORE_ADAFACTOR_STATES = (
+    StateTensor(Extent.SQUARE, FP32_BYTES),
+    *(StateTensor(side, FP32_BYTES) for side in _PROJECTED_SIDES),
+)
+_GALORE_ADAFACTOR = (
+    Variant(
+        applies=lambda tensor: _is_block_matrix(tensor) and _is_half(tensor),
+        states=_GALORE_ADAFACTOR_STATES,
+        loop=(*_ADAFACTOR_HALF, *_GALORE_ADAFACTOR_UPDATE),
+    ),
+    Variant(applies=_is_block_matrix, states=_GALORE_ADAFACTOR_STATES, loop=(Drop("grad"), *_GALORE_ADAFACTOR_UPDATE)),
+    *_ADAFACTOR,
+)
 _APOLLO = (
     Variant(
         applies=_is_block_matrix,
@@ -496,6 +556,39 @@ _STABLE_ADAMW = (
         foreach=(),
     ),
     Variant(states=(*_STABLE_STATES, StateTensor(Extent.ONE, 1)), loop=(*_STABLE_SQUARE, *_STABLE_END), foreach=()),
+)
+
+# GrokAdamW keeps its states on the host, and fetches those of one parameter at a time.
+_GROKADAMW = Variant(
+    states=(StateTensor(place=Place.HOST),) * 3,
+    loop=(
+        Bind("exp_avg", from_host=True),
+        Bind("exp_avg_sq", from_host=True),
+        Bind("grok_ema", from_host=True),
+        Bind("amplified"),
+        Bind("grok_grad"),
+        Drop("amplified"),
+        Bind("root"),
+        Drop("root"),
+    ),
+)
+
+_LOMO_HALF = (Bind("grad_fp32", itemsize=FP32_BYTES),)
+_LOMO_END = (Bind("p_fp32", itemsize=FP32_BYTES),)
+_LOMO = (Variant(applies=_is_half, loop=(*_LOMO_HALF, *_LOMO_END)), Variant())
+_ADALOMO = (
+    Variant(
+        applies=lambda tensor: _is_matrix(tensor) and _is_half(tensor),
+        states=_FACTORED_STATES,
+        loop=(*_LOMO_HALF, *_second_moment(factored=True), *_LOMO_END),
+    ),
+    Variant(applies=_is_matrix, states=_FACTORED_STATES, loop=_second_moment(factored=True)),
+    Variant(
+        applies=_is_half,
+        states=_UNFACTORED_STATES,
+        loop=(*_LOMO_HALF, *_second_moment(factored=False), *_LOMO_END),
+    ),
+    Variant(states=_UNFACTORED_STATES, loop=_second_moment(factored=False)),
 )
 
 _CODE_BOOK_BYTES = 256 * FP32_BYTES
@@ -630,6 +723,7 @@ def _bnb_row(name: str, algorithm: str, *, bits: int, source: str = _BNB) -> Opt
 # The linear layers of the blocks, whatever the model: their names hold the block's number.
 _BLOCK_LINEARS = r".*\.\d+\..*"
 _GALORE_SOURCE = "galore-torch 1.0 galore_torch/adamw.py, rank 128, between two renewals of the projection"
+_GALORE_ADAFACTOR_SOURCE = "galore-torch 1.0 galore_torch/adafactor.py, rank 128, between two renewals"
 _APOLLO_SOURCE = "apollo-torch 1.0.3 apollo_torch/apollo.py, random projection of rank 128, steady steps"
 
 
@@ -643,6 +737,20 @@ def _projecting_row(name: str, variants: tuple[Variant, ...], *, needs: str, sou
         target_modules=_BLOCK_LINEARS,
         in_backward=name.endswith("layerwise"),
         states_interleaved=True,
+    )
+
+
+def _lomo_row(name: str, variants: tuple[Variant, ...]) -> Optimizer:
+    """Omits the states of frozen parameters, which AdaLomo makes too."""
+    return Optimizer(
+        name=name,
+        hf_name=name,
+        needs="lomo-optim",
+        source=f"lomo-optim 0.1.1 lomo_optim/{name}.py, as the Trainer makes it: without a limit on the norm",
+        variants=variants,
+        in_backward=True,
+        updates_late=True,
+        states_before_step=True,
     )
 
 
@@ -717,6 +825,7 @@ _ROWS = (
         source=f"{_TORCH}/_muon.py for matrices of the blocks, fused AdamW for everything else",
     ),
     _projecting_row("galore_adamw", _GALORE, needs="galore-torch", source=_GALORE_SOURCE),
+    _projecting_row("galore_adafactor", _GALORE_ADAFACTOR, needs="galore-torch", source=_GALORE_ADAFACTOR_SOURCE),
     _projecting_row("galore_adamw_layerwise", _GALORE, needs="galore-torch", source=_GALORE_SOURCE),
     _projecting_row("apollo_adamw", _APOLLO, needs="apollo-torch", source=_APOLLO_SOURCE),
     _projecting_row("apollo_adamw_layerwise", _APOLLO, needs="apollo-torch", source=_APOLLO_SOURCE),
@@ -750,6 +859,16 @@ _ROWS = (
         variants=_STABLE_ADAMW,
         source="torch-optimi 0.3.3 optimi/stableadamw.py",
     ),
+    Optimizer(
+        name="grokadamw",
+        hf_name="grokadamw",
+        needs="grokadamw",
+        variants=(_GROKADAMW,),
+        source="grokadamw 0.1.2 grokadamw/grokadamw.py",
+        states_interleaved=True,
+    ),
+    _lomo_row("lomo", _LOMO),
+    _lomo_row("adalomo", _ADALOMO),
     _bnb_row("adamw_bnb_8bit", "adam", bits=8),
     _bnb_row("paged_adamw_8bit", "adam", bits=8),
     _bnb_row("paged_adamw_32bit", "adam", bits=32),
@@ -772,4 +891,15 @@ ALIASES = {
     "adamw": "adamw_torch",
     "lion": "lion_32bit",
     "paged_adamw": "paged_adamw_32bit",
+}
+
+# Names of ``transformers.training_args.OptimizerNames`` (5.23) that no row describes: why, and what to use.
+UNPLANNED = {
+    "adamw_torch_xla": "is for TPUs; use --optimizer adamw_torch_fused",
+    "adamw_torch_npu_fused": "is for Ascend NPUs; use --optimizer adamw_torch_fused",
+    "adamw_anyprecision": "needs torchdistX, which is no longer built; use --optimizer adamw_torch",
+    "galore_adamw_8bit": "is not modelled; use --optimizer galore_adamw, or adamw_bnb_8bit",
+    "galore_adamw_8bit_layerwise": "is not modelled; use --optimizer galore_adamw_layerwise",
+    "galore_adafactor_layerwise": "cannot be made by transformers 5.23, which hands it a learning rate beside "
+    "relative_step; use --optimizer galore_adafactor, or galore_adamw_layerwise",
 }

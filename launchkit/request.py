@@ -21,6 +21,7 @@ from launchkit.scenario import (
     Batch,
     Checkpointing,
     DeviceKind,
+    Fp8Backend,
     FsdpSettings,
     Loss,
     Method,
@@ -69,6 +70,7 @@ class Request:
     dora: bool | None = None
     rslora: bool | None = None
     precision: Precision | None = None
+    fp8_backend: Fp8Backend | None = None
     optimizer: str | None = None
     micro_batch: int | None = None
     global_batch: int | None = None
@@ -201,6 +203,7 @@ FLAGS: tuple[Flag, ...] = (
     Flag(name="dora", kind=bool, default=False, help="adapters with a trained magnitude (DoRA)"),
     Flag(name="rslora", kind=bool, default=False, help="adapters scaled by the root of their rank (rsLoRA)"),
     Flag(name="precision", kind=Precision, default="bf16", help="where each number format is held"),
+    Flag(name="fp8_backend", kind=Fp8Backend, default="ao", help="fp8's layers: torchao's or Transformer Engine's"),
     Flag(
         name="optimizer",
         kind=str,
@@ -295,6 +298,7 @@ def resolve(request: Request, *, model: ModelProfile, cluster: Cluster) -> Resol
         dora=_value(request, "dora", bool),
         rslora=_value(request, "rslora", bool),
         precision=_value(request, "precision", Precision),
+        fp8_backend=_fp8_backend(request),
         optimizer=_value(request, "optimizer", str),
         checkpointing=_value(request, "checkpointing", Checkpointing),
         attention=attention,
@@ -340,6 +344,7 @@ def scenario_flags(scenario: Scenario, *, cluster: Cluster) -> dict[str, str | i
         "dora": training.dora,
         "rslora": training.rslora,
         "precision": training.precision,
+        "fp8_backend": training.fp8_backend if training.precision is Precision.FP8 else None,
         "optimizer": training.optimizer,
         "micro_batch": batch.micro_batch,
         "global_batch": batch.global_batch(num_ranks),
@@ -359,6 +364,14 @@ def scenario_flags(scenario: Scenario, *, cluster: Cluster) -> dict[str, str | i
 
 def _gathers_for_float8(scenario: Scenario) -> bool:
     return scenario.training.precision is Precision.FP8 and scenario.strategy.kind.is_fsdp
+
+
+def _fp8_backend(request: Request) -> Fp8Backend:
+    if request.fp8_backend is not None and request.precision is not Precision.FP8:
+        raise IllegalScenarioError(
+            f"--fp8-backend {request.fp8_backend} says nothing without fp8; add --precision fp8, or leave it out"
+        )
+    return _value(request, "fp8_backend", Fp8Backend)
 
 
 def _trainer_and_loss(request: Request) -> tuple[Trainer, Loss]:

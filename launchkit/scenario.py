@@ -21,7 +21,7 @@ class Method(StrEnum):
 class Precision(StrEnum):
     """Where each format is held. ``bf16`` and ``fp16`` are mixed precision with fp32 held somewhere: fp32 weights
     under autocast (single, ddp), fp32 shards with 16-bit compute (fsdp), 16-bit weights with an fp32 master (zero).
-    ``fp8`` is bf16 whose linear layers make their products of 8-bit copies (torchao's, under accelerate)."""
+    ``fp8`` is bf16 whose linear layers make their products of 8-bit copies (``Fp8Backend`` says whose)."""
 
     FP32 = "fp32"
     FP16 = "fp16"
@@ -33,6 +33,13 @@ class Precision(StrEnum):
     @property
     def is_mixed(self) -> bool:
         return self in (Precision.BF16, Precision.FP16, Precision.FP8)
+
+
+class Fp8Backend(StrEnum):
+    """Whose linear layers accelerate puts in for ``fp8``: its ``fp8_config.backend``."""
+
+    AO = "ao"  # torchao's
+    TE = "te"  # Transformer Engine's, and its norms
 
 
 class Checkpointing(StrEnum):
@@ -290,6 +297,7 @@ class Training:
     dora: bool = False
     rslora: bool = False  # scales the update by 1/√rank instead of 1/rank, which costs nothing
     precision: Precision = Precision.BF16
+    fp8_backend: Fp8Backend = Fp8Backend.AO  # which counts under fp8 only
     optimizer: str = "adamw_torch_fused"
     checkpointing: Checkpointing = Checkpointing.NONE
     attention: Attention = Attention.SDPA
@@ -382,20 +390,26 @@ class Compute(StrEnum):
     BF16 = "bf16"  # bf16 weights, no autocast
     BF16_AUTOCAST = "bf16-autocast"  # bf16 weights, autocast on
     FP16 = "fp16"  # fp16 weights, no autocast
+    FP16_AUTOCAST = "fp16-autocast"  # fp16 weights, autocast on
     AUTOCAST_FP8 = "autocast-fp8"  # fp32 weights under bf16 autocast, products of linear layers in 8 bits
     FP8_AUTOCAST = "fp8-autocast"  # the same on bf16 weights
 
     @property
     def is_autocast(self) -> bool:
-        return self.is_float8 or self in (Compute.AUTOCAST_BF16, Compute.AUTOCAST_FP16, Compute.BF16_AUTOCAST)
+        return self.is_float8 or self in _AUTOCAST
 
     @property
     def is_float8(self) -> bool:
-        """Whether linear layers are torchao's, which cast what they multiply to 8 bits."""
+        """Whether linear layers are such as cast what they multiply to 8 bits: torchao's, or Transformer Engine's."""
         return self in (Compute.AUTOCAST_FP8, Compute.FP8_AUTOCAST)
 
 
-_SAME_BYTES = {Compute.AUTOCAST_FP16: Compute.AUTOCAST_BF16, Compute.FP16: Compute.BF16}
+_AUTOCAST = (Compute.AUTOCAST_BF16, Compute.AUTOCAST_FP16, Compute.BF16_AUTOCAST, Compute.FP16_AUTOCAST)
+_SAME_BYTES = {
+    Compute.AUTOCAST_FP16: Compute.AUTOCAST_BF16,
+    Compute.FP16: Compute.BF16,
+    Compute.FP16_AUTOCAST: Compute.BF16_AUTOCAST,
+}
 
 
 class DeviceKind(StrEnum):
@@ -434,6 +448,8 @@ class TraceKey:
     pads_float8: bool = False  # torchao pads the inner dimension of each product, as accelerate's recipe has it
     gathers_float8: bool = False  # weights of torchao's layers arrive in 8 bits
     at: Point | None = None  # of this batch alone, with the scratch that this machine's kernels take for it
+    transformer_engine: bool = False  # 8-bit layers are Transformer Engine's
+    transposes_float8: bool = False  # whose factors are transposed for each layout of a product but one
 
     @property
     def split(self) -> Split:
@@ -518,6 +534,8 @@ class TraceKey:
             parts.append("padded")
         if self.gathers_float8:
             parts.append("gathered")
+        if self.transformer_engine:
+            parts.append("te-transposed" if self.transposes_float8 else "te")
         parts += [f"{name}{size}" for name, size in (("tp", self.tp), ("cp", self.cp), ("sp", self.sp)) if size > 1]
         if self.at is not None:
             parts.append("x".join(map(str, self.at)))

@@ -18,6 +18,7 @@ from launchkit.scenario import (
     Batch,
     Checkpointing,
     DdpSettings,
+    Fp8Backend,
     FsdpSettings,
     Loss,
     Method,
@@ -38,6 +39,7 @@ from launchkit.units import GIB
 _ENUMS = {
     "method": Method,
     "precision": Precision,
+    "fp8_backend": Fp8Backend,
     "checkpointing": Checkpointing,
     "attention": Attention,
     "loss": Loss,

@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 
 from launchkit.errors import IllegalScenarioError
 from launchkit.optimizers import (
+    ALIASES,
     OPTIMIZERS,
+    UNPLANNED,
     LocalTensor,
     Place,
     find,
@@ -109,6 +111,19 @@ def stable_adamw(parameters: list[Any]) -> Any:
     return pytest.importorskip("optimi").StableAdamW(parameters, lr=1e-3)
 
 
+def grokadamw(parameters: list[Any]) -> Any:
+    return pytest.importorskip("grokadamw").GrokAdamW(parameters, lr=1e-3)
+
+
+def galore_adafactor(parameters: list[Any]) -> Any:
+    """As the Trainer groups parameters and sets it."""
+    module = pytest.importorskip("galore_torch")
+    projection = {"rank": 128, "update_proj_gap": 200, "scale": 0.25, "proj_type": "std"}
+    matrices = {"params": [parameter for parameter in parameters if parameter.dim() == 2], **projection}
+    groups = [{"params": [parameter for parameter in parameters if parameter.dim() != 2]}, matrices]
+    return module.GaLoreAdafactor(groups, lr=1e-3, scale_parameter=False, relative_step=False)
+
+
 def projecting(module: str, name: str, **arguments: object) -> Callable[[list[Any]], Any]:
     """As the Trainer groups parameters: first what is not a linear layer."""
 
@@ -141,9 +156,11 @@ REAL = [
     ("schedule_free_adamw", CPU, schedule_free("AdamWScheduleFree")),
     ("schedule_free_sgd", CPU, schedule_free("SGDScheduleFree")),
     ("stable_adamw", CPU, stable_adamw),
+    ("grokadamw", CPU, grokadamw),
 ]
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.cuda.amp.autocast", "ignore:CUDA is not available or torch_xla")
 @pytest.mark.parametrize("itemsize", [4, 2])
 @pytest.mark.parametrize(("name", "device", "make"), REAL, ids=[f"{row[0]}-{row[1]}" for row in REAL])
 def test_step_allocates_what_the_real_optimizer_does(
@@ -156,7 +173,9 @@ def test_step_allocates_what_the_real_optimizer_does(
 
 
 @pytest.mark.parametrize("itemsize", [4, 2])
-@pytest.mark.parametrize(("name", "make"), [("galore_adamw", galore), ("apollo_adamw", apollo)])
+@pytest.mark.parametrize(
+    ("name", "make"), [("galore_adamw", galore), ("galore_adafactor", galore_adafactor), ("apollo_adamw", apollo)]
+)
 def test_projected_states_and_steps(name: str, make: Callable[[list[Any]], Any], itemsize: int) -> None:
     """What both steps keep and a steady one allocates agree to a kilobyte. The first makes the projections, by a
     decomposition whose workspace is the library's: an eighth more at most."""
@@ -230,6 +249,50 @@ def test_bitsandbytes_on_a_cpu(name: str, class_name: str, bits: int, itemsize: 
     assert steady_predicted == pytest.approx(steady, abs=64), "but for scalars"
     in_place = [live_bytes(step_events(find(name), [LocalTensor((64, 100), itemsize)], device=CUDA, first_step=False))]
     assert in_place == [(0, 0)], "CUDA has kernels for it"
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("itemsize", [4, 2])
+@pytest.mark.parametrize("shape", [(300, 200), (512,)])
+@pytest.mark.parametrize(("name", "class_name"), [("lomo", "Lomo"), ("adalomo", "AdaLomo")])
+def test_lomo_holds_what_its_hook_does(
+    name: str, class_name: str, shape: tuple[int, ...], itemsize: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hook's own temporaries, and AdaLomo's states, which it makes on a GPU: here on the CPU."""
+    torch = pytest.importorskip("torch")
+    optim = pytest.importorskip("lomo_optim")
+    monkeypatch.setattr(torch.Tensor, "cuda", lambda tensor: tensor)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda *_: 0)
+    model = torch.nn.Module()
+    model.weight = torch.nn.Parameter(torch.randn(shape, dtype={4: torch.float32, 2: torch.bfloat16}[itemsize]))
+    optimizer = getattr(optim, class_name)(model)
+    optimizer.lr, optimizer.step_num = 1e-3, 2
+    gradient = model.weight.grad = torch.randn_like(model.weight)
+    tensor, row = LocalTensor(shape, itemsize), find(name)
+    real = profiled(torch, lambda: optimizer.grad_func(0))
+    assert model.weight.grad is None
+    assert gradient is not None  # held, so that its end is in neither
+    assert live_bytes(step_events(row, [tensor], device=CPU, first_step=False)) == pytest.approx(real, abs=64)
+    held = [getattr(optimizer, f"exp_avg_sq{side}", {}) for side in ("", "_row", "_col")]
+    assert sum(row.state_bytes(tensor, device=CPU)) == sum(state.nbytes for states in held for state in states.values())
+
+
+def test_grokadamw_fetches_its_states_from_the_host() -> None:
+    """Three copies of one parameter's at a time, where the parameters are on a GPU."""
+    tensors, row = [LocalTensor((300, 200), 4)] * 3, find("grokadamw")
+    assert row.state_bytes(tensors[0], device=CUDA) == ()
+    assert row.host_state_bytes(tensors, device=CUDA) == 3 * 3 * 240_000
+    peaks = [live_bytes(step_events(row, tensors, device=device, first_step=False))[0] for device in (CUDA, CPU)]
+    assert peaks[0] - peaks[1] == 3 * 240_000
+
+
+def test_every_name_the_trainer_knows_is_a_row_or_says_what_to_use() -> None:
+    training_args = pytest.importorskip("transformers.training_args")
+    for member in training_args.OptimizerNames:
+        assert (member.value in UNPLANNED) is not (member.value in {*OPTIMIZERS, *ALIASES})
+    for name in UNPLANNED:
+        with pytest.raises(IllegalScenarioError, match=rf"^{name} .*; use --optimizer \w+"):
+            find(name)
 
 
 def test_every_trainer_name_is_one_the_trainer_knows() -> None:

@@ -98,6 +98,7 @@ def test_batches_are_split(flags: dict[str, str | int], expected: Batch) -> None
         ({"global_batch": 1, "micro_batch": 4}, "use --global-batch 4"),
         ({"fp8_all_gather": "false", "precision": "fp8"}, "that FSDP2 gathers for fp8; add --strategy fsdp2"),
         ({"fp8_all_gather": "true", "strategy": "fsdp2"}, "that FSDP2 gathers for fp8; add --strategy fsdp2"),
+        ({"fp8_backend": "te"}, "--fp8-backend te says nothing without fp8; add --precision fp8"),
         ({"fsdp_sharding": "full_shard"}, "--fsdp-sharding full_shard says nothing under --strategy single"),
     ],
 )

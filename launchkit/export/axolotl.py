@@ -27,6 +27,7 @@ from launchkit.recipe import RECIPES
 from launchkit.scenario import (
     Attention,
     Checkpointing,
+    Fp8Backend,
     Loss,
     Method,
     Precision,
@@ -252,6 +253,11 @@ def _refusals(candidate: Candidate, cluster: Cluster) -> tuple[tuple[bool, str, 
             training.precision is Precision.FP16 and training.method is Method.FULL and is_unsharded,
             "loads the weights in fp16 and then cannot unscale their gradients",
             "use --precision bf16",
+        ),
+        (
+            training.precision is Precision.FP8 and training.fp8_backend is Fp8Backend.TE,
+            "hands accelerate torchao's recipe for fp8",
+            "use --fp8-backend ao",
         ),
         (
             training.packing and training.attention is not Attention.FLASH_ATTENTION_2,

@@ -13,6 +13,7 @@ from launchkit.scenario import (
     Checkpointing,
     CommHook,
     DdpSettings,
+    Fp8Backend,
     Method,
     Offload,
     Precision,
@@ -114,19 +115,23 @@ def autocast_format(scenario: Scenario) -> str:
 def gathers_float8(candidate: Candidate) -> bool:
     """Whether torchao's weights are cast before FSDP2 gathers them."""
     strategy = candidate.scenario.strategy
-    is_float8 = candidate.scenario.training.precision is Precision.FP8
-    return is_float8 and strategy.kind.is_fsdp and strategy.fsdp.float8_all_gather
+    training = candidate.scenario.training
+    is_torchao = training.precision is Precision.FP8 and training.fp8_backend is Fp8Backend.AO
+    return is_torchao and strategy.kind.is_fsdp and strategy.fsdp.float8_all_gather
 
 
 def float8_section(candidate: Candidate) -> dict[str, object]:
     """Accelerate's ``fp8_config``; nothing without fp8.
 
-    Its all-gather is on unless it is turned off, and where nothing is gathered it must be: it makes parameters anew,
-    and an optimizer that was there before keeps the old ones, so that the converted layers never train (accelerate 1.15
-    ``_prepare_ao``, torchao 0.18 ``Float8Linear.from_float``).
+    torchao's all-gather is on unless it is turned off, and where nothing is gathered it must be: it makes parameters
+    anew, and an optimizer that was there before keeps the old ones, so that the converted layers never train
+    (accelerate 1.15 ``_prepare_ao``, torchao 0.18 ``Float8Linear.from_float``).
     """
-    if candidate.scenario.training.precision is not Precision.FP8:
+    training = candidate.scenario.training
+    if training.precision is not Precision.FP8:
         return {}
+    if training.fp8_backend is Fp8Backend.TE:
+        return {"backend": "TE"}  # delayed scaling, as its recipe has it where nothing else is said
     return {
         "backend": "AO",
         "enable_fsdp_float8_all_gather": gathers_float8(candidate),
@@ -358,9 +363,11 @@ def _has_adapter_under_fp8(candidate: Candidate, cluster: Cluster) -> bool:
 
 
 def _has_fp8_elsewhere(candidate: Candidate, cluster: Cluster) -> bool:
-    """Under an engine that torchao's layers are not planned with."""
+    """Under an engine that the layers are not planned with."""
     scenario = candidate.scenario
     strategy = scenario.strategy
+    if scenario.training.fp8_backend is Fp8Backend.TE and strategy.kind not in UNSHARDED:
+        return scenario.training.precision is Precision.FP8
     is_other = strategy.kind is StrategyKind.FSDP or strategy.split.num_ranks > 1 or strategy.offloads_params
     return scenario.training.precision is Precision.FP8 and is_other
 
@@ -411,8 +418,8 @@ _REFUSALS: tuple[_Refusal, ...] = (
     (_has_adapter_under_fp8, "accelerate's fp8 is for full fine-tunes", "use --precision bf16-params"),
     (
         _has_fp8_elsewhere,
-        "{name} does not go with torchao's fp8",
-        "use --precision bf16, or --strategy fsdp2 without offload and split",
+        "{name} does not go with this fp8",
+        "use --precision bf16, or --strategy fsdp2 --fp8-backend ao without offload and split",
     ),
     (
         _has_offloaded_bf16_states,

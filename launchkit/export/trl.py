@@ -19,7 +19,7 @@ from launchkit.hardware import Backend, Cluster
 from launchkit.optimizers import find
 from launchkit.plan import Candidate
 from launchkit.recipe import RECIPES
-from launchkit.scenario import Checkpointing, Loss, Method, Precision
+from launchkit.scenario import Checkpointing, Fp8Backend, Loss, Method, Precision, Training
 
 DEFAULT_DATASET = "train"  # a directory of data files, or a hub id
 _BF16_WEIGHTS = (Precision.BF16_PARAMS, Precision.BF16_PURE)
@@ -60,6 +60,7 @@ def trl_keys(
         "use_liger_kernel": training.loss is Loss.LIGER,
         "torch_compile": training.compile,
         **_checkpointing(candidate),
+        **_padding(training),
         **_adapter(candidate),
         **ddp_arguments(candidate),
     }
@@ -77,6 +78,12 @@ def _weights_dtype(candidate: Candidate) -> str:
     if is_unsharded and scenario.training.method is not Method.QLORA:
         return "float32"
     return "float16" if scenario.training.precision is Precision.FP16 else "bfloat16"
+
+
+def _padding(training: Training) -> dict[str, object]:
+    """Transformer Engine stops at a batch of another number of tokens."""
+    is_te = training.precision is Precision.FP8 and training.fp8_backend is Fp8Backend.TE
+    return {"pad_to_multiple_of": 16} if is_te else {}
 
 
 def _checkpointing(candidate: Candidate) -> dict[str, object]:

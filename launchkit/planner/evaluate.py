@@ -23,6 +23,7 @@ from launchkit.scenario import (
     Batch,
     Checkpointing,
     DeviceKind,
+    Fp8Backend,
     Method,
     Precision,
     Scenario,
@@ -85,8 +86,9 @@ class Bench:
         return replace(self.cluster, num_nodes=num_ranks // in_node, node=replace(self.cluster.node, num_gpus=in_node))
 
     def key(self, scenario: Scenario) -> TraceKey:
-        device = self.cluster.gpu.device_kind
-        key = program_key(scenario, self.source.profile, device)
+        gpu = self.cluster.gpu
+        device = gpu.device_kind
+        key = program_key(scenario, self.source.profile, device, transposes_float8=gpu.transposes_float8)
         asks = self.asks_kernels and device is DeviceKind.CPU and scenario.strategy.kind is StrategyKind.SINGLE
         return replace(key, at=point_of(scenario)) if asks else key
 
@@ -104,7 +106,7 @@ class Bench:
         if (key, same) not in self._rewritten:
             cluster = self.cluster_of(scenario)
             program = strategies.rewrite(self.source.program(key), scenario=scenario, cluster=cluster)
-            workspaces = cublas_workspaces(cluster.gpu)
+            workspaces = cublas_workspaces(cluster.gpu, transformer_engine=key.transformer_engine)
             self._rewritten[key, same] = replace(program, persistent=(*program.persistent, *workspaces))
         return self._rewritten[key, same]
 
@@ -204,13 +206,20 @@ def _with_whole_matrices(scenario: Scenario) -> Scenario:
     return replace(scenario, strategy=replace(strategy, split=replace(strategy.split, tp=1)))
 
 
-def program_key(scenario: Scenario, profile: ModelProfile, device: DeviceKind) -> TraceKey:
-    """Which of the model's programs the scenario starts from."""
+def program_key(
+    scenario: Scenario, profile: ModelProfile, device: DeviceKind, *, transposes_float8: bool = True
+) -> TraceKey:
+    """Which of the model's programs the scenario starts from. ``transposes_float8`` is the GPU's."""
     training, point = scenario.training, point_of(scenario)
     key = strategies.trace_key(training, scenario.strategy, device, single_sequence=point.micro_batch == 1)
     window = profile.sliding_window
     beyond_window = bool(window) and point.seq_len >= window
-    return replace(key, beyond_window=beyond_window, packed=training.flattens_batch).canonical
+    return replace(
+        key,
+        beyond_window=beyond_window,
+        packed=training.flattens_batch,
+        transposes_float8=key.transformer_engine and transposes_float8,
+    ).canonical
 
 
 def estimate(source: ModelSource, *, cluster: Cluster, scenario: Scenario) -> Candidate:
@@ -309,9 +318,17 @@ def _compile_notes(scenario: Scenario) -> tuple[str, ...]:
 GIVEN_BACK = "torch's cache is given back once, since it would not fit: the first steps take longer"
 
 
+_TRANSFORMER_ENGINE = (
+    "fp8: Transformer Engine's layers as its source has them, checked against no GPU's memory or speed yet; it takes "
+    "batches padded to a multiple of 16 tokens (pad_to_multiple_of) and stops at others"
+)
+
+
 def _float8_notes(scenario: Scenario) -> tuple[str, ...]:
     if scenario.training.precision is not Precision.FP8:
         return ()
+    if scenario.training.fp8_backend is Fp8Backend.TE:
+        return (_TRANSFORMER_ENGINE,)
     told = "fp8: traced through torchao's own layers, and checked against no GPU's memory or speed yet"
     if scenario.training.compile:
         return (f"{told}; the clock counts its casts as passes of their own, which --compile fuses",)

@@ -42,10 +42,11 @@ def evaluation_peak(bench: Bench, scenario: Scenario, *, micro_batch: int = EVAL
     """
     scenario = evaluated(scenario, micro_batch=micro_batch)
     cluster = bench.cluster_of(scenario)
-    program = bench.source.program(bench.evaluation_key(scenario))
+    key = bench.evaluation_key(scenario)
+    program = bench.source.program(key)
     rewritten = strategies.rewrite(_with_idle_backward(program), scenario=scenario, cluster=cluster)
     forward = tuple(stage for stage in rewritten.stages if stage.phase in (Phase.FORWARD, Phase.LOSS))
-    persistent = (*rewritten.persistent, *cublas_workspaces(cluster.gpu))
+    persistent = (*rewritten.persistent, *cublas_workspaces(cluster.gpu, transformer_engine=key.transformer_engine))
     return read_memory(replace(rewritten, stages=forward, persistent=persistent), point_of(scenario))
 
 

@@ -325,8 +325,11 @@ TERMS: tuple[Term, ...] = (
         "place, and TF32 only shortens the products of fp32: neither changes a byte. fp8 is bf16 whose linear layers, "
         "all but the first and the last, are torchao's, as accelerate and Axolotl put them in: activations are kept in "
         "bf16, and each product casts both factors to 8 bits. FSDP2 gathers weights in 8 bits, or in 16 with "
-        "--no-fp8-all-gather. It takes compute capability 8.9; Transformer Engine's and MS-AMP's fp8 are not planned.",
-        also=("bf16", "fp16", "bf16-params", "bf16-pure", "fp32", "fp8"),
+        "--no-fp8-all-gather. With --fp8-backend te all linear layers and layer norms are Transformer Engine's, on one "
+        "GPU or under DDP: each layer keeps its input and its weight in 8 bits until its backward pass, the weight "
+        "twice where the GPU multiplies in one layout only (Ada, Hopper, consumer Blackwell). fp8 takes compute "
+        "capability 8.9; MS-AMP's is not planned.",
+        also=("bf16", "fp16", "bf16-params", "bf16-pure", "fp32", "fp8", "fp8-backend"),
         page=ENGINES_PAGE,
     ),
     Term(

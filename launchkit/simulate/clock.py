@@ -100,6 +100,7 @@ _PEAK_FIELDS: Mapping[Compute, str] = {
     Compute.BF16: "bf16_flops_per_s",
     Compute.BF16_AUTOCAST: "bf16_flops_per_s",
     Compute.FP16: "fp16_flops_per_s",
+    Compute.FP16_AUTOCAST: "fp16_flops_per_s",
     Compute.AUTOCAST_FP8: "bf16_flops_per_s",  # attention and the head; torchao's products have a peak of their own
     Compute.FP8_AUTOCAST: "bf16_flops_per_s",
 }

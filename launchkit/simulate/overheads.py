@@ -223,10 +223,21 @@ def cublas_workspace_bytes(gpu: Gpu) -> int:
     return 32 * MIB if gpu.compute_capability[0] in (9, 10) else 8 * MIB + 128 * 1024
 
 
-def cublas_workspaces(gpu: Gpu) -> tuple[Persistent, ...]:
+def transformer_engine_workspace_bytes(gpu: Gpu) -> int:
+    """What Transformer Engine gives cuBLASLt for all its products: one tensor of torch's allocator, made at the first
+    of them and kept.
+
+    Formula: 32 MiB + 1024 B from compute capability 9.0 on, else 4 MiB. Source: Transformer Engine 2.18
+    ``pytorch/cpp_extensions/gemm.py``, ``get_cublas_workspace`` (cached), ``get_cublas_workspace_size_bytes``.
+    """
+    return 32 * MIB + 1024 if gpu.compute_capability >= (9, 0) else 4 * MIB
+
+
+def cublas_workspaces(gpu: Gpu, *, transformer_engine: bool = False) -> tuple[Persistent, ...]:
     """The workspaces of a training process, to be added to a program's persistent storages."""
-    size = cublas_workspace_bytes(gpu)
-    return (Persistent(Size.constant(size), Owner.TEMPORARIES, CUBLAS_WORKSPACES_PER_PROCESS),) if size else ()
+    own = ((transformer_engine_workspace_bytes(gpu), 1),) if transformer_engine else ()
+    counted = ((cublas_workspace_bytes(gpu), CUBLAS_WORKSPACES_PER_PROCESS), *own)
+    return tuple(Persistent(Size.constant(size), Owner.TEMPORARIES, count) for size, count in counted if size)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ from functools import cache
 from importlib import import_module
 from typing import Any, Protocol
 
-from launchkit.hardware import Cluster
+from launchkit.hardware import Backend, Cluster
 from launchkit.model import ModelProfile
 from launchkit.optimizers import find
 from launchkit.program import Owner, StepProgram
@@ -17,6 +17,7 @@ from launchkit.scenario import (
     Checkpointing,
     Compute,
     DeviceKind,
+    Fp8Backend,
     Loss,
     Method,
     Offload,
@@ -29,6 +30,7 @@ from launchkit.scenario import (
     Training,
 )
 from launchkit.strategies import split
+from launchkit.units import round_up
 
 
 class Engine(Protocol):
@@ -94,7 +96,7 @@ def refusal(scenario: Scenario, profile: ModelProfile, cluster: Cluster) -> str 
     find(scenario.training.optimizer)
     return (
         _pointless(scenario.training)
-        or _float8_refusal(scenario, cluster)
+        or _float8_refusal(scenario, profile, cluster)
         or _checkpointing_refusal(scenario, cluster)
         or _optimizer_refusal(scenario)
         or split.refusal(scenario, profile, cluster)
@@ -119,16 +121,19 @@ def _pointless(training: Training) -> str | None:
     return given and f"{given} says nothing under --method full; add --method lora"
 
 
-def _float8_refusal(scenario: Scenario, cluster: Cluster) -> str | None:
-    """What torchao's layers, which accelerate puts in for fp8, do not go with. On a CPU they run, so that a trace can
-    be held against the real allocator; nothing is launched so.
+def _float8_refusal(scenario: Scenario, profile: ModelProfile, cluster: Cluster) -> str | None:
+    """What the layers that accelerate puts in for fp8 do not go with. On a CPU torchao's run, so that a trace can be
+    held against the real allocator; nothing is launched so.
 
-    Source: accelerate 1.15 ``state.py`` (``check_cuda_fp8_capability``), ``utils/ao.py``: every ``nn.Linear`` is
-    converted, whatever it holds, and torchao's backward makes every weight's gradient, trained or not.
+    Source: accelerate 1.15 ``state.py`` (``check_cuda_fp8_capability``), ``utils/ao.py``,
+    ``utils/transformer_engine.py``: every ``nn.Linear`` is converted, whatever it holds. torchao's backward makes every
+    weight's gradient, trained or not, and Transformer Engine's weights are new ones, which are trained.
     """
     training, strategy, gpu = scenario.training, scenario.strategy, cluster.gpu
     if training.precision is not Precision.FP8:
         return None
+    if training.fp8_backend is Fp8Backend.TE and (reason := _transformer_engine_refusal(scenario, profile, cluster)):
+        return reason
     facts = {
         f"{gpu.name} has no fp8; use --precision bf16, or a GPU of compute capability 8.9 or later": (
             gpu.device_kind is not DeviceKind.CPU and not gpu.supports_fp8
@@ -155,6 +160,36 @@ def _float8_refusal(scenario: Scenario, cluster: Cluster) -> str | None:
     return next((fact for fact, holds in facts.items() if holds), None)
 
 
+def _transformer_engine_refusal(scenario: Scenario, profile: ModelProfile, cluster: Cluster) -> str | None:
+    """What of accelerate's use of Transformer Engine does not run, or trains nothing.
+
+    Source: accelerate 1.15 ``Accelerator._prepare_te``, ``_prepare_fsdp2`` (which has no ``apply_fp8_autowrap``),
+    ``utils/transformer_engine.py`` (``convert_model`` copies a tied head's weight); transformers 5.23
+    ``Trainer._prepare_for_training``; axolotl's ``additional_accelerator_args``; Transformer Engine 2.18
+    ``pytorch/utils.py`` (``assert_dim_for_fp8_exec``) and ``cublaslt_gemm.cu``, whose leading dimensions 16 divides.
+    """
+    training, batch, gpu = scenario.training, scenario.batch, cluster.gpu
+    kind, tokens = scenario.strategy.kind, scenario.batch.micro_batch * scenario.batch.seq_len
+    divisor = 16 if gpu.transposes_float8 else 8
+    copies_head = profile.tied_embeddings and profile.vocab_size % 16 == 0 and profile.hidden_size % 16 == 0
+    facts = {
+        f"Transformer Engine's fp8 takes an NVIDIA GPU of compute capability 8.9 or later, which {gpu.name} is not; "
+        "use --precision bf16": gpu.backend is not Backend.CUDA or not gpu.supports_fp8,
+        "Axolotl hands accelerate torchao's recipe; use --fp8-backend ao": training.trainer is Trainer.AXOLOTL,
+        "accelerate puts Transformer Engine's layers in under FSDP2 and never turns their 8 bits on; use --fp8-backend "
+        "ao, or --strategy ddp": kind in (StrategyKind.FSDP2, StrategyKind.HSDP),
+        "accelerate takes model and optimizer together for Transformer Engine, and under FSDP1 the Trainer hands them "
+        "over apart; use --strategy fsdp2 --fp8-backend ao": kind is StrategyKind.FSDP,
+        "Transformer Engine under DeepSpeed is not modelled; use --strategy ddp, or --fp8-backend ao --strategy "
+        "fsdp2": kind.zero_stage > 0,
+        f"accelerate copies the head of {profile.name}, which is tied to its embeddings, for Transformer Engine, and "
+        "never trains the copy; use --fp8-backend ao": copies_head,
+        f"Transformer Engine's products take a multiple of {divisor} tokens, which --micro-batch {batch.micro_batch} × "
+        f"--seq-len {batch.seq_len} is not; use --seq-len {round_up(batch.seq_len, divisor)}": tokens % divisor > 0,
+    }
+    return next((fact for fact, holds in facts.items() if holds), None)
+
+
 def _checkpointing_refusal(scenario: Scenario, cluster: Cluster) -> str | None:
     """FSDP wraps blocks itself, with no choice of what is kept or where (accelerate's ``activation_checkpointing``);
     transformers pins what it holds on the host, which takes a GPU's driver."""
@@ -173,10 +208,15 @@ def _optimizer_refusal(scenario: Scenario) -> str | None:
         return f"{optimizer.name} updates inside the backward pass of one process; use --strategy single"
     if optimizer.in_backward and scenario.batch.gradient_accumulation_steps > 1:
         return f"{optimizer.name} cannot accumulate gradients; use --global-batch {scenario.batch.micro_batch}"
+    if optimizer.updates_late and scenario.training.precision is Precision.FP16:
+        return f"{optimizer.name} never unscales what accelerate scales for --precision fp16; use --precision bf16"
     if optimizer.in_backward and scenario.strategy.split.num_ranks > 1:
         return f"{optimizer.name} updates inside the backward pass of one process; leave out the other ranks"
     if optimizer.target_modules and scenario.strategy.split.tp > 1:
         return f"{optimizer.name} projects whole matrices, and --tp shares them out; use --strategy ddp without it"
+    is_whole = kind in (StrategyKind.SINGLE, StrategyKind.DDP) and scenario.strategy.split.num_ranks == 1
+    if optimizer.fetches_states and not is_whole:
+        return f"{optimizer.name} keeps states on the host, where no engine looks for them; use --strategy ddp"
     if optimizer.target_modules and kind not in (StrategyKind.SINGLE, StrategyKind.DDP):
         return f"{optimizer.name} projects whole matrices, and --strategy {kind} shards them; use --strategy ddp"
     return None
@@ -193,7 +233,7 @@ _WITHOUT_LOSS = {
     (Trainer.TRL, Loss.PLAIN): "TRL's trainer always computes its loss in chunks; use --loss chunked or --trainer hf",
     (Trainer.TRL, Loss.CCE): "TRL has no cut cross-entropy; use --loss chunked or --trainer axolotl",
 }
-_IN_16_BITS = (Compute.BF16, Compute.BF16_AUTOCAST, Compute.FP16, Compute.FP8_AUTOCAST)
+_IN_16_BITS = (*(Compute.BF16, Compute.BF16_AUTOCAST, Compute.FP16, Compute.FP16_AUTOCAST, Compute.FP8_AUTOCAST),)
 
 
 def _head_refusal(scenario: Scenario, profile: ModelProfile, cluster: Cluster) -> str | None:

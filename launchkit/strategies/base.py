@@ -25,6 +25,7 @@ from launchkit.program import (
     Free,
     FreeAll,
     Kernel,
+    Moment,
     Owner,
     Parameter,
     Persistent,
@@ -38,6 +39,7 @@ from launchkit.program import (
 from launchkit.scenario import (
     Compute,
     DeviceKind,
+    Fp8Backend,
     Method,
     Precision,
     Scenario,
@@ -69,6 +71,7 @@ AUTOCAST_COMPUTE = {
 def make_trace_key(training: Training, compute: Compute, device: DeviceKind, *, single_sequence: bool) -> TraceKey:
     """The key of the program in which ``training`` computes as ``compute``."""
     has_adapter = training.method is not Method.FULL
+    is_te = compute.is_float8 and training.fp8_backend is Fp8Backend.TE
     return TraceKey(
         device=device,
         method=training.method,
@@ -84,7 +87,8 @@ def make_trace_key(training: Training, compute: Compute, device: DeviceKind, *, 
         dora=training.dora and has_adapter,
         modules_to_save=training.lora_modules_to_save if has_adapter else "",
         images=training.images,
-        pads_float8=compute.is_float8 and training.trainer is not Trainer.AXOLOTL,
+        pads_float8=compute.is_float8 and not is_te and training.trainer is not Trainer.AXOLOTL,
+        transformer_engine=is_te,
     )
 
 
@@ -395,7 +399,7 @@ def with_optimizer(program: StepProgram, step: OptimizerStep, *, scenario: Scena
         events=(*before, *update, *step.after, *zero_grad),
         kernels=(*update_kernels(optimizer, step, device=device), *step.extra_kernels),
         collectives=step.collectives,
-        copies=step.copies,
+        copies=(*step.copies, *_fetched_states(optimizer, step, device=device)),
     )
     stage = Stage(name=OPTIMIZER_STAGE, phase=Phase.OPTIMIZER, layers=(len(program.sections),))
     return replace(
@@ -405,6 +409,14 @@ def with_optimizer(program: StepProgram, step: OptimizerStep, *, scenario: Scena
         persistent=program.persistent + states,
         host_persistent_bytes=program.host_persistent_bytes + optimizer.host_state_bytes(step.tensors, device=device),
     )
+
+
+def _fetched_states(optimizer: Optimizer, step: OptimizerStep, *, device: DeviceKind) -> tuple[Copy, ...]:
+    """States that wait on the host: there and back in every step, on the stream that computes."""
+    if step.on_host or not optimizer.fetches_states or device is DeviceKind.CPU:
+        return ()
+    size = Size.constant(optimizer.host_state_bytes(step.tensors, device=device))
+    return tuple(Copy(to_device, size, Moment.BLOCKING) for to_device in (True, False))
 
 
 def update_in_backward(program: StepProgram, *, scenario: Scenario, device: DeviceKind) -> StepProgram:
@@ -421,16 +433,28 @@ def update_in_backward(program: StepProgram, *, scenario: Scenario, device: Devi
     def change(stage: Stage, section: Section) -> Section:
         events: list[Event] = []
         slot = next_slot(section.events)
+
+        def update(gradient: Alloc) -> None:
+            nonlocal slot
+            parameter = program.groups[section.group].parameters[gradient.parameter]
+            tensor = local_tensor(parameter, lora_rank=lora_rank(scenario), in_block=section.group != ROOT_GROUP)
+            updated = step_events(
+                optimizer, (tensor,), device=device, first_step=not exist, stage=stage.name, slot=slot
+            )
+            slot = max(slot, next_slot(updated))
+            copies = optimizer.updates_late and tensor.itemsize < FP32_BYTES
+            at = 1 if copies else len(updated)
+            events.extend((*updated[:at], Free(local(stage.name, gradient.slot), gradient.size), *updated[at:]))
+
+        waiting: tuple[Alloc, ...] = ()
         for event, ready in with_ready_gradients(section.events):
             events.append(event)
+            if optimizer.updates_late and ready:
+                waiting, ready = ready, waiting
             for gradient in ready:
-                parameter = program.groups[section.group].parameters[gradient.parameter]
-                tensor = local_tensor(parameter, lora_rank=lora_rank(scenario), in_block=section.group != ROOT_GROUP)
-                update = step_events(
-                    optimizer, (tensor,), device=device, first_step=not exist, stage=stage.name, slot=slot
-                )
-                slot = max(slot, next_slot(update))
-                events += [*update, Free(local(stage.name, gradient.slot), gradient.size)]
+                update(gradient)
+        for gradient in waiting:
+            update(gradient)
         return replace(section, events=tuple(events))
 
     kernels = update_kernels(optimizer, OptimizerStep(tensors=tensors), device=device)

@@ -83,11 +83,13 @@ GATHERS_AHEAD = 2  # of the one whose weights are computed with. Source: ``_limi
 
 
 def trace_key(training: Training, strategy: Strategy, device: DeviceKind, *, single_sequence: bool = False) -> TraceKey:
-    """FSDP2's, but for adapters. Flattened with frozen weights, they make these views of a tensor that requires a
-    gradient, so that they get one. As units of their own they still lie there in fp32 when PEFT asks for their dtype,
-    so that it widens their input, and autocast narrows it again: one copy per adapter. Those on 4-bit weights leave
-    the input to autocast (peft 0.21 ``tuners/lora/bnb.py``)."""
-    key = fsdp2.trace_key(training, strategy, device, single_sequence=single_sequence)
+    """FSDP2's, but for autocast, which accelerate wraps the forward pass in, and adapters. Flattened with frozen
+    weights, these make them views of a tensor that requires a gradient, so that they get one. As units of their own
+    they still lie there in fp32 when PEFT asks for their dtype, so that it widens their input, and autocast narrows it
+    again: one copy per adapter. Those on 4-bit weights leave the input to autocast (peft 0.21 ``tuners/lora/bnb.py``).
+    """
+    compute = fsdp2.compute_of_gathered(training)
+    key = fsdp2.key_of_gathered(training, strategy, device, compute=compute, single_sequence=single_sequence)
     flattens = _flattens_adapters(training)
     casts = key.cast_adapters and (flattens or training.method is Method.QLORA)
     return replace(key, flat_gradients=flattens, cast_adapters=casts)

@@ -85,22 +85,51 @@ from launchkit.units import divide_up
 
 WIRE_SLOT = 4  # of the copy on the wire, among the slots that a rewrite uses
 
-# Gathered weights are 16-bit already; accelerate wraps the forward pass in autocast all the same.
-_COMPUTE = {
+# Gathered weights are 16-bit already. What accelerate's ``prepare_model`` wraps computes under autocast all the same.
+_UNDER_AUTOCAST = {
     Precision.FP32: Compute.FP32,
-    Precision.FP16: Compute.FP16,
+    Precision.FP16: Compute.FP16_AUTOCAST,
     Precision.BF16: Compute.BF16_AUTOCAST,
     Precision.BF16_PARAMS: Compute.BF16_AUTOCAST,
     Precision.BF16_PURE: Compute.BF16,
     Precision.FP8: Compute.FP8_AUTOCAST,
 }
-_COMPUTE_IN_LOOP = _COMPUTE | {Precision.BF16: Compute.BF16}
+_COMPUTE = _UNDER_AUTOCAST | {
+    Precision.FP16: Compute.FP16,
+    Precision.BF16: Compute.BF16,
+    Precision.BF16_PARAMS: Compute.BF16,
+}
 
 
 def trace_key(training: Training, strategy: Strategy, device: DeviceKind, *, single_sequence: bool = False) -> TraceKey:
-    """Blocks run on gathered weights, so on 16-bit ones, adapters included, under mixed precision."""
-    compute = _COMPUTE_IN_LOOP if training.trainer is Trainer.LOOP else _COMPUTE
-    key = make_trace_key(training, compute[training.precision], device, single_sequence=single_sequence)
+    """Blocks run on gathered weights, so on 16-bit ones, adapters included, under mixed precision.
+
+    Nothing wraps the forward pass in autocast: accelerate 1.15 does so in ``prepare_model``, which ``_prepare_fsdp2``
+    does not call (confirmed in a run under the Trainer), unless transformers shards the model itself, beside ``--tp``.
+    Omits: beside 4-bit weights and torchao's layers the trace has autocast nevertheless, which widens layer norms.
+    """
+    is_wrapped = strategy.split.tp > 1 or training.method is Method.QLORA
+    compute = compute_of_gathered(training) if is_wrapped else _without_autocast(training)
+    return key_of_gathered(training, strategy, device, compute=compute, single_sequence=single_sequence)
+
+
+def compute_of_gathered(training: Training) -> Compute:
+    """What blocks compute in where the forward pass is wrapped in autocast; the plain loop has it around bf16 weights
+    that are stored so, and not around those that are cast to be gathered."""
+    if training.trainer is Trainer.LOOP and training.precision is not Precision.BF16_PARAMS:
+        return _COMPUTE[training.precision]
+    return _UNDER_AUTOCAST[training.precision]
+
+
+def _without_autocast(training: Training) -> Compute:
+    return compute_of_gathered(training) if training.trainer is Trainer.LOOP else _COMPUTE[training.precision]
+
+
+def key_of_gathered(
+    training: Training, strategy: Strategy, device: DeviceKind, *, compute: Compute, single_sequence: bool
+) -> TraceKey:
+    """The key of the program in which blocks run on gathered weights, and compute as ``compute``."""
+    key = make_trace_key(training, compute, device, single_sequence=single_sequence)
     return replace(
         key,
         cast_adapters=training.method is not Method.FULL and _casts(training),

@@ -40,7 +40,7 @@ def convert_linears(model: nn.Module, key: TraceKey) -> None:
     As accelerate does it, the first and the last stay as they are, and so does what has a side that 16 does not
     divide. Raises ``TraceError`` where that leaves none, ``MissingExtraError`` where torchao is missing.
     """
-    if not key.compute.is_float8:
+    if not key.compute.is_float8 or key.transformer_engine:
         return
     try:
         from torchao.float8 import Float8LinearConfig
@@ -90,7 +90,7 @@ def _wrapped(data: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype, config
 def autocast_as_on_cuda(key: TraceKey) -> Iterator[None]:
     """While active, torchao's question about autocast, which it asks of CUDA, is answered for the CPU that stands for
     it: ``Float8Linear.forward`` casts its input itself."""
-    if not key.compute.is_float8 or key.device is not DeviceKind.CUDA:
+    if not key.compute.is_float8 or key.transformer_engine or key.device is not DeviceKind.CUDA:
         yield
         return
     is_enabled = torch.is_autocast_enabled

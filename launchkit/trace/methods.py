@@ -36,6 +36,7 @@ WEIGHT_DTYPE: Mapping[Compute, torch.dtype] = {
     Compute.BF16: torch.bfloat16,
     Compute.BF16_AUTOCAST: torch.bfloat16,
     Compute.FP16: torch.float16,
+    Compute.FP16_AUTOCAST: torch.float16,
     Compute.AUTOCAST_FP8: torch.float32,
     Compute.FP8_AUTOCAST: torch.bfloat16,
 }

@@ -26,6 +26,7 @@ _AUTOCAST = {
     Compute.AUTOCAST_BF16: torch.bfloat16,
     Compute.BF16_AUTOCAST: torch.bfloat16,
     Compute.AUTOCAST_FP16: torch.float16,
+    Compute.FP16_AUTOCAST: torch.float16,
     Compute.AUTOCAST_FP8: torch.bfloat16,
     Compute.FP8_AUTOCAST: torch.bfloat16,
 }

@@ -48,6 +48,7 @@ from launchkit.trace.quantised import packed_bytes, quantises_head, scale_bytes
 from launchkit.trace.recorder import Log
 from launchkit.trace.sequences import check_ring, shared_sequences
 from launchkit.trace.step import trace_step
+from launchkit.trace.transformer_engine import convert_modules
 from launchkit.trace.zero_linear import kept_linear_inputs
 from launchkit.units import divide_up
 
@@ -235,6 +236,7 @@ def _build(
     config = whole.config
     whole.train()
     convert_linears(whole, key)
+    convert_modules(whole, key)
     stacks = cut(whole, config, first_apart=first_apart)
     if mesh is not None and key.tp > 1:
         split_weights(whole, mesh)

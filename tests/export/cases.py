@@ -68,6 +68,7 @@ GOLDEN = [
     case("fsdp1-shard-grad-op", strategy="fsdp", sharding="shard_grad_op", checkpointing="full"),
     case("fsdp2-full", strategy="fsdp2", checkpointing="full", loss="liger"),
     case("ddp-fp8", strategy="ddp", precision="fp8"),
+    case("ddp-fp8-te", strategy="ddp", precision="fp8", fp8_backend="te"),
     case("fsdp2-fp8", strategy="fsdp2", precision="fp8", checkpointing="full", compile=True),
     case("fsdp2-qlora-offload", strategy="fsdp2", method="qlora", offload="params", checkpointing="full"),
     case("hsdp-2-nodes", strategy="hsdp", num_nodes=2, checkpointing="full"),

@@ -20,6 +20,7 @@ FSDP1 = {
     "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
     "fsdp_sharding_strategy": "SHARD_GRAD_OP",
 }
+UNSHARDED = {"distributed_type": "MULTI_GPU", "fsdp_config": None}
 BASES: dict[Tool, dict[str, Any]] = {
     Tool.ACCELERATE: {"distributed_type": "FSDP", "mixed_precision": "bf16", "num_processes": 4, "fsdp_config": FSDP2},
     Tool.DEEPSPEED: {"bf16": {"enabled": True}, "zero_optimization": {"stage": 2, "reduce_bucket_size": 500_000_000}},
@@ -159,9 +160,27 @@ TRAPS: list[tuple[Tool, dict[str, Any], str, str]] = [
     ),
     (
         Tool.ACCELERATE,
-        {"mixed_precision": "fp8", "fp8_config": {"backend": "TE"}},
+        {"fsdp_config": FSDP2, "mixed_precision": "fp8", "fp8_config": {"backend": "TE"}},
         "fp8_config.backend",
-        "is Transformer Engine, whose memory is not planned",
+        "never turns its 8 bits on",
+    ),
+    (
+        Tool.ACCELERATE,
+        {"fsdp_config": FSDP1, "mixed_precision": "fp8", "fp8_config": {"backend": "TE"}},
+        "fp8_config.backend",
+        "hands over apart under FSDP1",
+    ),
+    (
+        Tool.ACCELERATE,
+        {**UNSHARDED, "mixed_precision": "fp8", "fp8_config": {"backend": "TE", "use_mxfp8_block_scaling": True}},
+        "fp8_config.use_mxfp8_block_scaling",
+        "delayed scaling is counted",
+    ),
+    (
+        Tool.ACCELERATE,
+        {**UNSHARDED, "mixed_precision": "fp8", "fp8_config": {"backend": "TE", "interval": 2}},
+        "fp8_config.interval",
+        "no longer has",
     ),
     (Tool.ACCELERATE, {"mixed_precision": "fp8", "fp8_config": {"backend": "MSAMP"}}, "fp8_config.backend", "MS-AMP"),
     (

@@ -156,6 +156,13 @@ def test_a_script_gets_accelerates_fp8_recipe(strategy: str, gathers: str) -> No
     assert command.environment.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "false") == "false"
 
 
+def test_a_script_gets_transformer_engine() -> None:
+    chosen = candidate(strategy="ddp", precision="fp8", fp8_backend="te")
+    command = build_command(chosen, cluster(), target=SCRIPT, run_dir="/r", launcher=LAUNCHER)
+    fp8 = {name: value for name, value in command.environment.items() if name.startswith("ACCELERATE_FP8")}
+    assert fp8 == {"ACCELERATE_FP8_BACKEND": "TE"}
+
+
 def test_fp8_is_not_launched_on_a_cpu() -> None:
     with pytest.raises(IllegalScenarioError, match="there is none; use --precision bf16"):
         build_command(

@@ -143,7 +143,8 @@ def test_another_loss_is_traced_where_logits_are_too_much() -> None:
     asked: list[TraceKey] = where.source.asked  # type: ignore[attr-defined]
     known = set(asked)
     changes(where, candidate)
-    assert {key.loss for key in set(asked) - known} == {Loss.LIGER}
+    here = where.key(candidate.scenario).compute  # FSDP2, where more GPUs are tried, computes otherwise
+    assert {key.loss for key in set(asked) - known if key.compute is here} == {Loss.LIGER}
 
 
 def test_sequences_are_shortened_until_it_fits() -> None:

@@ -95,6 +95,17 @@ def test_cublas_workspace(device: Gpu, num_bytes: int) -> None:
     assert cublas_workspaces(device) == expected
 
 
+@pytest.mark.parametrize(
+    ("capability", "num_bytes"),
+    [((8, 9), 4 * MIB), ((9, 0), 32 * MIB + 1024), ((10, 0), 32 * MIB + 1024), ((12, 0), 32 * MIB + 1024)],
+)
+def test_transformer_engine_has_a_workspace_of_its_own(capability: tuple[int, int], num_bytes: int) -> None:
+    device = gpu(*capability)
+    *others, own = cublas_workspaces(device, transformer_engine=True)
+    assert tuple(others) == cublas_workspaces(device)
+    assert own == (Size.constant(num_bytes), Owner.TEMPORARIES, 1)
+
+
 def test_communicators_grow_with_the_cluster() -> None:
     """Nothing for one GPU; more for more GPUs, for a faster link, for a network, for each process group."""
     sizes = [

@@ -211,6 +211,7 @@ def test_trl_has_habits_with_adapters(overrides: dict[str, Any], casts: bool, ch
 
 
 FP8_GPU = {"compute_capability": (8, 9)}
+TE = {"precision": "fp8", "fp8_backend": "te", "strategy": "ddp"}
 
 
 @pytest.mark.parametrize(
@@ -238,6 +239,30 @@ FP8_GPU = {"compute_capability": (8, 9)}
             FP8_GPU,
             "fp8 with --offload all is not modelled",
         ),
+        (
+            {"optimizer": "lomo", "strategy": "ddp"},
+            {},
+            "lomo updates inside the backward pass of one process; use --st",
+        ),
+        (
+            {"optimizer": "adalomo", "precision": "fp16"},
+            {},
+            "adalomo never unscales what accelerate scales for --precision fp16; use --precision bf16",
+        ),
+        (
+            {"optimizer": "grokadamw", "strategy": "fsdp2"},
+            {},
+            "grokadamw keeps states on the host, where no engine looks for them; use --strategy ddp",
+        ),
+        (TE, {"compute_capability": (8, 6)}, "of compute capability 8.9 or later, which RTX 4090 is not; use --prec"),
+        (TE, {"backend": "cpu"}, "Transformer Engine's fp8 takes an NVIDIA GPU"),
+        (TE | {"trainer": "axolotl"}, FP8_GPU, "Axolotl hands accelerate torchao's recipe; use --fp8-backend ao"),
+        (TE | {"strategy": "fsdp2"}, FP8_GPU, "under FSDP2 and never turns their 8 bits on; use --fp8-backend ao, or"),
+        (TE | {"strategy": "fsdp"}, FP8_GPU, "under FSDP1 the Trainer hands them over apart; use --strategy fsdp2 --"),
+        (TE | {"strategy": "zero2"}, FP8_GPU, "under DeepSpeed is not modelled; use --strategy ddp, or --fp8-backend"),
+        (TE | {"seq_len": 2056}, FP8_GPU, "take a multiple of 16 tokens, which --micro-batch 1 × --seq-len 2056 is no"),
+        (TE | {"seq_len": 2052}, {"compute_capability": (10, 0)}, "a multiple of 8 tokens, which --micro-batch 1 × "),
+        (TE | {"method": "lora"}, FP8_GPU, "makes gradients of frozen weights too, and drops them; use --precision b"),
         ({"checkpointing": "selective", "strategy": "fsdp2"}, {}, "does not exist under --strategy fsdp2; use --check"),
         ({"checkpointing": "reentrant", "strategy": "fsdp"}, {}, "reentrant does not exist under --strategy fsdp; use"),
         (
@@ -335,8 +360,17 @@ def test_fp8_is_traced_as_the_engine_sets_it_up(
     assert strategies.refusal(chosen, profile(), cluster(**FP8_GPU, num_nodes=2)) is None
 
 
+def test_a_tied_head_is_not_given_to_transformer_engine() -> None:
+    """Whose copy of it no optimizer has; one with a side that 16 does not divide stays as it is."""
+    chosen, machine = scenario(**TE), cluster(**FP8_GPU)
+    for vocab_size, is_refused in ((96, True), (100, False)):
+        tied = profile(tied_embeddings=True, vocab_size=vocab_size, hidden_size=64)
+        reason = strategies.refusal(chosen, tied, machine)
+        assert (reason is not None and "never trains the copy; use --fp8-backend ao" in reason) is is_refused
+
+
 def test_other_precisions_have_the_keys_they_had() -> None:
     """The catalogue finds its programs by the text of a key."""
-    chosen = scenario(precision="bf16", strategy="fsdp2")
+    chosen = scenario(precision="bf16", strategy="ddp")
     key = strategies.trace_key(chosen.training, chosen.strategy, DeviceKind.CUDA)
-    assert key.text == "cuda/full/bf16-autocast/none/sdpa/plain/hf/bn"
+    assert key.text == "cuda/full/autocast-bf16/none/sdpa/plain/hf/bn"

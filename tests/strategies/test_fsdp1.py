@@ -226,6 +226,7 @@ def test_autocasts_copies_of_adapters_are_left_out_where_they_are_gathered_in_16
         ({"trainer": "loop", "precision": "bf16"}, Compute.BF16, False, False),
         ({"trainer": "loop", "precision": "bf16", "method": "lora"}, Compute.BF16, True, True),
         ({"trainer": "hf", "precision": "bf16", "method": "lora"}, Compute.BF16_AUTOCAST, False, False),
+        ({"trainer": "hf", "precision": "fp16"}, Compute.FP16_AUTOCAST, False, False),
         ({"trainer": "hf", "precision": "fp32", "method": "lora"}, Compute.FP32, False, False),
         ({"trainer": "hf", "precision": "bf16-params", "method": "qlora"}, Compute.BF16_AUTOCAST, True, False),
     ],

@@ -32,7 +32,7 @@ from launchkit.program import (
     Stream,
     TensorRef,
 )
-from launchkit.scenario import Compute, DeviceKind
+from launchkit.scenario import Compute, DeviceKind, Split
 from launchkit.simulate.expand import MemoryEvent, expand
 from launchkit.strategies import fsdp2, hsdp
 from tests.builders import cluster, profile, scenario
@@ -310,13 +310,22 @@ def test_depth_adds_no_sections() -> None:
     [
         ("loop", "fp32", Compute.FP32),
         ("loop", "bf16", Compute.BF16),
-        ("hf", "bf16", Compute.BF16_AUTOCAST),
+        ("loop", "bf16-params", Compute.BF16_AUTOCAST),
+        ("hf", "bf16", Compute.BF16),
+        ("hf", "bf16-params", Compute.BF16),
         ("hf", "bf16-pure", Compute.BF16),
+        ("hf", "fp16", Compute.FP16),
+        ("trl", "bf16", Compute.BF16),
     ],
 )
 def test_blocks_compute_on_gathered_weights(trainer: str, precision: str, expected: Compute) -> None:
     built = scenario(strategy="fsdp2", trainer=trainer, precision=precision)
     assert fsdp2.trace_key(built.training, built.strategy, DeviceKind.CPU).compute is expected
+
+
+def test_what_transformers_shards_itself_computes_under_autocast() -> None:
+    built = scenario(strategy="fsdp2", trainer="hf", precision="bf16", split=Split(tp=2))
+    assert fsdp2.trace_key(built.training, built.strategy, DeviceKind.CPU).compute is Compute.BF16_AUTOCAST
 
 
 @pytest.mark.parametrize(

@@ -162,8 +162,11 @@ def _fp8(config: Config) -> Findings:
     section = {str(key).removeprefix("fp8_"): value for key, value in section_of(config, "fp8_config").items()}
     yield from _backend(section)
     # Without a backend accelerate takes torchao where it is installed.
-    if config.get("mixed_precision") == "fp8" and str(section.get("backend", "AO")).upper() in ("AO", "NO"):
+    backend = str(section.get("backend", "AO")).upper()
+    if config.get("mixed_precision") == "fp8" and backend in ("AO", "NO"):
         yield from _torchao(config, section)
+    if config.get("mixed_precision") == "fp8" and backend == "TE":
+        yield from _transformer_engine(config, section)
     for key in section_of(config, "fp8_config"):
         old = str(key).removeprefix("fp8_")
         if old in _OLD_FP8_NAMES:
@@ -177,10 +180,7 @@ def _backend(section: Config) -> Findings:
     if backend == "MSAMP":
         problem, fix = "is MS-AMP, which accelerate is about to drop", "write AO"
         yield Finding(path="fp8_config.backend", problem=problem, fix=fix, severity=Severity.WARNING)
-    elif backend == "TE":
-        problem = "is Transformer Engine, whose memory is not planned: --precision fp8 counts torchao's"
-        yield Finding(path="fp8_config.backend", problem=problem, fix="write AO", severity=Severity.WARNING)
-    elif backend not in ("", "AO", "NO"):
+    elif backend not in ("", "AO", "NO", "TE"):
         yield from choice(section, "fp8_config.backend", ("AO", "TE", "MSAMP"))
 
 
@@ -194,6 +194,34 @@ def _torchao(config: Config, section: Config) -> Findings:
     if is_fsdp and is_true(fsdp.get("cpu_ram_efficient_loading", True)):
         problem = "is refused with torchao's fp8"
         yield Finding(path="fsdp_config.fsdp_cpu_ram_efficient_loading", problem=problem, fix="write false")
+
+
+_GONE: dict[str, object] = {"interval": 1, "override_linear_precision": None}
+_OF_DELAYED_SCALING = ("amax_history_len", "amax_compute_algo")
+
+
+def _transformer_engine(config: Config, section: Config) -> Findings:
+    """Source: accelerate 1.15 ``Accelerator._prepare_te``, ``_prepare_fsdp2``, ``apply_fp8_autowrap``,
+    ``TERecipeKwargs.to_kwargs``; Transformer Engine 2.18 ``common/recipe``, where ``DelayedScaling`` has no
+    ``interval``, and asserts that nothing overrides the precision of its products."""
+    fsdp = {str(key).removeprefix("fsdp_"): value for key, value in section_of(config, "fsdp_config").items()}
+    if config.get("distributed_type") == "FSDP" and str(fsdp.get("version", 1)) == "2":
+        problem = "is put in under FSDP2, which never turns its 8 bits on: the layers multiply in bf16"
+        yield Finding(path="fp8_config.backend", problem=problem, fix="write AO")
+    elif config.get("distributed_type") == "FSDP":
+        problem = "wants model and optimizer together, which the Trainer hands over apart under FSDP1"
+        yield Finding(path="fp8_config.backend", problem=problem, fix="write AO, and fsdp_version: 2")
+    if is_true(section.get("use_mxfp8_block_scaling", False)):
+        problem = "is not modelled: delayed scaling is counted"
+        fix = "remove it, or take the estimate for one with more scales"
+        yield Finding(path="fp8_config.use_mxfp8_block_scaling", problem=problem, fix=fix, severity=Severity.WARNING)
+        for name in (name for name in _OF_DELAYED_SCALING if name in section):
+            problem = "is refused beside use_mxfp8_block_scaling where it is not the default"
+            yield Finding(path=f"fp8_config.{name}", problem=problem, fix="remove it")
+    for name, default in _GONE.items():
+        if section.get(name, default) not in (default, None):
+            problem = "is an argument that Transformer Engine's recipe no longer has"
+            yield Finding(path=f"fp8_config.{name}", problem=problem, fix="remove it")
 
 
 def against_cluster(config: Config, cluster: Cluster) -> Findings:

@@ -11,7 +11,7 @@ from launchkit.export.lint import Tool
 from launchkit.export.read.engines import read_deepspeed, read_deepspeed_file, read_fsdp, read_unsharded
 from launchkit.export.read.reading import Draft, Place, Reading
 from launchkit.export.read.section import Section
-from launchkit.scenario import Precision, StrategyKind
+from launchkit.scenario import Fp8Backend, Precision, StrategyKind
 
 _SPREADS = ("NO", "MULTI_GPU", "MULTI_CPU", "MULTI_XPU", "MULTI_NPU", "MULTI_HPU", "FSDP", "DEEPSPEED")
 # Where processes run and how they find each other, and what is about TPUs and Megatron.
@@ -104,21 +104,31 @@ def _fsdp(keys: Section, draft: Draft, place: Place) -> None:
     version = 2 if section.text("version") == "2" else 1
     replicas, shards = _mesh_sizes(keys)
     read_fsdp(section, draft, place, version=version, replicas=replicas, shards=shards)
-    if draft.flags["precision"] is Precision.FP8:
+    _float8(keys, draft)
+    if draft.flags["precision"] is Precision.FP8 and draft.flags["fp8_backend"] is Fp8Backend.AO:
         gathers = keys.section("fp8_config", prefix="fp8_").switch("enable_fsdp_float8_all_gather")
         draft.flag("fp8_all_gather", gathers is not False)
-    _float8(keys)
 
 
-def _float8(keys: Section) -> None:
-    """What accelerate's recipe for torchao is told besides."""
+# Of Transformer Engine's recipe: none of these changes what is held, but the length of the history, 20 bytes a layer.
+_RECIPE = (
+    *("margin", "interval", "format", "amax_history_len", "amax_compute_algo", "override_linear_precision"),
+    *("use_autocast_during_eval", "use_mxfp8_block_scaling", "opt_level"),
+)
+
+
+def _float8(keys: Section, draft: Draft) -> None:
+    """Whose layers; without a word accelerate takes torchao's where it is installed."""
     section = keys.section("fp8_config", prefix="fp8_")
-    section.skip("backend", "pad_inner_dim", "enable_fsdp_float8_all_gather")
+    section.skip("pad_inner_dim", "enable_fsdp_float8_all_gather", *_RECIPE)
+    backend = (section.text("backend") or "").upper()
+    if draft.flags["precision"] is Precision.FP8:
+        draft.flag("fp8_backend", Fp8Backend.TE if backend == "TE" else Fp8Backend.AO)
 
 
 def _unsharded(keys: Section, draft: Draft, place: Place) -> None:
     """Plain copies, unless transformers splits the model, whose shards the mesh counts."""
-    _float8(keys)
+    _float8(keys, draft)
     replicas, shards = _mesh_sizes(keys)
     if "tp" not in draft.flags:
         read_unsharded(draft, place)

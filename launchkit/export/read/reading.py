@@ -12,11 +12,12 @@ from launchkit.export.read.section import AUTO, Section
 from launchkit.hardware import Cluster
 from launchkit.model import ModelProfile
 from launchkit.request import Request, Resolution, find_flag, resolve
-from launchkit.scenario import Checkpointing, Method, Scenario, Trainer
+from launchkit.scenario import Checkpointing, Method, Precision, Scenario, Trainer
 from launchkit.zero_settings import auto_sizes
 
 # What a file says of one engine or one method means nothing once another was asked for.
 _OF_STRATEGY = ("strategy", "fsdp_sharding", "fp8_all_gather", "offload", "zero_settings", "tp", "cp", "sp")
+_OF_FP8 = ("fp8_backend", "fp8_all_gather")
 _OF_ADAPTER = ("lora_rank", "lora_targets", "lora_dropout", "lora_modules_to_save", "dora", "rslora")
 _DECISIVE = (
     *("method", "strategy", "precision", "optimizer", "micro_batch", "seq_len", "checkpointing", "attention", "loss"),
@@ -88,6 +89,8 @@ class Reading:
             overruled += _OF_STRATEGY
         if given.method is Method.FULL:
             overruled += _OF_ADAPTER
+        if given.precision not in (None, Precision.FP8):
+            overruled += _OF_FP8
         if given.global_batch is None:
             overruled += ("global_batch",)
         return {name: value for name, value in self.flags.items() if name not in overruled}

@@ -152,6 +152,7 @@ def _precision(keys: Section, draft: Draft, place: Place) -> None:
     draft.flag("precision", autocast)
     if autocast is not Precision.FP8:
         draft.flags.pop("fp8_all_gather", None)
+        draft.flags.pop("fp8_backend", None)
 
 
 def _trainer_precision(keys: Section, draft: Draft, place: Place) -> None:

@@ -96,6 +96,24 @@ mixed_precision: bf16
 num_machines: 1
 num_processes: 4
 """
+ACCELERATE_TE = """
+distributed_type: MULTI_GPU
+fp8_config:
+  amax_history_len: 16
+  backend: TE
+  fp8_format: HYBRID
+mixed_precision: fp8
+num_processes: 4
+"""
+ACCELERATE_TE = """
+distributed_type: MULTI_GPU
+fp8_config:
+  amax_history_len: 16
+  backend: TE
+  fp8_format: HYBRID
+mixed_precision: fp8
+num_processes: 4
+"""
 ACCELERATE_ZERO = """
 compute_environment: LOCAL_MACHINE
 deepspeed_config:
@@ -217,6 +235,14 @@ FILES: list[tuple[str, dict[str, Any]]] = [
             "strategy.fsdp.full_state_dict": False,
             "training.precision": "bf16",
         },
+    ),
+    (
+        ACCELERATE_TE,
+        {"strategy.kind": "ddp", "training.precision": "fp8", "training.fp8_backend": "te"},
+    ),
+    (
+        ACCELERATE_TE,
+        {"strategy.kind": "ddp", "training.precision": "fp8", "training.fp8_backend": "te"},
     ),
     (
         ACCELERATE_ZERO,
@@ -393,6 +419,10 @@ def test_what_bears_on_memory_and_is_not_counted_is_said() -> None:
 def test_flags_win_over_the_file(given: dict[str, Any], expected: dict[str, Any]) -> None:
     found = scenario(AXOLOTL_LORA, **given)
     assert {path: at(found, path) for path in expected} == expected
+
+
+def test_what_a_file_says_of_fp8_goes_with_fp8() -> None:
+    assert scenario(ACCELERATE_TE, precision="bf16").training.precision == "bf16"
 
 
 def test_an_engines_settings_go_with_the_engine() -> None:
