@@ -165,6 +165,8 @@ def flags_of(row: Mapping[str, Any]) -> dict[str, Any]:
         "loss": loss,
         "trainer": trainer_of(row, loss),
     }
+    if flags["trainer"] == "axolotl":  # which tells the allocator what these runs did not
+        flags["alloc_conf"] = "expandable_segments:False"
     if row["source_group"] == "ZeRO gist":
         flags["zero_settings"] = OPENLM_SETTINGS
     if row["method"] not in ("full", "lora", "qlora"):
