@@ -314,6 +314,11 @@ class Training:
         bf16 throughout. Adapters are few, and keep fp32 ones."""
         return self.method is Method.FULL and self.precision in (Precision.BF16_PARAMS, Precision.BF16_PURE)
 
+    @property
+    def uses_transformer_engine(self) -> bool:
+        """Whether accelerate puts Transformer Engine's layers in."""
+        return self.precision is Precision.FP8 and self.fp8_backend is Fp8Backend.TE
+
     def must_reenter(self, kind: StrategyKind) -> bool:
         """Whether checkpoints are re-entered under a strategy whatever is asked for: under ZeRO-3 beside 4-bit weights,
         whose metadata change when they are gathered, which non-reentrant checkpointing takes for an error; and there

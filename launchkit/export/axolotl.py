@@ -27,7 +27,6 @@ from launchkit.recipe import RECIPES
 from launchkit.scenario import (
     Attention,
     Checkpointing,
-    Fp8Backend,
     Loss,
     Method,
     Precision,
@@ -255,7 +254,7 @@ def _refusals(candidate: Candidate, cluster: Cluster) -> tuple[tuple[bool, str, 
             "use --precision bf16",
         ),
         (
-            training.precision is Precision.FP8 and training.fp8_backend is Fp8Backend.TE,
+            training.uses_transformer_engine,
             "hands accelerate torchao's recipe for fp8",
             "use --fp8-backend ao",
         ),

@@ -13,7 +13,6 @@ from launchkit.scenario import (
     Checkpointing,
     CommHook,
     DdpSettings,
-    Fp8Backend,
     Method,
     Offload,
     Precision,
@@ -116,7 +115,7 @@ def gathers_float8(candidate: Candidate) -> bool:
     """Whether torchao's weights are cast before FSDP2 gathers them."""
     strategy = candidate.scenario.strategy
     training = candidate.scenario.training
-    is_torchao = training.precision is Precision.FP8 and training.fp8_backend is Fp8Backend.AO
+    is_torchao = training.precision is Precision.FP8 and not training.uses_transformer_engine
     return is_torchao and strategy.kind.is_fsdp and strategy.fsdp.float8_all_gather
 
 
@@ -130,7 +129,7 @@ def float8_section(candidate: Candidate) -> dict[str, object]:
     training = candidate.scenario.training
     if training.precision is not Precision.FP8:
         return {}
-    if training.fp8_backend is Fp8Backend.TE:
+    if training.uses_transformer_engine:
         return {"backend": "TE"}  # delayed scaling, as its recipe has it where nothing else is said
     return {
         "backend": "AO",
@@ -366,8 +365,8 @@ def _has_fp8_elsewhere(candidate: Candidate, cluster: Cluster) -> bool:
     """Under an engine that the layers are not planned with."""
     scenario = candidate.scenario
     strategy = scenario.strategy
-    if scenario.training.fp8_backend is Fp8Backend.TE and strategy.kind not in UNSHARDED:
-        return scenario.training.precision is Precision.FP8
+    if scenario.training.uses_transformer_engine and strategy.kind not in UNSHARDED:
+        return True
     is_other = strategy.kind is StrategyKind.FSDP or strategy.split.num_ranks > 1 or strategy.offloads_params
     return scenario.training.precision is Precision.FP8 and is_other
 

@@ -19,7 +19,7 @@ from launchkit.hardware import Backend, Cluster
 from launchkit.optimizers import find
 from launchkit.plan import Candidate
 from launchkit.recipe import RECIPES
-from launchkit.scenario import Checkpointing, Fp8Backend, Loss, Method, Precision, Training
+from launchkit.scenario import Checkpointing, Loss, Method, Precision, Training
 
 DEFAULT_DATASET = "train"  # a directory of data files, or a hub id
 _BF16_WEIGHTS = (Precision.BF16_PARAMS, Precision.BF16_PURE)
@@ -82,8 +82,7 @@ def _weights_dtype(candidate: Candidate) -> str:
 
 def _padding(training: Training) -> dict[str, object]:
     """Transformer Engine stops at a batch of another number of tokens."""
-    is_te = training.precision is Precision.FP8 and training.fp8_backend is Fp8Backend.TE
-    return {"pad_to_multiple_of": 16} if is_te else {}
+    return {"pad_to_multiple_of": 16} if training.uses_transformer_engine else {}
 
 
 def _checkpointing(candidate: Candidate) -> dict[str, object]:

@@ -23,7 +23,6 @@ from launchkit.scenario import (
     Batch,
     Checkpointing,
     DeviceKind,
-    Fp8Backend,
     Method,
     Precision,
     Scenario,
@@ -327,7 +326,7 @@ _TRANSFORMER_ENGINE = (
 def _float8_notes(scenario: Scenario) -> tuple[str, ...]:
     if scenario.training.precision is not Precision.FP8:
         return ()
-    if scenario.training.fp8_backend is Fp8Backend.TE:
+    if scenario.training.uses_transformer_engine:
         return (_TRANSFORMER_ENGINE,)
     told = "fp8: traced through torchao's own layers, and checked against no GPU's memory or speed yet"
     if scenario.training.compile:

@@ -36,46 +36,36 @@ class CacheShare(NamedTuple):
     most: float
 
 
+class CacheShares(NamedTuple):
+    """With torch's own segments, and with such as grow in place (``expandable_segments``)."""
+
+    fixed: CacheShare
+    expandable: CacheShare
+
+
 # By engine, by whether weights (of ZeRO-1 and 2: states) wait on the host, and by whether blocks are checkpointed:
 # weights that come and go leave holes of their size, and more of them where a block runs twice. Source: the allocator
-# model over 576 scenarios of six catalogued models, every strategy of the search (``python -m bench.cache``).
+# model over 576 scenarios of six catalogued models, every strategy of the search (``python -m bench.cache``, and with
+# ``--alloc-conf expandable_segments:True``).
 # Of small models more, since segments and buckets do not shrink with them: 0.8 GiB beside 1.5 in GPT-2.
-_CACHE_SHARES: Mapping[tuple[str, bool, bool], CacheShare] = {
-    ("", False, False): CacheShare(0.04, 0.23),
-    ("", False, True): CacheShare(0.09, 0.29),
-    ("", True, False): CacheShare(0.04, 0.23),
-    ("", True, True): CacheShare(0.10, 0.35),
-    ("fsdp1", False, False): CacheShare(0.10, 0.26),
-    ("fsdp1", False, True): CacheShare(0.30, 0.76),
-    ("fsdp1", True, False): CacheShare(0.10, 0.26),  # as not offloaded: not among those simulated
-    ("fsdp1", True, True): CacheShare(0.40, 0.76),
-    ("fsdp", False, False): CacheShare(0.12, 0.22),
-    ("fsdp", False, True): CacheShare(0.27, 0.46),
-    ("fsdp", True, False): CacheShare(0.10, 0.20),
-    ("fsdp", True, True): CacheShare(0.40, 0.69),
-    ("zero3", False, False): CacheShare(0.06, 0.20),
-    ("zero3", False, True): CacheShare(0.18, 0.33),
-    ("zero3", True, False): CacheShare(0.07, 0.18),
-    ("zero3", True, True): CacheShare(0.30, 0.71),
-}
-# The same with segments that grow in place (``python -m bench.cache --alloc-conf expandable_segments:True``).
-_EXPANDABLE_SHARES: Mapping[tuple[str, bool, bool], CacheShare] = {
-    ("", False, False): CacheShare(0.02, 0.09),
-    ("", False, True): CacheShare(0.04, 0.16),
-    ("", True, False): CacheShare(0.02, 0.09),
-    ("", True, True): CacheShare(0.04, 0.16),
-    ("fsdp1", False, False): CacheShare(0.10, 0.22),
-    ("fsdp1", False, True): CacheShare(0.28, 0.44),
-    ("fsdp1", True, False): CacheShare(0.10, 0.22),  # as not offloaded: not among those simulated
-    ("fsdp1", True, True): CacheShare(0.28, 0.44),
-    ("fsdp", False, False): CacheShare(0.10, 0.20),
-    ("fsdp", False, True): CacheShare(0.23, 0.30),
-    ("fsdp", True, False): CacheShare(0.07, 0.18),
-    ("fsdp", True, True): CacheShare(0.29, 0.56),
-    ("zero3", False, False): CacheShare(0.03, 0.09),
-    ("zero3", False, True): CacheShare(0.08, 0.18),
-    ("zero3", True, False): CacheShare(0.05, 0.10),
-    ("zero3", True, True): CacheShare(0.15, 0.27),
+_CACHE_SHARES: Mapping[tuple[str, bool, bool], CacheShares] = {
+    ("", False, False): CacheShares(CacheShare(0.04, 0.23), CacheShare(0.02, 0.09)),
+    ("", False, True): CacheShares(CacheShare(0.09, 0.29), CacheShare(0.04, 0.16)),
+    ("", True, False): CacheShares(CacheShare(0.04, 0.23), CacheShare(0.02, 0.09)),
+    ("", True, True): CacheShares(CacheShare(0.10, 0.35), CacheShare(0.04, 0.16)),
+    ("fsdp1", False, False): CacheShares(CacheShare(0.10, 0.26), CacheShare(0.10, 0.22)),
+    ("fsdp1", False, True): CacheShares(CacheShare(0.30, 0.76), CacheShare(0.28, 0.44)),
+    # As not offloaded: not among those simulated.
+    ("fsdp1", True, False): CacheShares(CacheShare(0.10, 0.26), CacheShare(0.10, 0.22)),
+    ("fsdp1", True, True): CacheShares(CacheShare(0.40, 0.76), CacheShare(0.28, 0.44)),
+    ("fsdp", False, False): CacheShares(CacheShare(0.12, 0.22), CacheShare(0.10, 0.20)),
+    ("fsdp", False, True): CacheShares(CacheShare(0.27, 0.46), CacheShare(0.23, 0.30)),
+    ("fsdp", True, False): CacheShares(CacheShare(0.10, 0.20), CacheShare(0.07, 0.18)),
+    ("fsdp", True, True): CacheShares(CacheShare(0.40, 0.69), CacheShare(0.29, 0.56)),
+    ("zero3", False, False): CacheShares(CacheShare(0.06, 0.20), CacheShare(0.03, 0.09)),
+    ("zero3", False, True): CacheShares(CacheShare(0.18, 0.33), CacheShare(0.08, 0.18)),
+    ("zero3", True, False): CacheShares(CacheShare(0.07, 0.18), CacheShare(0.05, 0.10)),
+    ("zero3", True, True): CacheShares(CacheShare(0.30, 0.71), CacheShare(0.15, 0.27)),
 }
 SMALL_CACHE_BYTES = GIB
 _CACHING_ENGINES: Mapping[StrategyKind, str] = {
@@ -99,9 +89,9 @@ def cache_share(scenario: Scenario) -> CacheShare:
         else ""
     )
     waits = scenario.strategy.offloads_params if engine else offload.optimizer
+    shares = _CACHE_SHARES[engine, waits, scenario.training.checkpointing is not Checkpointing.NONE]
     is_expandable = AllocatorSettings.parse(scenario.alloc_conf).expandable_segments
-    shares = _EXPANDABLE_SHARES if is_expandable else _CACHE_SHARES
-    return shares[engine, waits, scenario.training.checkpointing is not Checkpointing.NONE]
+    return shares.expandable if is_expandable else shares.fixed
 
 
 class ByteRange(NamedTuple):

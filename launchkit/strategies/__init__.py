@@ -17,7 +17,6 @@ from launchkit.scenario import (
     Checkpointing,
     Compute,
     DeviceKind,
-    Fp8Backend,
     Loss,
     Method,
     Offload,
@@ -132,7 +131,7 @@ def _float8_refusal(scenario: Scenario, profile: ModelProfile, cluster: Cluster)
     training, strategy, gpu = scenario.training, scenario.strategy, cluster.gpu
     if training.precision is not Precision.FP8:
         return None
-    if training.fp8_backend is Fp8Backend.TE and (reason := _transformer_engine_refusal(scenario, profile, cluster)):
+    if training.uses_transformer_engine and (reason := _transformer_engine_refusal(scenario, profile, cluster)):
         return reason
     facts = {
         f"{gpu.name} has no fp8; use --precision bf16, or a GPU of compute capability 8.9 or later": (
@@ -233,7 +232,7 @@ _WITHOUT_LOSS = {
     (Trainer.TRL, Loss.PLAIN): "TRL's trainer always computes its loss in chunks; use --loss chunked or --trainer hf",
     (Trainer.TRL, Loss.CCE): "TRL has no cut cross-entropy; use --loss chunked or --trainer axolotl",
 }
-_IN_16_BITS = (*(Compute.BF16, Compute.BF16_AUTOCAST, Compute.FP16, Compute.FP16_AUTOCAST, Compute.FP8_AUTOCAST),)
+_IN_16_BITS = (Compute.BF16, Compute.BF16_AUTOCAST, Compute.FP16, Compute.FP16_AUTOCAST, Compute.FP8_AUTOCAST)
 
 
 def _head_refusal(scenario: Scenario, profile: ModelProfile, cluster: Cluster) -> str | None:

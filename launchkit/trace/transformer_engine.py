@@ -123,7 +123,8 @@ def _clear(*tensors: torch.Tensor | None) -> None:
 
 
 def _activation_dtype(x: torch.Tensor) -> torch.dtype:
-    """``set_activation_dtype``: autocast's where it is on. It is asked of the CPU that stands for CUDA."""
+    """``set_activation_dtype``: autocast's where it is on, else that of ``x``. It is asked of the CPU that stands for
+    CUDA."""
     return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
 
 
@@ -166,7 +167,7 @@ class Normalised(Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else weight.dtype
+        dtype = _activation_dtype(weight)
         shape = x.shape
         x = x.contiguous().to(dtype).view(-1, len(weight))
         factors = weight.to(dtype), bias.to(dtype)

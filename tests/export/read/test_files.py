@@ -105,15 +105,6 @@ fp8_config:
 mixed_precision: fp8
 num_processes: 4
 """
-ACCELERATE_TE = """
-distributed_type: MULTI_GPU
-fp8_config:
-  amax_history_len: 16
-  backend: TE
-  fp8_format: HYBRID
-mixed_precision: fp8
-num_processes: 4
-"""
 ACCELERATE_ZERO = """
 compute_environment: LOCAL_MACHINE
 deepspeed_config:
