@@ -11,8 +11,10 @@ from launchkit import planner
 from launchkit.catalog.hardware import hardware_table
 from launchkit.catalog.models import Progress, find_model
 from launchkit.catalog.presets import find_preset
+from launchkit.dataset import measure_lengths
 from launchkit.errors import UsageError
 from launchkit.hardware import Cluster, with_host_memory
+from launchkit.lengths import Lengths
 from launchkit.model import ModelProfile, ModelSource
 from launchkit.plan import Candidate, Plan
 from launchkit.planner.evaluate import Bench
@@ -76,7 +78,8 @@ def plan_request(
     """``plan`` of a request that has been read already."""
     cluster = find_cluster(request.gpus, host_memory=request.host_memory)
     source = find_source(model, request, trust_remote_code=trust_remote_code, progress=progress)
-    return planner.plan(source, cluster=cluster, request=request, in_full=in_full, progress=progress)
+    lengths = find_lengths(model, request, source.profile, progress=progress)
+    return planner.plan(source, cluster=cluster, request=request, lengths=lengths, in_full=in_full, progress=progress)
 
 
 def estimate_request(
@@ -85,9 +88,11 @@ def estimate_request(
     """``estimate`` of a request that has been read already, with the cluster that it is about."""
     cluster = find_cluster(request.gpus, host_memory=request.host_memory)
     source = find_source(model, request, trust_remote_code=trust_remote_code, progress=progress)
-    resolution = resolve(request, model=source.profile, cluster=cluster)
-    candidate = planner.estimate(source, cluster=cluster, scenario=resolution.scenario)
-    return replace(candidate, notes=(*resolution.notes, *candidate.notes)), cluster
+    lengths = find_lengths(model, request, source.profile, progress=progress)
+    fitted = planner.fit_to_data(request, lengths, model=source.profile)
+    resolution = resolve(fitted.request, model=source.profile, cluster=cluster)
+    candidate = planner.estimate(source, cluster=cluster, scenario=resolution.scenario, lengths=lengths)
+    return replace(candidate, notes=(*fitted.notes, *resolution.notes, *candidate.notes)), cluster
 
 
 def check_request(
@@ -108,6 +113,9 @@ def check_request(
         raise UsageError(f"{path.name} names no model; add --model ID, such as --model Qwen/Qwen3-8B")
     source = find_source(name, request, trust_remote_code=trust_remote_code, progress=progress)
     return judge_file(file, reading, source=source, cluster=cluster, given=request)
+
+
+TEXT_TASK = "causal-lm"  # of the models whose rows are the examples of a data set
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,6 +145,16 @@ def find_source(
 ) -> ModelSource:
     """The model of a hub id, a directory or a ``config.json``."""
     return find_model(model, config_path=request.config, trust_remote_code=trust_remote_code, progress=progress)
+
+
+def find_lengths(
+    model: str, request: Request, profile: ModelProfile, *, progress: Progress | None = None
+) -> Lengths | None:
+    """How long the examples of ``--data`` are in the model's tokens. None where there is no such file, or where a row
+    of text is not what the model takes."""
+    if request.data is None or request.images or profile.task != TEXT_TASK or not Path(request.data).is_file():
+        return None
+    return measure_lengths(request.data, model=model if Path(model).exists() else profile.name, progress=progress)
 
 
 def find_cluster(spec: str | None, *, host_memory: str | None = None) -> Cluster:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from launchkit.hardware import Cluster
+from launchkit.lengths import COUNTED_BY_TOKENIZER
 from launchkit.model import ModelProfile
 from launchkit.program import Owner
 from launchkit.scenario import Scenario
@@ -157,8 +158,32 @@ class StepTime:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DataUse:
+    """One pass over a data set. ``num_rows`` are its sequences, examples or what they fill end to end when packed;
+    ``num_truncated`` examples lose what is beyond the planned length. ``seconds`` is by the clock, with batches as wide
+    as they usually are, in a range as wide as published runs are off."""
+
+    path: str
+    num_examples: int
+    num_rows: int
+    mean_tokens: float
+    longest_tokens: int
+    num_truncated: int
+    counted_by: str
+    num_steps: int
+    seconds: float
+    seconds_low: float
+    seconds_high: float
+
+    @property
+    def is_estimated(self) -> bool:
+        """Whether lengths follow from bytes, no tokenizer having counted."""
+        return self.counted_by != COUNTED_BY_TOKENIZER
+
+
+@dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """A scenario and what was read off its program."""
+    """A scenario and what was read off its program. ``data`` is there where a data set was given and could be read."""
 
     model: ModelProfile
     num_parameters: int
@@ -166,6 +191,7 @@ class Candidate:
     scenario: Scenario
     estimate: Estimate
     step: StepTime
+    data: DataUse | None = None
     notes: tuple[str, ...] = ()
 
 

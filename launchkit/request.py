@@ -212,7 +212,7 @@ FLAGS: tuple[Flag, ...] = (
     ),
     Flag(name="micro_batch", kind=int, default=1, help="sequences per GPU and forward pass"),
     Flag(name="global_batch", kind=int, help="sequences per optimizer step, over all GPUs [one micro-batch per GPU]"),
-    Flag(name="seq_len", kind=int, default=2048, help="tokens per sequence"),
+    Flag(name="seq_len", kind=int, default=2048, help="tokens per sequence; with --data its longest"),
     Flag(name="packing", kind=bool, default=False, help="fill every sequence with several examples"),
     Flag(name="images", kind=bool, default=False, help="every sequence has one image, its tokens within the length"),
     Flag(name="checkpointing", kind=Checkpointing, default="none", help="activations computed again in the backward"),
@@ -220,7 +220,7 @@ FLAGS: tuple[Flag, ...] = (
     Flag(name="loss", kind=Loss, default="plain", help="cross-entropy implementation; TRL's is chunked"),
     Flag(name="compile", kind=bool, default=False, help="run the model through torch.compile"),
     Flag(name="trainer", kind=Trainer, default="hf", help="whose training loop"),
-    Flag(name="data", kind=str, help="training data (JSON lines)"),
+    Flag(name="data", kind=str, help="training data (JSON lines): sets the length, and tells what an epoch takes"),
     Flag(name="state", kind=State, default="steady", help="which step: the first has no optimizer states yet"),
     Flag(
         name="alloc_conf",

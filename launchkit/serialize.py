@@ -18,7 +18,7 @@ from launchkit import __version__
 from launchkit.errors import LaunchkitError, PlanFileError
 from launchkit.hardware import Cluster
 from launchkit.model import ModelProfile
-from launchkit.plan import Candidate, Estimate, Plan, Rejected, StepTime
+from launchkit.plan import Candidate, DataUse, Estimate, Plan, Rejected, StepTime
 from launchkit.request import scenario_flags
 from launchkit.scenario import Batch, Scenario, Strategy, Training
 from launchkit.strategies.split import mesh_of
@@ -169,6 +169,7 @@ def _candidate(candidate: Candidate, *, cluster: Cluster) -> dict[str, Any]:
             "worst_phase": candidate.estimate.worst_phase.value,
         },
         "step": encode(candidate.step),
+        "data": encode(candidate.data),
         "notes": list(candidate.notes),
     }
 
@@ -215,6 +216,7 @@ def _candidate_from(document: object, *, model: ModelProfile, path: str) -> Cand
         scenario=_scenario_from(_take(items, "scenario", path=path), path=f"{path}.scenario"),
         estimate=decode(Estimate, _take(items, "estimate", path=path), path=f"{path}.estimate"),
         step=decode(StepTime, _take(items, "step", path=path), path=f"{path}.step"),
+        data=decode(DataUse | None, items.get("data"), path=f"{path}.data"),
         notes=decode(tuple[str, ...], _take(items, "notes", path=path), path=f"{path}.notes"),
     )
 

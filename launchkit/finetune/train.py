@@ -14,9 +14,10 @@ from typing import Any
 
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from launchkit.dataset import read_examples
 from launchkit.finetune import cpu_fsdp
 from launchkit.finetune.batches import RightPadded, TokenRows
-from launchkit.finetune.data import fit_rows, read_examples, tokenise
+from launchkit.finetune.data import fit_rows, tokenise
 from launchkit.finetune.devices import check_devices
 from launchkit.finetune.measure import StepMeter
 from launchkit.finetune.model import adapter_config, load_model, load_tokenizer, with_adapter

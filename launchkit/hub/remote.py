@@ -8,14 +8,19 @@ from __future__ import annotations
 
 import os
 import re
+import socket
+import urllib.request
 from pathlib import Path
 from typing import Any, Protocol
+from urllib.parse import urlsplit
 
 from launchkit.errors import HubError, LaunchkitError, MissingExtraError, UnknownModelError
 from launchkit.hub.validate import MAX_CONFIG_BYTES, read_config_file, too_large
 
 DEFAULT_ENDPOINT = "https://huggingface.co"
 TIMEOUT_SECONDS = 10
+REACHABLE_SECONDS = 3
+_ON = ("1", "ON", "YES", "TRUE")  # huggingface_hub's ENV_VARS_TRUE_VALUES
 FILE_NAME = "config.json"
 
 # "name" or "owner/name", as the hub allows them.
@@ -41,6 +46,20 @@ class Hub(Protocol):
 def endpoint() -> str:
     """The hub's address: ``HF_ENDPOINT``, else huggingface.co."""
     return (os.environ.get("HF_ENDPOINT") or DEFAULT_ENDPOINT).rstrip("/")
+
+
+def is_reachable() -> bool:
+    """Whether the hub, or the proxy that leads to it, answers at all. Libraries try again for most of a minute."""
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in _ON or os.environ.get("TRANSFORMERS_OFFLINE", "").upper() in _ON:
+        return False
+    proxy = urllib.request.getproxies().get(urlsplit(endpoint()).scheme)
+    address = urlsplit(proxy or endpoint())
+    port = address.port or (443 if address.scheme == "https" else 80)
+    try:
+        with socket.create_connection((address.hostname or "", port), timeout=REACHABLE_SECONDS):
+            return True
+    except OSError:
+        return False
 
 
 def is_model_id(name: str) -> bool:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from launchkit.planner.choose import plan
-from launchkit.planner.evaluate import estimate, program_key
+from launchkit.planner.data import fit_to_data
+from launchkit.planner.evaluate import program_key
+from launchkit.planner.one import estimate
 
-__all__ = ["estimate", "plan", "program_key"]
+__all__ = ["estimate", "fit_to_data", "plan", "program_key"]

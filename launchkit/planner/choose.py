@@ -9,9 +9,11 @@ from launchkit import __version__, strategies
 from launchkit.alloc_conf import EXPANDABLE, VARIABLE
 from launchkit.errors import IllegalScenarioError
 from launchkit.hardware import Backend, Cluster, format_gpus
+from launchkit.lengths import Lengths
 from launchkit.model import ModelProfile, ModelSource
 from launchkit.plan import UNDECIDED, Candidate, Plan, Rejected, Suggestion
 from launchkit.planner.changes import SHORTEST_SEQUENCE, fully_checkpointed, wider_clusters, with_half_micro_batch
+from launchkit.planner.data import fit_to_data, with_data
 from launchkit.planner.evaluate import GIVEN_BACK, Bench, judge, sketch
 from launchkit.planner.search import Option, Refused, Search
 from launchkit.request import Request, decisions, option_text
@@ -62,10 +64,11 @@ def plan(
     *,
     cluster: Cluster,
     request: Request,
+    lengths: Lengths | None = None,
     in_full: bool = False,
     progress: Progress | None = None,
 ) -> Plan:
-    """The best way to fine-tune the model of ``source`` on ``cluster`` within ``request``.
+    """The best way to fine-tune the model of ``source`` on ``cluster`` within ``request``, for data of ``lengths``.
 
     Without a method asked for: a full fine-tune if it fits without offload, else LoRA, else QLoRA, else offload.
     What is chosen has been run through the allocator. ``in_full`` the best batch of every other strategy is as well,
@@ -73,7 +76,8 @@ def plan(
     when every combination asked for is one that its engine refuses.
     """
     bench = Bench(source=source, cluster=cluster)
-    search = Search(bench=bench, request=request)
+    fitted = fit_to_data(request, lengths, model=source.profile)
+    search = Search(bench=bench, request=fitted.request)
     source.expect(search.expected_keys())
     options, refused = _explore(search)
     if not options:
@@ -89,12 +93,12 @@ def plan(
         request=request.given(),
         model=source.profile,
         cluster=cluster,
-        chosen=chosen,
-        alternatives=alternatives,
+        chosen=with_data(bench, chosen, lengths) if chosen else None,
+        alternatives=tuple(with_data(bench, candidate, lengths) for candidate in alternatives),
         rejected=_rejected(bench, losers, seen=judged, most=len(losers) if in_full else SHOWN_REJECTED),
         suggestions=_suggestions(search, chosen, options, judged),
         assumptions=_assumptions(chosen.scenario if chosen else min(options, key=_need).scenario, source.profile),
-        notes=_notes(request, source.profile, chosen),
+        notes=(*fitted.notes, *_notes(fitted.request, source.profile, chosen)),
         num_considered=search.num_considered,
         versions={"launchkit": __version__, **source.profile.versions},
     )

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from launchkit import strategies
 from launchkit.alloc_conf import AllocatorSettings
-from launchkit.errors import IllegalScenarioError, TraceError
+from launchkit.errors import TraceError
 from launchkit.hardware import Cluster
 from launchkit.model import ModelProfile, ModelSource
 from launchkit.optimizers import FP32_BYTES, LocalTensor, find, traffic_bytes
@@ -219,19 +219,6 @@ def program_key(
         packed=training.flattens_batch,
         transposes_float8=key.transformer_engine and transposes_float8,
     ).canonical
-
-
-def estimate(source: ModelSource, *, cluster: Cluster, scenario: Scenario) -> Candidate:
-    """Memory and speed of exactly this scenario.
-
-    Raises ``IllegalScenarioError`` where the engine would refuse it, ``TraceError`` where the model's step cannot be
-    had.
-    """
-    bench = Bench(source=source, cluster=cluster, asks_kernels=True)
-    reason = strategies.refusal(scenario, source.profile, bench.cluster_of(scenario))
-    if reason is not None:
-        raise IllegalScenarioError(reason)
-    return judge(bench, scenario)
 
 
 def judge(bench: Bench, scenario: Scenario) -> Candidate:

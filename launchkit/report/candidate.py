@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from launchkit.hardware import Backend, Cluster
 from launchkit.model import ModelProfile
-from launchkit.plan import Candidate, Estimate, RunPhase, StepTime
+from launchkit.plan import Candidate, DataUse, Estimate, RunPhase, StepTime
 from launchkit.report.text import Canvas, Ink, MemoryScale, bar
 from launchkit.report.verdict import Verdict, asks_rare_host, verdict
 from launchkit.scenario import Checkpointing, Method, Precision, Scenario, StrategyKind, Training
@@ -137,6 +137,8 @@ def memory_lines(candidate: Candidate, *, cluster: Cluster, canvas: Canvas) -> l
     parts.append(f"{gigabytes(_checkpoint_bytes(estimate))} per checkpoint{_write_text(estimate)}")
     if speed := speed_text(candidate):
         parts.append(speed)
+    if candidate.data is not None and candidate.step.seconds > 0:
+        parts.append(run_text(candidate.data))
     return canvas.flow(parts, first=INDENT, rest=INDENT, separator=" · ")
 
 
@@ -201,6 +203,27 @@ def step_text(step: StepTime) -> str:
     return f"{_doubt(step)}{duration(step.seconds)} per step"
 
 
+def run_text(data: DataUse) -> str:
+    """``~3.4 h (2.6–4.3 h) for one epoch``."""
+    low, high = duration(data.seconds_low), duration(data.seconds_high)
+    number, unit = low.split(" ")
+    return f"~{duration(data.seconds)} ({number if high.endswith(f' {unit}') else low}–{high}) for one epoch"
+
+
+def data_parts(data: DataUse | None) -> list[str]:
+    """A data set and what one pass over it is made of."""
+    if data is None:
+        return []
+    about = "about " if data.is_estimated else ""
+    rows = "" if data.num_rows == data.num_examples else f" in {data.num_rows:,} sequences"
+    return [
+        f"{PurePath(data.path).name}: {data.num_examples:,} example{'s' * (data.num_examples != 1)}{rows}",
+        f"{about}{data.mean_tokens:,.0f} tokens each, the longest {data.longest_tokens:,}",
+        *([f"{data.num_truncated:,} cut"] if data.num_truncated else []),
+        f"{data.num_steps:,} step{'s' * (data.num_steps != 1)} an epoch",
+    ]
+
+
 def bars(estimate: Estimate, *, canvas: Canvas) -> list[str]:
     """The memory at the peak by what it is for, flowing over as many lines as the width asks for."""
     scale = MemoryScale(largest_bytes=estimate.device_peak_bytes)
@@ -214,9 +237,14 @@ def bars(estimate: Estimate, *, canvas: Canvas) -> list[str]:
     return canvas.flow(items, first=INDENT, rest=INDENT)
 
 
-def worst_moment(estimate: Estimate) -> str:
-    """When the peak comes: in which part of a step, or in which other phase of the run."""
-    return f"worst moment: {_PHASES.get(estimate.worst_phase) or _STEP_PHASES[estimate.peak_phase]}"
+def worst_moment(candidate: Candidate) -> str:
+    """When the peak comes: in which part of a step, of which sequence, or in which other phase of the run."""
+    estimate, data = candidate.estimate, candidate.data
+    if other := _PHASES.get(estimate.worst_phase):
+        return f"worst moment: {other}"
+    is_longest = data is not None and data.num_rows == data.num_examples
+    whose = f" of the longest sequence ({candidate.scenario.batch.seq_len:,} tokens)" if is_longest else ""
+    return f"worst moment: {_STEP_PHASES[estimate.peak_phase]}{whose}"
 
 
 def saved_text(saved_bytes: int) -> str:

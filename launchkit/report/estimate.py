@@ -5,7 +5,7 @@ from __future__ import annotations
 from launchkit.alloc_conf import VARIABLE
 from launchkit.hardware import Backend, Cluster, format_gpus
 from launchkit.plan import Candidate, Estimate, RunPhase
-from launchkit.report.candidate import INDENT, headline, memory_lines, model_name, phases, worst_moment
+from launchkit.report.candidate import INDENT, data_parts, headline, memory_lines, model_name, phases, worst_moment
 from launchkit.report.text import MARGIN, Canvas, Ink, bar, table
 from launchkit.report.verdict import Verdict, verdict
 from launchkit.units import count, gib
@@ -29,10 +29,11 @@ def estimate_lines(candidate: Candidate, *, cluster: Cluster, canvas: Canvas) ->
     lines = headline(candidate, cluster=cluster, canvas=canvas)
     lines += memory_lines(candidate, cluster=cluster, canvas=canvas)
     stage = f" (stage {estimate.peak_stage})" if estimate.worst_phase is RunPhase.STEADY_STEP else ""
-    lines += [f"{INDENT}{worst_moment(estimate)}{stage}"]
+    lines += [f"{INDENT}{worst_moment(candidate)}{stage}"]
     lines += [f"{' ' * MARGIN}{row}" for row in _owner_rows(estimate, canvas=canvas)]
     lines += canvas.section("phases", phases(estimate), separator=" · ")
     lines += canvas.section("allocator", _allocator(candidate), separator=" · ")
+    lines += canvas.section("data", data_parts(candidate.data), separator=" · ")
     return lines + canvas.section("model", _subject(candidate, cluster=cluster), separator=" · ")
 
 

@@ -388,6 +388,21 @@ TERMS: tuple[Term, ...] = (
         also=("steady", "first"),
         see=("optimizer_states",),
     ),
+    Term(
+        name="data",
+        text="--data FILE makes plan and estimate read the examples. Where no --seq-len is given, the plan is for the "
+        "longest of them, as far as the model was made for it: the batch that runs out of memory is the one that holds "
+        "it. Packed sequences keep their usual length. Tokens are counted by the model's own tokenizer and chat "
+        "template, all of them in small files and 4,100 examples of large ones, and remembered; without a tokenizer at "
+        "hand they are estimated from bytes, and a note says so. The time of an epoch is that of its steps, each as "
+        "wide as the longest of the examples that usually meet in it; its range is how far families of published runs "
+        "are from the clock.",
+        formula="steps = ⌈sequences ÷ global batch⌉; usual width = Σ qᵢ ((i/n)ᵇ − ((i−1)/n)ᵇ) over the n quantiles of "
+        "length, of b sequences side by side",
+        omits="evaluations, checkpoints, what loading data costs, and sorting by length.",
+        also=("epoch", "num_steps", "longest_tokens"),
+        see=("range",),
+    ),
 )
 
 

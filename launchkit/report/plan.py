@@ -7,6 +7,7 @@ from launchkit.plan import Candidate, Estimate, Plan, Rejected, Suggestion
 from launchkit.report.candidate import (
     INDENT,
     bars,
+    data_parts,
     device_text,
     disk_uses,
     headline,
@@ -24,7 +25,7 @@ from launchkit.report.candidate import (
 from launchkit.report.text import MARGIN, Canvas, Ink, beside, columns, shorten, table
 from launchkit.report.verdict import asks_rare_host, closest, closest_but_for_host
 from launchkit.scenario import Precision, Scenario, Trainer
-from launchkit.units import count, gib
+from launchkit.units import count, duration, gib
 
 SHOWN_ALTERNATIVES = 3
 SHOWN_REJECTED = 4
@@ -46,6 +47,7 @@ def render_plan(
     lines += canvas.section(
         "to fit more" if plan.chosen else "would fit", _suggestions(plan.suggestions), separator="  ·  "
     )
+    lines += canvas.section("data", data_parts(plan.chosen.data if plan.chosen else None), separator=" · ")
     lines += canvas.section("model", _subject(plan), separator=" · ")
     lines += canvas.section("assumes", list(plan.assumptions), separator=", ")
     for note in (*plan.cluster.notes, *plan.notes):
@@ -58,7 +60,7 @@ def _chosen(plan: Plan, chosen: Candidate, *, canvas: Canvas) -> list[str]:
     lines = headline(chosen, cluster=plan.cluster, canvas=canvas)
     lines += memory_lines(chosen, cluster=plan.cluster, canvas=canvas)
     lines += bars(chosen.estimate, canvas=canvas)
-    lines += [INDENT + worst_moment(chosen.estimate)]
+    lines += [INDENT + worst_moment(chosen)]
     for note in chosen.notes:
         lines += canvas.flow([note], first=INDENT, rest=INDENT)
     return lines
@@ -89,7 +91,7 @@ def _nothing_fits(plan: Plan, *, canvas: Canvas) -> list[str]:
     name = short_name(nearest.scenario, cluster=plan.cluster)
     text = f"closest: {name} needs {peak_text(nearest.estimate, cluster=plan.cluster)}"
     lines += canvas.flow([f"{text}; {missing} too much"], first=INDENT, rest=INDENT)
-    return [*lines, *bars(nearest.estimate, canvas=canvas), INDENT + worst_moment(nearest.estimate)]
+    return [*lines, *bars(nearest.estimate, canvas=canvas), INDENT + worst_moment(nearest)]
 
 
 def _others(plan: Plan, *, canvas: Canvas, in_full: bool) -> list[str]:
@@ -120,11 +122,17 @@ def _alternative_rows(candidates: tuple[Candidate, ...], plan: Plan, *, canvas: 
         [
             _row_name(item.scenario, plan),
             device_text(item.estimate),
-            step_text(item.step) + _rare_host(item, plan.cluster),
+            _time_text(item) + _rare_host(item, plan.cluster),
         ]
         for item in candidates
     ]
     return table([row[:2] for row in rows] if canvas.is_narrow else rows, right=(1,))
+
+
+def _time_text(candidate: Candidate) -> str:
+    """Of one pass over the data, where there is any; else of a step."""
+    data = candidate.data
+    return f"~{duration(data.seconds)} per epoch" if data and data.seconds else step_text(candidate.step)
 
 
 def _rare_host(candidate: Candidate, cluster: Cluster) -> str:

@@ -17,6 +17,7 @@ from launchkit.request import Request
 from launchkit.scenario import Offload
 from launchkit.serialize import document_text, plan_document, plan_from_text
 from launchkit.units import GB, GIB, MIB
+from tests.builders import candidate as built
 from tests.builders import cluster, estimate, scenario
 from tests.planner.sources import WrittenSource
 
@@ -183,9 +184,13 @@ def test_a_phase_that_does_not_fit_decides() -> None:
     )
     steady = replace(loading, phase=RunPhase.STEADY_STEP, device_peak_bytes=20 * GIB, device_peak_high_bytes=21 * GIB)
     whole = replace(step, phases=(loading, steady))
-    assert step.fits and verdict(step) is Verdict.FITS and worst_moment(step) == "worst moment: the loss"
+    assert (
+        step.fits
+        and verdict(step) is Verdict.FITS
+        and worst_moment(replace(built(), estimate=step)) == "worst moment: the loss"
+    )
     assert not whole.fits and verdict(whole) is Verdict.DOES_NOT_FIT
-    assert worst_moment(whole) == "worst moment: loading the model"
+    assert worst_moment(replace(built(), estimate=whole)) == "worst moment: loading the model"
     assert (
         replace(step, phases=(replace(steady, phase=RunPhase.FIRST_STEP), steady)).worst_phase is RunPhase.STEADY_STEP
     )
