@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-import socket
-import urllib.request
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
@@ -50,9 +48,12 @@ def endpoint() -> str:
 
 def is_reachable() -> bool:
     """Whether the hub, or the proxy that leads to it, answers at all. Libraries try again for most of a minute."""
+    import socket
+    from urllib.request import getproxies  # lazy: an HTTP client comes with it
+
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in _ON or os.environ.get("TRANSFORMERS_OFFLINE", "").upper() in _ON:
         return False
-    proxy = urllib.request.getproxies().get(urlsplit(endpoint()).scheme)
+    proxy = getproxies().get(urlsplit(endpoint()).scheme)
     address = urlsplit(proxy or endpoint())
     port = address.port or (443 if address.scheme == "https" else 80)
     try:
