@@ -151,6 +151,8 @@ _IGNORED_OPTIONS = frozenset(
 )
 
 
-def read_variable(environment: Mapping[str, str]) -> str:
-    """What the environment tells torch, the newer name first; nothing where it tells nothing."""
-    return environment.get(VARIABLE) or environment.get(OLDER_VARIABLE) or ""
+def read_variable(environment: Mapping[str, str]) -> tuple[str, str]:
+    """The variable that tells torch something, the newer one first, and what; nothing where none does."""
+    return next(
+        ((name, text) for name in (VARIABLE, OLDER_VARIABLE) if (text := environment.get(name))), (VARIABLE, "")
+    )

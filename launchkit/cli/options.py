@@ -71,6 +71,8 @@ def read_request(typed: Mapping[str, object], *, console: Console) -> Request:
     flags = dict(typed)
     num_gpus = flags.pop("num_gpus", None)
     gathered = settings.gather(flags, environment=environment, directory=directory)
+    for note in gathered.notes:
+        console.note(f"note: {note}")
     if gathered.origins:
         console.note(f"settings: {gathered.text}")
     return gathered.request if num_gpus is None else _with_num_gpus(gathered.request, num_gpus)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
-from launchkit.alloc_conf import VARIABLE, read_variable
+from launchkit.alloc_conf import VARIABLE, AllocatorSettings, read_variable
 from launchkit.catalog.presets import find_preset
 from launchkit.errors import UsageError
 from launchkit.request import FLAGS, Request, find_flag
@@ -34,11 +34,13 @@ OTHER_VARIABLES = frozenset(
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """A request, and where each flag that was not typed came from; ``preset`` is the name of one, if any."""
+    """A request, and where each flag that was not typed came from; ``preset`` is the name of one, if any. ``notes`` say
+    what of the environment does not count."""
 
     request: Request
     origins: Mapping[str, str]
     preset: str = ""
+    notes: tuple[str, ...] = ()
 
     @property
     def text(self) -> str:
@@ -60,9 +62,27 @@ def gather(typed: Mapping[str, object], *, environment: Mapping[str, str], direc
     preset = find_preset(str(values.pop(PRESET))) if PRESET in values else None
     if preset is not None:
         _fill(values, preset.flags, origins=origins, origin=f"preset {preset.name}")
-    if is_detected(values.get("gpus")) and (conf := read_variable(environment)):
-        _fill(values, {"alloc_conf": conf}, origins=origins, origin=VARIABLE)
-    return Settings(request=Request.from_flags(values), origins=origins, preset=preset.name if preset else "")
+    notes: tuple[str, ...] = ()
+    if is_detected(values.get("gpus")) and "alloc_conf" not in values:
+        notes = _take_alloc_conf(values, environment, origins=origins)
+    return Settings(
+        request=Request.from_flags(values), origins=origins, preset=preset.name if preset else "", notes=notes
+    )
+
+
+def _take_alloc_conf(
+    values: dict[str, object], environment: Mapping[str, str], *, origins: dict[str, str]
+) -> tuple[str, ...]:
+    """Torch's own variable, which is no typing slip of ours: where it says more than is modelled, a note says so."""
+    variable, conf = read_variable(environment)
+    try:
+        AllocatorSettings.parse(conf)
+    except UsageError as error:
+        reason = str(error).removeprefix(VARIABLE).strip().partition(";")[0]
+        return (f"{variable} {reason}: planned as if it were not set",)
+    if conf:
+        _fill(values, {"alloc_conf": conf}, origins=origins, origin=variable)
+    return ()
 
 
 def is_detected(gpus: object) -> bool:

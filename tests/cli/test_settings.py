@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from launchkit.alloc_conf import AllocatorSettings
 from launchkit.catalog.presets import find_preset
 from launchkit.cli.settings import gather, unknown_variables
 from launchkit.errors import UsageError
@@ -56,6 +57,13 @@ PROJECT = {"pyproject.toml": "[tool.launchkit]\nseq_len = 256\npacking = true\n"
             {},
             {"alloc_conf": "expandable_segments:True"},
             "--alloc-conf expandable_segments:True (PYTORCH_ALLOC_CONF)",
+        ),
+        (
+            {},
+            {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"},
+            {},
+            {"alloc_conf": "max_split_size_mb:64"},
+            "--alloc-conf max_split_size_mb:64 (PYTORCH_CUDA_ALLOC_CONF)",
         ),
         ({"gpus": "4x4090"}, {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}, {}, {"gpus": "4x4090"}, ""),
     ],
@@ -144,3 +152,15 @@ def test_slips_in_variable_names_are_found() -> None:
     environment = {"LAUNCHKIT_SEQLEN": "1", "LAUNCHKIT_SEQ_LEN": "1", "LAUNCHKIT_HOME": "/x", "SEQLEN": "1"}
     environment["LAUNCHKIT_PRESET"] = "vicuna-7b"
     assert unknown_variables(environment) == ["LAUNCHKIT_SEQLEN"]
+
+
+def test_torch_may_be_told_what_is_not_modelled(tmp_path: Path) -> None:
+    environment = {"PYTORCH_CUDA_ALLOC_CONF": "backend:cudaMallocAsync"}
+    gathered = gather({}, environment=environment, directory=tmp_path)
+    assert gathered.request.alloc_conf is None and not gathered.origins
+    assert gathered.notes == (
+        "PYTORCH_CUDA_ALLOC_CONF has an option 'backend' that is not modelled: planned as if it were not set",
+    )
+    assert not gather({"gpus": "4x4090"}, environment=environment, directory=tmp_path).notes
+    with pytest.raises(UsageError, match="not modelled"):
+        AllocatorSettings.parse("backend:cudaMallocAsync")
