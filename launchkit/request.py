@@ -76,6 +76,7 @@ class Request:
     global_batch: int | None = None
     seq_len: int | None = None
     packing: bool | None = None
+    padding: bool | None = None
     images: bool | None = None
     checkpointing: Checkpointing | None = None
     attention: Attention | None = None
@@ -214,6 +215,7 @@ FLAGS: tuple[Flag, ...] = (
     Flag(name="global_batch", kind=int, help="sequences per optimizer step, over all GPUs [one micro-batch per GPU]"),
     Flag(name="seq_len", kind=int, default=2048, help="tokens per sequence; with --data its longest"),
     Flag(name="packing", kind=bool, default=False, help="fill every sequence with several examples"),
+    Flag(name="padding", kind=bool, help="sequences are padded, and a mask says so [axolotl, unpacked: yes]"),
     Flag(name="images", kind=bool, default=False, help="every sequence has one image, its tokens within the length"),
     Flag(name="checkpointing", kind=Checkpointing, default="none", help="activations computed again in the backward"),
     Flag(name="attention", kind=Attention, default="sdpa", help="attention implementation"),
@@ -297,7 +299,7 @@ def resolve(request: Request, *, model: ModelProfile, cluster: Cluster) -> Resol
         lora_modules_to_save=_names(request.lora_modules_to_save),
         dora=_value(request, "dora", bool),
         rslora=_value(request, "rslora", bool),
-        precision=_value(request, "precision", Precision),
+        precision=_precision(request, trainer=trainer, kind=strategy.kind),
         fp8_backend=_fp8_backend(request),
         optimizer=_value(request, "optimizer", str),
         checkpointing=_value(request, "checkpointing", Checkpointing),
@@ -305,6 +307,7 @@ def resolve(request: Request, *, model: ModelProfile, cluster: Cluster) -> Resol
         loss=loss,
         compile=_value(request, "compile", bool),
         packing=_value(request, "packing", bool),
+        padding=_padding(request, model, trainer),
         images=_value(request, "images", bool),
         trainer=trainer,
         max_grad_norm=0.0 if trainer is Trainer.LOOP else Training().max_grad_norm,
@@ -350,6 +353,7 @@ def scenario_flags(scenario: Scenario, *, cluster: Cluster) -> dict[str, str | i
         "global_batch": batch.global_batch(num_ranks),
         "seq_len": batch.seq_len,
         "packing": training.packing,
+        "padding": training.padding,
         "images": training.images,
         "checkpointing": training.checkpointing,
         "attention": training.attention,
@@ -382,6 +386,26 @@ def _trainer_and_loss(request: Request) -> tuple[Trainer, Loss]:
     if request.trainer is None and loss is Loss.CHUNKED:
         return Trainer.TRL, loss
     return trainer, loss
+
+
+def _precision(request: Request, *, trainer: Trainer, kind: StrategyKind) -> Precision:
+    """What was asked for; else Axolotl's weights stay in the bf16 that they are loaded in where nothing shards them."""
+    stays_narrow = trainer is Trainer.AXOLOTL and kind in (StrategyKind.SINGLE, StrategyKind.DDP)
+    if request.precision is None and stays_narrow:
+        return Precision.BF16_PARAMS
+    return _value(request, "precision", Precision)
+
+
+def _padding(request: Request, model: ModelProfile, trainer: Trainer) -> bool:
+    """What was asked for; else Axolotl pads what it does not pack, and passes the mask.
+
+    Source: axolotl 0.19 ``core/builders/causal.py`` (``pad_to_multiple_of``), ``utils/collators/batching.py``.
+    """
+    if request.padding and request.packing:
+        raise IllegalScenarioError("--packing fills every sequence, and leaves nothing for --padding; give one of them")
+    if request.padding is not None:
+        return request.padding
+    return trainer is Trainer.AXOLOTL and not request.packing and model.task == "causal-lm"
 
 
 def _attention(request: Request, model: ModelProfile) -> tuple[Attention, tuple[str, ...]]:

@@ -304,6 +304,7 @@ class Training:
     loss: Loss = Loss.PLAIN
     compile: bool = False
     packing: bool = False
+    padding: bool = False  # sequences are padded, which an attention mask tells of
     images: bool = False  # each sequence is about one image, whose tokens are among its own
     trainer: Trainer = Trainer.HF
     max_grad_norm: float = 1.0  # clipping is the trainer's: none under Trainer.LOOP
@@ -338,7 +339,14 @@ class Training:
         boundaries in place of a mask, and holds what it would hold of separate rows. The plain loop and the Trainer
         pack end to end, without a mask.
         """
-        return self.packing and self.trainer is Trainer.TRL and self.attention is not Attention.FLASH_ATTENTION_2
+        return self.masks_packing and self.trainer is Trainer.TRL
+
+    @property
+    def masks_packing(self) -> bool:
+        """Whether a mask of tokens by tokens keeps the sequences of a row apart: TRL's and Axolotl's, whose positions
+        start anew with each. Source: axolotl 0.19 ``attn_decontaminates_packing``."""
+        keeps_apart = self.trainer in (Trainer.TRL, Trainer.AXOLOTL)
+        return self.packing and keeps_apart and self.attention is not Attention.FLASH_ATTENTION_2
 
 
 def names_in(text: str) -> tuple[str, ...]:
@@ -417,6 +425,14 @@ _SAME_BYTES = {
 }
 
 
+class Widened(StrEnum):
+    """What Axolotl holds in fp32 of a model that it loads in 16 bits."""
+
+    NOTHING = ""
+    GATES = "gates"  # the routers of experts
+    EMBEDDINGS = "embeddings"  # these, norms, embeddings and the head
+
+
 class DeviceKind(StrEnum):
     """Whose kernels a trace describes; ``cpu`` switches the CUDA-faithfulness layer off."""
 
@@ -442,6 +458,9 @@ class TraceKey:
     flat_gradients: bool = False  # FSDP1 flattens a block's frozen weights with its adapters: all get gradients
     evaluation: bool = False  # the forward pass and loss of an evaluation, without gradients
     packed: bool = False  # rows of several sequences each, which a mask keeps apart
+    padded: bool = False  # a mask tells of padding
+    widened: Widened = Widened.NOTHING
+    input_grads: bool = False  # embedded tokens require gradients, whatever is trained
     adapter_dropout: bool = False  # whatever the share: what is kept of it does not depend on it
     dora: bool = False
     modules_to_save: str = ""
@@ -462,6 +481,13 @@ class TraceKey:
         return Split(tp=self.tp, cp=self.cp, sp=self.sp)
 
     @property
+    def of_usual_trainer(self) -> TraceKey:
+        """The program that stands in for this one where it cannot be had: without what Axolotl alone does, and without
+        padding."""
+        usual = replace(self, padded=False, widened=Widened.NOTHING, input_grads=False)
+        return replace(usual, packed=usual.packed and usual.trainer is Trainer.TRL).canonical
+
+    @property
     def canonical(self) -> TraceKey:
         """The key of the program that serves this one too.
 
@@ -470,15 +496,16 @@ class TraceKey:
         forward, so without autocast, and where a fused head puts out no logits, their step is the plain loop's; but of
         Liger's kernels Axolotl is told to take the loss alone.
         4-bit weights compute in 16 bits whatever the others are held in. FlashAttention 2 holds what CUDA's flash
-        kernel under SDPA holds, and needs no mask for a window or for packed sequences. An evaluation keeps nothing
-        that checkpointing could spare.
+        kernel under SDPA holds, and needs no mask for a window or for packed sequences; of padded ones transformers
+        hands it copies without the padding. An evaluation keeps nothing that checkpointing could spare.
         """
         compute = _SAME_BYTES.get(self.compute, self.compute)
         if self.method is Method.QLORA and compute is Compute.AUTOCAST_BF16:
             compute = Compute.BF16_AUTOCAST
         attention, beyond_window, packed = self.attention, self.beyond_window, self.packed
         if attention is Attention.FLASH_ATTENTION_2:
-            attention, beyond_window, packed = Attention.SDPA, False, False
+            attention = attention if self.padded else Attention.SDPA
+            beyond_window, packed = False, False
         trainer, loss = self._canonical_head(compute)
         return replace(
             self,
@@ -525,6 +552,12 @@ class TraceKey:
             parts.append("evaluation")
         if self.packed:
             parts.append("packed")
+        if self.padded:
+            parts.append("padding")
+        if self.widened:
+            parts.append(f"wide-{self.widened}")
+        if self.input_grads:
+            parts.append("input-grads")
         if self.adapter_dropout:
             parts.append("dropout")
         if self.dora:

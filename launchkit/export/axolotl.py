@@ -25,7 +25,6 @@ from launchkit.optimizers import find
 from launchkit.plan import Candidate
 from launchkit.recipe import RECIPES
 from launchkit.scenario import (
-    Attention,
     Checkpointing,
     Loss,
     Method,
@@ -257,11 +256,6 @@ def _refusals(candidate: Candidate, cluster: Cluster) -> tuple[tuple[bool, str, 
             training.uses_transformer_engine,
             "hands accelerate torchao's recipe for fp8",
             "use --fp8-backend ao",
-        ),
-        (
-            training.packing and training.attention is not Attention.FLASH_ATTENTION_2,
-            f"lets packed sequences see each other under {training.attention}",
-            "use --attention flash_attention_2",
         ),
         (
             is_fsdp1 and strategy.fsdp.sharding is not Sharding.FULL_SHARD,

@@ -7,6 +7,8 @@ cut cross-entropy plugins, ``FSDPConfig``), TRL 1.16.0, transformers 5.23.0 (``O
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 
 def _keys(text: str) -> frozenset[str]:
     return frozenset(text.split())
@@ -174,6 +176,14 @@ AXOLOTL = _keys(
     warmup_steps weight_decay world_size xformers_attention
     """
 )
+AXOLOTL_ATTENTIONS: Mapping[str, str] = {  # older switches for attn_implementation
+    "flash_attention": "flash_attention_2",
+    "sdp_attention": "sdpa",
+    "eager_attention": "eager",
+    "xformers_attention": "xformers",
+    "flex_attention": "flex_attention",
+    "sage_attention": "sage",
+}
 AXOLOTL_FSDP = _keys(
     """
     activation_checkpointing auto_wrap_policy cpu_offload_pin_memory cpu_ram_efficient_loading final_state_dict_type

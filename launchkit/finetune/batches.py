@@ -31,7 +31,8 @@ class RightPadded:
     There is no attention mask: in a causal model no token sees what is to its right, and padding is not scored. A mask
     would only take attention off its fast path. TRL counts tokens by ``position_ids``, hence ``with_positions``. Where
     ranks share sequences, the positions of a share count on from those of another or jump, which transformers takes for
-    packed sequences unless there is a mask: ``with_mask`` gives it one that hides nothing.
+    packed sequences unless there is a mask: ``with_mask`` gives it one that hides nothing. ``hides_padding`` gives one
+    that hides what is padded, as most collators do.
     ``num_tokens``, ``num_batches`` and ``longest_tokens`` tell the meter what was seen.
     """
 
@@ -39,6 +40,7 @@ class RightPadded:
     length: int = 0
     with_positions: bool = False
     with_mask: bool = False
+    hides_padding: bool = False
     num_tokens: int = field(default=0, init=False)
     num_batches: int = field(default=0, init=False)
     longest_tokens: int = field(default=0, init=False)
@@ -61,4 +63,6 @@ class RightPadded:
             batch["position_ids"] = torch.arange(width).repeat(len(sequences), 1)
         if self.with_mask:
             batch["attention_mask"] = torch.ones_like(input_ids)
+        if self.hides_padding:
+            batch["attention_mask"] = labels.ne(IGNORED_LABEL).long()
         return batch

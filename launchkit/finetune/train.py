@@ -57,6 +57,7 @@ def train(job: FineTuneJob) -> None:
         length=job.batch.seq_len if job.data.pad_to_seq_len or shares_sequences else 0,
         with_positions=uses_trl(job) or shares_sequences,
         with_mask=shares_sequences,
+        hides_padding=job.training.padding,
     )
     trainer = _trainer(job, arguments, tokenizer, rows, collator)
     trainer.remove_callback(PrinterCallback)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from launchkit import strategies
 from launchkit.alloc_conf import AllocatorSettings
-from launchkit.errors import TraceError
+from launchkit.errors import MissingExtraError, TraceError
 from launchkit.hardware import Cluster
 from launchkit.model import ModelProfile, ModelSource
 from launchkit.optimizers import FP32_BYTES, LocalTensor, find, traffic_bytes
@@ -20,9 +20,12 @@ from launchkit.planner.point import point_of
 from launchkit.planner.sizes import ModelSizes
 from launchkit.program import Owner, Phase, StepProgram
 from launchkit.scenario import (
+    Attention,
     Batch,
     Checkpointing,
+    Compute,
     DeviceKind,
+    Loss,
     Method,
     Precision,
     Scenario,
@@ -30,6 +33,8 @@ from launchkit.scenario import (
     StrategyKind,
     TraceKey,
     Trainer,
+    Training,
+    Widened,
 )
 from launchkit.simulate.clock import Job, simulate_time
 from launchkit.simulate.loading import left_by_loading
@@ -72,6 +77,7 @@ class Bench:
     _compiled: dict[tuple[TraceKey, Scenario], CompiledProgram] = field(default_factory=dict)
     _forward_passes: dict[TraceKey, CompiledProgram] = field(default_factory=dict)
     step_times: dict[Scenario, StepTime] = field(default_factory=dict)
+    stands_in: bool = False  # whether some program is another trainer's
     _sizes: dict[Scenario, ModelSizes] = field(default_factory=dict)
     _host_needs: dict[Scenario, HostNeed] = field(default_factory=dict)
 
@@ -95,6 +101,17 @@ class Bench:
         """Of the program of an evaluation with the scenario's batch."""
         return replace(self.key(scenario), evaluation=True, at=None).canonical
 
+    def traced(self, key: TraceKey) -> StepProgram:
+        """The program of ``key``; where it would have to be traced and what traces it is not installed, the usual
+        trainer's."""
+        try:
+            return self.source.program(key)
+        except MissingExtraError:
+            if (usual := key.of_usual_trainer) == key:
+                raise
+            self.stands_in = True
+            return self.source.program(usual)
+
     def program(self, scenario: Scenario) -> StepProgram:
         """The step of the largest rank. Raises ``TraceError`` where the model's program cannot be had."""
         return strategies.with_batches_ahead(self._shared(scenario), scenario, self.cluster.gpu.device_kind)
@@ -104,7 +121,7 @@ class Bench:
         key, same = self._identity(scenario)
         if (key, same) not in self._rewritten:
             cluster = self.cluster_of(scenario)
-            program = strategies.rewrite(self.source.program(key), scenario=scenario, cluster=cluster)
+            program = strategies.rewrite(self.traced(key), scenario=scenario, cluster=cluster)
             workspaces = cublas_workspaces(cluster.gpu, transformer_engine=key.transformer_engine)
             self._rewritten[key, same] = replace(program, persistent=(*program.persistent, *workspaces))
         return self._rewritten[key, same]
@@ -133,7 +150,7 @@ class Bench:
         if key != several and several in self._forward_passes:
             return int(_SINGLE_OF_SEVERAL * self._forward_passes[several].peak(point_of(scenario)).num_bytes)
         if key not in self._forward_passes:
-            program = self.source.program(key)
+            program = self.traced(key)
             stages = tuple(stage for stage in program.stages if stage.phase in (Phase.FORWARD, Phase.LOSS))
             self._forward_passes[key] = compile_program(compact(replace(program, stages=stages)))
         return self._forward_passes[key].peak(point_of(scenario)).num_bytes
@@ -216,9 +233,35 @@ def program_key(
     return replace(
         key,
         beyond_window=beyond_window,
-        packed=training.flattens_batch,
+        packed=training.masks_packing and not _packs_by_boundaries(key, training, profile),
+        widened=_widened(key, training, profile),
+        input_grads=training.trainer is Trainer.AXOLOTL and training.method is not Method.FULL,
         transposes_float8=key.transformer_engine and transposes_float8,
     ).canonical
+
+
+def _packs_by_boundaries(key: TraceKey, training: Training, profile: ModelProfile) -> bool:
+    """Whether Axolotl hands sdpa's flash kernel the boundaries of sequences in place of a mask: on GPUs, of 16-bit
+    weights, without a sliding window. Source: axolotl 0.19 ``loaders/patch_manager.py``,
+    ``_apply_sdpa_varlen_patch``. Omits: heads above 256, and values of another width than keys, for which it does not.
+    """
+    is_narrow = key.compute in (Compute.BF16_AUTOCAST, Compute.FP16_AUTOCAST, Compute.BF16, Compute.FP16)
+    is_stock = training.trainer is not Trainer.AXOLOTL or training.attention is not Attention.SDPA
+    return key.device is DeviceKind.CUDA and is_narrow and not is_stock and not profile.sliding_window
+
+
+def _widened(key: TraceKey, training: Training, profile: ModelProfile) -> Widened:
+    """Of what nothing shards, since ZeRO narrows all weights again and FSDP is left alone. fp32 is wide already, and
+    what flash attention or cut cross-entropy reads, and adapters, are narrowed once more, but for routers.
+
+    Source: axolotl 0.19 ``loaders/model.py``, ``_configure_embedding_dtypes``, ``_convert_embedding_modules_dtype``.
+    """
+    if training.trainer is not Trainer.AXOLOTL or key.compute not in (Compute.BF16_AUTOCAST, Compute.FP16_AUTOCAST):
+        return Widened.NOTHING
+    is_flash = training.attention not in (Attention.EAGER, Attention.SDPA)
+    if training.method is Method.FULL and not is_flash and training.loss is not Loss.CCE:
+        return Widened.EMBEDDINGS
+    return Widened.GATES if profile.num_active_parameters or training.method is Method.QLORA else Widened.NOTHING
 
 
 def judge(bench: Bench, scenario: Scenario) -> Candidate:
@@ -230,7 +273,8 @@ def judge(bench: Bench, scenario: Scenario) -> Candidate:
     return replace(
         candidate,
         estimate=replace(candidate.estimate, device_peak_low_bytes=_low_bytes(bench, candidate)),
-        notes=(*candidate.notes, *_compile_notes(scenario), *_float8_notes(scenario), *_warnings(bench, candidate)),
+        notes=(*candidate.notes, *_compile_notes(scenario), *_float8_notes(scenario), *_warnings(bench, candidate))
+        + (STANDS_IN,) * bench.stands_in,
     )
 
 
@@ -301,6 +345,10 @@ def _compile_notes(scenario: Scenario) -> tuple[str, ...]:
     )
 
 
+STANDS_IN = (
+    "counted as transformers' Trainer runs it, without padding and what Axolotl holds in fp32, which takes less: that "
+    "would have to be traced, and torch or transformers are not installed (pip install 'launchkit-planner[trace]')"
+)
 GIVEN_BACK = "torch's cache is given back once, since it would not fit: the first steps take longer"
 
 

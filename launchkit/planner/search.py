@@ -218,10 +218,14 @@ class Search:
         )
 
     def _precision(self, method: Method, strategy: Strategy) -> Precision:
-        """The default; under Axolotl's FSDP, which always autocasts, adapters have no ``bf16-params``."""
+        """The default; of Axolotl, which loads bf16 weights and always autocasts, ``bf16-params`` where nothing shards
+        them, and never under FSDP."""
         precision = default_precision(method, self._cluster)
-        is_axolotl_fsdp = self.request.trainer is Trainer.AXOLOTL and strategy.kind.is_fsdp
-        return Precision.BF16 if is_axolotl_fsdp and precision is Precision.BF16_PARAMS else precision
+        if self.request.trainer is not Trainer.AXOLOTL or precision not in (Precision.BF16, Precision.BF16_PARAMS):
+            return precision
+        if strategy.kind in (StrategyKind.SINGLE, StrategyKind.DDP):
+            return Precision.BF16_PARAMS
+        return Precision.BF16 if strategy.kind.is_fsdp else precision
 
     def options(self, method: Method, *, offload: bool) -> Iterator[Option | Refused]:
         """The best batch of every strategy, of those with or those without offload."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -87,6 +88,7 @@ def make_trace_key(training: Training, compute: Compute, device: DeviceKind, *, 
         dora=training.dora and has_adapter,
         modules_to_save=training.lora_modules_to_save if has_adapter else "",
         images=training.images,
+        padded=training.padding,
         pads_float8=compute.is_float8 and not is_te and training.trainer is not Trainer.AXOLOTL,
         transformer_engine=is_te,
     )
@@ -138,29 +140,44 @@ def weights(program: StepProgram, *, scenario: Scenario) -> tuple[Persistent, ..
 def whole_tensors(program: StepProgram, *, scenario: Scenario) -> tuple[LocalTensor, ...]:
     """What the optimizer updates where nothing is sharded: every parameter with a gradient, in the model's order.
 
-    That is what the forward pass reads ahead of the blocks, layer after layer, and the rest. Omits: what stands between
-    two stacks of blocks, and that blocks of several kinds may alternate.
+    That is what the forward pass reads ahead of the blocks, layer after layer, and the rest; the Trainer gives norms
+    and biases, which do not decay, a group of their own behind all others. Omits: what stands between two stacks of
+    blocks, and that blocks of several kinds may alternate.
     """
     rank, trainer = lora_rank(scenario), scenario.training.trainer
 
-    def trained(name: str) -> list[tuple[int, LocalTensor]]:
-        return [
-            (index, local_tensor(parameter, lora_rank=rank, in_block=name != ROOT_GROUP, trainer=trainer))
-            for index, parameter in enumerate(program.groups[name].parameters)
-            if parameter.trainable and parameter.has_gradient
-        ]
+    def trained(name: str) -> list[tuple[int, Parameter]]:
+        parameters = enumerate(program.groups[name].parameters)
+        return [(index, parameter) for index, parameter in parameters if parameter.trainable and parameter.has_gradient]
+
+    def tensor(parameter: Parameter, *, in_block: bool) -> LocalTensor:
+        return local_tensor(parameter, lora_rank=rank, in_block=in_block, trainer=trainer)
 
     blocks = [
-        tensor
+        (parameter, tensor(parameter, in_block=True))
         for name in program.groups
         if name != ROOT_GROUP
-        for _, tensor in trained(name) * program.group_counts[name]
+        for _, parameter in trained(name) * program.group_counts[name]
     ]
     early = _read_ahead_of_blocks(program)
     root = trained(ROOT_GROUP) if ROOT_GROUP in program.groups else []
-    first = [tensor for index, tensor in root if index in early]
-    last = [tensor for index, tensor in root if index not in early]
-    return (*first, *blocks, *last)
+    placed = [(index in early, (parameter, tensor(parameter, in_block=False))) for index, parameter in root]
+    ordered = [*(pair for is_early, pair in placed if is_early), *blocks]
+    ordered += [pair for is_early, pair in placed if not is_early]
+    if trainer is not Trainer.LOOP:
+        ordered.sort(key=lambda pair: not _decays(pair[0]))
+    return tuple(pair[1] for pair in ordered)
+
+
+_NOT_DECAYING = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.|_)norm(?:$|\.)", re.IGNORECASE)
+
+
+def _decays(parameter: Parameter) -> bool:
+    """Whether the Trainer lets a parameter decay: not by its name, nor a vector, such as ``nn.LayerNorm`` has.
+
+    Source: transformers 5.24 ``Trainer.get_decay_parameter_names``. Omits: vectors that are none of a norm, which do.
+    """
+    return len(parameter.shape) > 1 and not _NOT_DECAYING.search(parameter.name)
 
 
 def _read_ahead_of_blocks(program: StepProgram) -> frozenset[int]:

@@ -44,20 +44,20 @@ _ARGUMENTS: Mapping[Checkpointing, Mapping[str, Any]] = {
 }
 
 
-def enable_checkpointing(model: nn.Module, checkpointing: Checkpointing) -> None:
+def enable_checkpointing(model: nn.Module, checkpointing: Checkpointing, *, input_grads: bool = False) -> None:
     """Without re-entering autograd unless told to, transformers' default (``use_reentrant=False``, transformers 5.23
     ``PreTrainedModel.activation_checkpointing_enable``). Nothing for ``Checkpointing.NONE``.
 
     What is re-entered needs an input that requires a gradient, or its backward never runs: with adapters the Trainer
-    makes the embeddings require one (``enable_input_require_grads``).
+    makes the embeddings require one (``enable_input_require_grads``). So does Axolotl always (``input_grads``).
     """
+    if input_grads or checkpointing is Checkpointing.REENTRANT:
+        model.enable_input_require_grads()  # type: ignore[operator]
     if checkpointing is Checkpointing.NONE:
         return
     if not getattr(model, "supports_gradient_checkpointing", True):
         whole: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
         raise TraceError(f"{type(whole).__name__} has no activation checkpointing; pass --checkpointing none")
-    if checkpointing is Checkpointing.REENTRANT:
-        model.enable_input_require_grads()
     enable: Any = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     offload = {"offload": True} if checkpointing is Checkpointing.OFFLOAD else {}
     enable({"use_reentrant": False, **_ARGUMENTS[checkpointing]}, **offload)

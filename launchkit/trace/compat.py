@@ -27,12 +27,13 @@ def _one_sequence_per_row(position_ids: torch.Tensor) -> None:
     _several_sequences_per_row(position_ids)
 
 
-def _unpadded(question: str) -> AbstractContextManager[Any]:
-    """transformers' ``question`` whether sdpa's mask may be left out, answered for a mask without padding."""
+def _asked(question: str, *, padded: bool) -> AbstractContextManager[Any]:
+    """transformers' ``question`` whether sdpa's mask may be left out, answered for a mask with or without padding."""
     ignores = getattr(masking_utils, question)
 
     def ask(padding_mask: torch.Tensor | None, *arguments: Any, **options: Any) -> bool:
-        return bool(ignores(None, *arguments, **options))
+        has_padding = padded and padding_mask is not None
+        return not has_padding and bool(ignores(None, *arguments, **options))
 
     return mock.patch.object(masking_utils, question, ask)
 
@@ -56,14 +57,15 @@ def _never_dropped(random: Callable[..., torch.Tensor]) -> Callable[..., torch.T
 
 
 @contextmanager
-def full_sequences(*, packed: bool = False) -> Iterator[None]:
-    """While active, models build the masks that a batch of full sequences gets, as outside a trace."""
+def full_sequences(*, packed: bool = False, padded: bool = False) -> Iterator[None]:
+    """While active, models build the masks that a batch of full sequences gets, or of padded ones, as outside a
+    trace."""
     find = _several_sequences_per_row if packed else _one_sequence_per_row
     with (
         mock.patch.object(masking_utils, "find_packed_sequence_indices", find),
         mock.patch.object(masking_utils, "is_tracing", lambda tensor=None: False),
-        _unpadded("_ignore_causal_mask_sdpa"),
-        _unpadded("_ignore_bidirectional_mask_sdpa"),
+        _asked("_ignore_causal_mask_sdpa", padded=padded),
+        _asked("_ignore_bidirectional_mask_sdpa", padded=padded),
         mock.patch.object(torch.Tensor, "nonzero", _every_index),
         mock.patch.object(PreTrainedModel, "warn_if_padding_and_no_attention_mask", _no_padding),
         mock.patch.dict(os.environ, TRANSFORMERS_DISABLE_TORCH_CHECK="1"),  # image tokens are as many as the features

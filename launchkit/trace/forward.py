@@ -3,7 +3,7 @@ heads that Liger and cut cross-entropy put in place of the model's own."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch.nn import functional
 from launchkit.errors import TraceError
 from launchkit.scenario import DeviceKind, Loss, TraceKey, Trainer
 from launchkit.trace.heads import AllRows, ChunkedLogProb, CutCrossEntropy, LigerCrossEntropy
-from launchkit.trace.inputs import UNUSED
+from launchkit.trace.inputs import unused
 
 Batch = Mapping[str, torch.Tensor]
 Forward = Callable[[nn.Module, Batch], torch.Tensor]
@@ -24,14 +24,23 @@ _NO_LABEL = -100
 def forward_of(key: TraceKey) -> Forward:
     """The forward pass and loss of the trainer and loss that ``key`` names."""
     if key.trainer is Trainer.TRL:
-        return _trl_on_cuda if key.device is DeviceKind.CUDA else _trl_on_cpu
+        return _without(unused(key), _trl_on_cuda if key.device is DeviceKind.CUDA else _trl_on_cpu)
     if key.loss in _FUSED:
-        return _FUSED[key.loss]
+        return _without(unused(key), _FUSED[key.loss])
     if key.loss is not Loss.PLAIN:
         raise TraceError(f"no {key.loss} loss is known of the {key.trainer} trainer; use --loss plain or --trainer trl")
     if key.trainer is Trainer.LOOP or not key.compute.is_autocast:
         return _plain
     return _accelerated
+
+
+def _without(names: Collection[str], forward: Forward) -> Forward:
+    """``forward`` of a batch that lacks what goes by ``names``."""
+
+    def called(model: nn.Module, batch: Batch) -> torch.Tensor:
+        return forward(model, {name: tensor for name, tensor in batch.items() if name not in names})
+
+    return called
 
 
 def _plain(model: nn.Module, batch: Batch) -> torch.Tensor:
@@ -99,5 +108,5 @@ _FUSED: Mapping[Loss, Forward] = {Loss.LIGER: _liger, Loss.CCE: _cut}
 def _backbone(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, Any]:
     """The last hidden states of a causal model, and its head, which is not called."""
     causal: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
-    inputs = {name: tensor for name, tensor in batch.items() if name not in ("labels", *UNUSED)}
+    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
     return causal.base_model(**inputs, use_cache=False).last_hidden_state, causal.get_output_embeddings()

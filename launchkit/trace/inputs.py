@@ -1,4 +1,4 @@
-"""The batch that a step sees, by task. Sequences are full: padded nowhere, so no mask is passed."""
+"""The batch that a step sees, by task. Sequences are full, and no mask is passed but where the key says of padding."""
 
 from __future__ import annotations
 
@@ -11,10 +11,6 @@ from launchkit.trace.build import Built
 from launchkit.trace.images import image_inputs
 from launchkit.trace.sequences import share_of
 
-# What TRL's collator puts beside the tokens and its loss or sdpa do not use. With a mask of ones models build the same
-# mask as with none, which they find out from its values.
-UNUSED = ("attention_mask", "seq_idx")
-
 
 def make_batch(built: Built, point: Point, key: TraceKey) -> dict[str, torch.Tensor]:
     """Fake input tensors of ``point.micro_batch`` sequences; call it under the fake mode.
@@ -26,13 +22,20 @@ def make_batch(built: Built, point: Point, key: TraceKey) -> dict[str, torch.Ten
     batch = _task_batch(built, point, casts_inputs=key.compute.is_autocast)
     if key.images:
         batch |= image_inputs(built, num_images=point.micro_batch, token_ids=batch["input_ids"])
-    if key.trainer is Trainer.TRL:
-        tokens = batch["input_ids"]
-        if key.packed:
-            batch |= {"position_ids": torch.zeros_like(tokens), "seq_idx": torch.zeros_like(tokens, dtype=torch.int32)}
-        else:
-            batch["attention_mask"] = torch.ones_like(tokens)
+    tokens = batch.get("input_ids")
+    if tokens is not None and key.packed:
+        batch["position_ids"] = torch.zeros_like(tokens)
+        if key.trainer is Trainer.TRL:
+            batch["seq_idx"] = torch.zeros_like(tokens, dtype=torch.int32)
+    elif tokens is not None and (key.padded or key.trainer is Trainer.TRL):
+        batch["attention_mask"] = torch.ones_like(tokens)
     return share_of(batch, key)
+
+
+def unused(key: TraceKey) -> tuple[str, ...]:
+    """What TRL's collator puts beside the tokens and its loss or sdpa do not use. With a mask of ones models build the
+    same mask as with none, which they find out from its values."""
+    return ("seq_idx",) if key.padded else ("attention_mask", "seq_idx")
 
 
 def _task_batch(built: Built, point: Point, *, casts_inputs: bool) -> dict[str, torch.Tensor]:

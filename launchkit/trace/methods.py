@@ -17,6 +17,7 @@ from launchkit.errors import TraceError
 from launchkit.finetune.split_adapters import declare_whole_widths
 from launchkit.recipe import RECIPES
 from launchkit.scenario import Compute, Method, TraceKey, is_fused_expert, names_in
+from launchkit.trace.axolotl import narrow, widen
 from launchkit.trace.quantised import prepare_for_kbit_training, quantise_linears
 
 # Names that PEFT targets are given by group; resolved against the real module tree.
@@ -57,6 +58,8 @@ def apply_method(model: nn.Module, key: TraceKey, *, lora_rank: int) -> nn.Modul
     Adapters of a 16-bit model are fp32, as PEFT's ``autocast_adapter_dtype=True`` makes them, unless the key says that
     an engine casts them. Raises ``TraceError`` for names that match nothing.
     """
+    if key.widened:
+        widen(model, key.widened)
     if key.method is Method.FULL:
         return model
     from peft import LoraConfig
@@ -65,6 +68,8 @@ def apply_method(model: nn.Module, key: TraceKey, *, lora_rank: int) -> nn.Modul
     if key.method is Method.QLORA:
         quantise_linears(model, dtype=WEIGHT_DTYPE[key.compute], device=key.device)
         prepare_for_kbit_training(model, upcast=not key.cast_adapters)
+        if key.widened:
+            narrow(model, WEIGHT_DTYPE[key.compute])
     config = LoraConfig(
         r=lora_rank,
         lora_alpha=RECIPES[key.method].lora_alpha(lora_rank),

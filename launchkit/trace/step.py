@@ -101,7 +101,7 @@ def trace_step(built: Built, mode: FakeTensorMode, *, point: Point, key: TraceKe
     parameters = dict(model.named_parameters())
     with (
         mode,
-        full_sequences(packed=key.packed),
+        full_sequences(packed=key.packed, padded=key.padded),
         random_states(key.device),
         host_apart(key.device),
         unpacking_for_dora(),

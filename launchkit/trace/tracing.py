@@ -241,7 +241,7 @@ def _build(
     if mesh is not None and key.tp > 1:
         split_weights(whole, mesh)
     model = apply_method(whole, key, lora_rank=lora_rank)
-    enable_checkpointing(model, key.checkpointing)
+    enable_checkpointing(model, key.checkpointing, input_grads=key.input_grads)
     prefix = _prefix(whole, model)
     traced = _describe(model, stacks, prefix=prefix, config=settings, lora_rank=lora_rank)
     if key.flat_gradients:

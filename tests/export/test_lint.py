@@ -306,7 +306,7 @@ TRAPS: list[tuple[Tool, dict[str, Any], str, str]] = [
     (Tool.AXOLOTL, {"attn_implementation": "flash"}, "attn_implementation", "write flash_attention_2"),
     (Tool.AXOLOTL, {"attn_implementation": "flashy"}, "attn_implementation", "not a choice"),
     (Tool.AXOLOTL, {"optimizer": "adamw_9bit"}, "optimizer", "write adamw_8bit"),
-    (Tool.AXOLOTL, {"sample_packing": True, "attn_implementation": "sdpa"}, "sample_packing", "see each other"),
+    (Tool.AXOLOTL, {"sample_packing": True, "attn_implementation": None}, "sample_packing", "see each other"),
     (Tool.AXOLOTL, {"fsdp_version": None}, "fsdp_version", "means version 1"),
     (Tool.AXOLOTL, {"load_in_8bit": True}, "load_in_8bit", "does not shard"),
     (Tool.AXOLOTL, {"gradient_checkpointing": True}, "gradient_checkpointing", "once more"),
@@ -346,6 +346,8 @@ CLEAN: list[tuple[Tool, dict[str, Any]]] = [
     ),
     (Tool.DEEPSPEED, {"zero_optimization": ZERO3 | {"prefetch_bucket_size": 5, "stage3_max_live_parameters": 5}}),
     (Tool.AXOLOTL, {"attn_implementation": "kernels-community/flash-attn3", "sample_packing": True}),
+    (Tool.AXOLOTL, {"attn_implementation": None, "sdp_attention": True, "sample_packing": True}),
+    (Tool.AXOLOTL, {"attn_implementation": "sdpa", "sample_packing": True}),
     (Tool.AXOLOTL, {"plugins": ["some.plugin"], "key_of_some_plugin": 1}),
     (Tool.AXOLOTL, {"bf16": "auto", "fp16": None, "model_type": "AutoModelForCausalLM"}),
 ]

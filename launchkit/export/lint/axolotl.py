@@ -23,7 +23,6 @@ _ATTENTIONS = (
     *("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4", "flash_attention_torch"),
     *("flex_attention", "xformers", "sage", "fp8"),
 )
-_UNPACKING_ATTENTIONS = ("eager", "sdpa")
 _EXCLUSIVE_IN_AXOLOTL = (
     ("deepspeed", "fsdp_config", "FSDP wins and DeepSpeed is dropped"),
     ("deepspeed", "fsdp", "they are two engines"),
@@ -106,8 +105,9 @@ def _names(config: Config) -> Findings:
     if optimizer not in known_keys.AXOLOTL_OPTIMIZERS:
         similar = difflib.get_close_matches(optimizer, known_keys.AXOLOTL_OPTIMIZERS, n=1) or ["adamw_torch_fused"]
         yield Finding(path="optimizer", problem=f"{optimizer!r} is no optimizer", fix=f"write {similar[0]}")
-    if config.get("sample_packing") and attention in _UNPACKING_ATTENTIONS:
-        problem = f"lets packed sequences see each other under {attention}"
+    names_attention = config.get("attn_implementation") or any(config.get(key) for key in known_keys.AXOLOTL_ATTENTIONS)
+    if config.get("sample_packing") and not names_attention:
+        problem = "lets packed sequences see each other where no attention is named"
         yield Finding(path="sample_packing", problem=problem, fix="write attn_implementation: flash_attention_2")
 
 

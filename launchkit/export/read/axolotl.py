@@ -21,14 +21,6 @@ from launchkit.export.read.shipped import AXOLOTL_DEEPSPEED
 from launchkit.scenario import Attention, Checkpointing, Loss, Method, Precision, StrategyKind, Trainer
 
 _DEFAULT_SEQUENCE_LEN = 512
-_LEGACY_ATTENTION = {
-    "flash_attention": "flash_attention_2",
-    "sdp_attention": "sdpa",
-    "eager_attention": "eager",
-    "xformers_attention": "xformers",
-    "flex_attention": "flex_attention",
-    "sage_attention": "sage",
-}
 # What only an adapter reads.
 _DORMANT = (
     *("lora_r", "lora_dropout", "lora_target_linear", "lora_target_modules", "lora_modules_to_save", "peft_use_dora"),
@@ -106,7 +98,7 @@ def _fused_lora(keys: Section, draft: Draft) -> None:
 
 
 def _attention(keys: Section, draft: Draft, place: Place) -> None:
-    legacy = [name for key, name in _LEGACY_ATTENTION.items() if keys.switch(key)]
+    legacy = [name for key, name in known_keys.AXOLOTL_ATTENTIONS.items() if keys.switch(key)]
     name = keys.text("attn_implementation") or next(iter(legacy), None)
     if name is None:
         return

@@ -1,0 +1,43 @@
+"""What Axolotl does to the formats of a model's weights once it is loaded.
+
+Source: axolotl 0.19 ``loaders/model.py`` (``_configure_embedding_dtypes``, ``_convert_embedding_modules_dtype``) and
+``loaders/utils.py`` (``get_linear_embedding_layers``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from launchkit.scenario import Widened
+
+_EMBEDDINGS: Mapping[str, tuple[str, ...]] = {
+    "gpt_neox": ("embed_in", "embed_out"),
+    "falcon": ("word_embeddings", "lm_head"),
+    "nemotron_h": ("embeddings", "lm_head"),
+}
+_USUAL_EMBEDDINGS = ("embed_tokens", "lm_head")
+
+
+def widen(model: nn.Module, widened: Widened) -> None:
+    """Routers to fp32, by their names, and with them norms, embeddings and the head unless they are narrowed again."""
+    for name, module in model.named_modules():
+        if name.endswith(".gate") or (widened is Widened.EMBEDDINGS and _is_of_embeddings(name, module, model)):
+            module.to(torch.float32)
+
+
+def narrow(model: nn.Module, dtype: torch.dtype) -> None:
+    """Norms, embeddings and the head to ``dtype``, behind the fp32 that 4-bit training puts them in."""
+    for name, module in model.named_modules():
+        if _is_of_embeddings(name, module, model):
+            module.to(dtype)
+
+
+def _is_of_embeddings(name: str, module: nn.Module, model: nn.Module) -> bool:
+    """Whether a module is a norm, an embedding or a head, as far as its name says."""
+    config: Any = getattr(model, "config", None)
+    parts = _EMBEDDINGS.get(getattr(config, "model_type", ""), _USUAL_EMBEDDINGS)
+    return "norm" in name or (any(part in name for part in parts) and hasattr(module, "weight"))
