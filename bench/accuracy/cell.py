@@ -17,9 +17,10 @@ class Cell:
     ``fp32``), ``use_orig_params`` FSDP1's; ``ddp`` holds DDP's arguments, and as ``comm_hook`` the name of a hook;
     ``use_cache`` None leaves the model's own default, which keeps keys and values of a training step. With an
     ``evaluation_micro_batch`` the trainer evaluates two batches of it behind the last step. Packed rows hold two
-    sequences each. ``zero`` are keys of DeepSpeed's ``zero_optimization`` beside the stage, ``offload`` is DeepSpeed's;
-    what ``zero`` does not name has DeepSpeed's own default, or accelerate's where it says ``auto``. ``tp`` processes
-    share each matrix, ``sp`` each sequence. ``float8_all_gather`` counts for FSDP2 in ``fp8``.
+    sequences each; under ``padding`` all rows but the first end in some, which a mask tells of. ``zero`` are keys of
+    DeepSpeed's ``zero_optimization`` beside the stage, ``offload`` is DeepSpeed's; what ``zero`` does not name has
+    DeepSpeed's own default, or accelerate's where it says ``auto``. ``tp`` processes share each matrix, ``sp`` each
+    sequence. ``float8_all_gather`` counts for FSDP2 in ``fp8``.
     ``onednn`` leaves on what torch takes products in 16 bits and convolutions from, which goes by the machine.
     """
 
@@ -53,6 +54,7 @@ class Cell:
     images: bool = False
     evaluation_micro_batch: int = 0
     packing: bool = False
+    padding: bool = False
     offload: str = "none"
     zero: Mapping[str, Any] = field(default_factory=dict)
     tp: int = 1

@@ -526,8 +526,30 @@ SEQUENCE_PARALLEL = (
     Cell(name="sp-zero3-qwen3", config=QWEN3, seq_len=128, strategy="zero3", **_SP),
 )
 
+PADDED = tuple(
+    Cell(name=f"padding-{name}", config=config, padding=True, **settings)
+    for name, config, settings in (
+        ("fp32", LLAMA, {}),
+        ("fp32-b1", LLAMA, {"micro_batch": 1}),
+        ("bf16", LLAMA, {"precision": "bf16", "trainer": "hf"}),
+        ("eager", LLAMA, {"attention": "eager"}),
+        ("lora-checkpointing", LLAMA, {"method": "lora", "precision": "bf16", "checkpointing": "full"}),
+        ("ddp", LLAMA, {"strategy": "ddp", "num_processes": 2}),
+        ("fsdp2", LLAMA, {"precision": "bf16", **_FSDP}),
+        ("zero3", LLAMA, {"precision": "bf16", "strategy": "zero3", "num_processes": 2}),
+        ("gpt2", GPT2, {}),
+        ("gemma2", ARCHITECTURES["gemma2"], {"seq_len": 128, "attention": "eager"}),
+        *(
+            (name, ARCHITECTURES[name], {"seq_len": 128})
+            for name in ("bert", "modernbert", "t5", "opt", "bloom", "qwen3_moe", "gemma3_text", "mamba")
+            if name in ARCHITECTURES
+        ),
+    )
+)
+
 CELLS = (
     *SINGLE,
+    *PADDED,
     *METHODS,
     *COMBINED,
     *DDP,

@@ -21,7 +21,13 @@ def task_batches(cell: Cell, config: Any) -> Iterator[Batch]:
     elif cell.images:
         make = _text_about_an_image
     while True:
-        yield make(cell, config)
+        yield make(cell, config) | (_mask(cell) if cell.padding else {})
+
+
+def _mask(cell: Cell) -> Batch:
+    mask = torch.ones(cell.micro_batch, cell.seq_len, dtype=torch.int64)
+    mask[min(1, cell.micro_batch - 1) :, -5:] = 0
+    return {"attention_mask": mask}
 
 
 def _tokens(cell: Cell, config: Any) -> torch.Tensor:

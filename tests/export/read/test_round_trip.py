@@ -40,6 +40,7 @@ REASONS: Mapping[Tool, Mapping[str, str]] = {
     Tool.AXOLOTL: {
         "alloc_conf": "Axolotl tells torch's allocator itself, whoever's step was planned",
         "training.trainer": "the file is Axolotl's, whoever's step was planned",
+        "training.padding": "Axolotl pads what it does not pack, whoever's step was planned",
         "training.precision": "Axolotl loads weights in bf16 where the plan counted fp32, which it says in the file",
         "training.loss": "the compiled chunked loss is not modelled; plain cross-entropy is counted",
         "training.checkpointing": "FSDP has no selective checkpointing, which planning refuses",
