@@ -148,6 +148,14 @@ class CommHook(StrEnum):
     BF16 = "bf16"
 
 
+class BackwardPrefetch(StrEnum):
+    """When FSDP1 gathers the next unit of a backward pass: before this one's, after it, or when its own begins."""
+
+    PRE = "pre"
+    POST = "post"
+    NONE = "none"
+
+
 @dataclass(frozen=True, kw_only=True)
 class DdpSettings:
     """``DistributedDataParallel``'s arguments that cost memory or time. Source: its signature, torch 2.13
@@ -173,7 +181,7 @@ class FsdpSettings:
     full_state_dict: bool = True
     cpu_ram_efficient_loading: bool = True
     limit_all_gathers: bool = True
-    backward_prefetch: bool = True
+    backward_prefetch: BackwardPrefetch = BackwardPrefetch.PRE
     forward_prefetch: bool = False
     use_orig_params: bool = True
     shard_group_size: int = 0  # ranks per shard group under hybrid sharding; 0: one node

@@ -15,6 +15,7 @@ from launchkit.plan import Candidate, Estimate, Plan, StepTime
 from launchkit.program import FreeAll, Owner, Phase, Section, Stage, StepProgram
 from launchkit.scenario import (
     Attention,
+    BackwardPrefetch,
     Batch,
     Checkpointing,
     DdpSettings,
@@ -37,6 +38,7 @@ from launchkit.scenario import (
 from launchkit.units import GIB
 
 _ENUMS = {
+    "backward_prefetch": BackwardPrefetch,
     "method": Method,
     "precision": Precision,
     "fp8_backend": Fp8Backend,

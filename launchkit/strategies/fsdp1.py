@@ -9,7 +9,8 @@ A *unit* is a block, or what no block holds. Source: torch 2.13 ``torch/distribu
   parameters are views (nothing is copied out), and ``_mp_shard`` dies.
 - after its forward the flat tensor dies, except the root's, and all of them where weights are kept for the backward.
 - before its backward the unit is gathered again, if the prefetch has not done so: each unit's backward begins by
-  gathering the next one's, so two are there at a time.
+  gathering the next one's, so two are there at a time. ``BACKWARD_POST`` gathers the next one when this one's weights
+  are gone, beside its flat gradient; the root's backward ends last and fetches none.
 - after its backward the gradients of its parameters, all of which live until then, are concatenated into a flat one
   and die; the weights die; the flat gradient is reduced into a shard, which is cast into the dtype of the shards; the
   flat gradient dies.
@@ -25,7 +26,7 @@ the processor run ahead by two gathers (``_FreeEventQueue``), by when the comput
 reduction begins after it, so that the flat gradient takes one gather more.
 
 Omits: with ``use_orig_params`` the reduced gradients outlive ``zero_grad`` until the next forward pass begins, where no
-peak sees them. Without ``limit_all_gathers`` the processor runs ahead without bounds.
+peak sees them. Without ``limit_all_gathers`` a GPU's processor runs ahead without bounds, which is refused.
 """
 
 from __future__ import annotations
@@ -59,7 +60,18 @@ from launchkit.program import (
     Stream,
     local,
 )
-from launchkit.scenario import DeviceKind, Method, Scenario, Sharding, State, Strategy, TraceKey, Trainer, Training
+from launchkit.scenario import (
+    BackwardPrefetch,
+    DeviceKind,
+    Method,
+    Scenario,
+    Sharding,
+    State,
+    Strategy,
+    TraceKey,
+    Trainer,
+    Training,
+)
 from launchkit.strategies import fsdp2
 from launchkit.strategies.base import (
     HALF_BYTES,
@@ -107,6 +119,11 @@ def refusal(scenario: Scenario, profile: ModelProfile, cluster: Cluster) -> str 
         return (
             "use_orig_params: false flattens no adapters together with frozen weights; set it to true, or use "
             "--strategy fsdp2"
+        )
+    if not fsdp.limit_all_gathers and cluster.gpu.device_kind is DeviceKind.CUDA:
+        return (
+            "limit_all_gathers=false lets the processor run ahead of a GPU by as many gathered units as it can, which "
+            "is not modelled; leave it out"
         )
     if fsdp.sharding is Sharding.NO_SHARD:
         whole = replace(fsdp, sharding=Sharding.SHARD_GRAD_OP)
@@ -321,7 +338,7 @@ class _Rewriter(ShardedProgram):
             )
         super().__init__(program, layout)
         self.units = units
-        self.prefetches_backward = scenario.strategy.fsdp.backward_prefetch
+        self.prefetch = scenario.strategy.fsdp.backward_prefetch
         # The order of units is known once a forward pass has recorded it.
         self.prefetches_forward = scenario.strategy.fsdp.forward_prefetch and scenario.state is not State.FIRST
         self.gathered: dict[int, Live] = {}  # index of a visit -> its flat weights
@@ -369,12 +386,14 @@ class _Rewriter(ShardedProgram):
             if visit.unit.reshards:
                 self._clock_gather(visit.unit, frame)
             self._ensure(index, visit.unit, place, frame.before, slot=_Slot.GATHERED)
-            if self.prefetches_backward and index:
+            if self.prefetch is BackwardPrefetch.PRE and index:
                 self._ensure(index - 1, visits[index - 1].unit, place, frame.before, slot=_Slot.PREFETCHED)
             self._hold_adapters(visit.unit, place, visit.backward_end)
             if index != root:
                 # Without a gradient of its input nothing tells a frozen unit that its backward is over.
-                self._finish(index, visit, ends=visit.unit.reduces or index > 0 or self.units[ROOT_GROUP].reduces)
+                ends = visit.unit.reduces or index > 0 or self.units[ROOT_GROUP].reduces
+                following = visits[index - 1].unit if self.prefetch is BackwardPrefetch.POST and index else None
+                self._finish(index, visit, ends=ends, following=following)
         self._finish(root, visits[root], ends=self.units[ROOT_GROUP].reduces)
         end = self.backward_end
         self.frame(end).behind.extend(self.free(live, end) for live in (*self.gathered.values(), *self.kept))
@@ -421,15 +440,20 @@ class _Rewriter(ShardedProgram):
             live = self._gather(begin, _Slot.ADAPTERS, unit.adapter_bytes, events, lag=0)
             self.frame(end).behind.append(self.free(live, end))
 
-    def _finish(self, index: int, visit: Visit[_Unit], *, ends: bool) -> None:
-        """What follows a unit's backward: the flat gradient, the end of the weights, the reduction."""
+    def _finish(self, index: int, visit: Visit[_Unit], *, ends: bool, following: _Unit | None = None) -> None:
+        """What follows a unit's backward: the flat gradient, the end of the weights, the weights of the ``following``
+        unit if they are fetched then, the reduction."""
         frame, place, flat = self.frame(visit.backward_end), visit.backward_end, visit.unit.flat
         if flat is None or not flat.is_trainable:
             if ends:
                 self._reshard(index, place)
+            if ends and following:
+                self._ensure(index - 1, following, place, frame.behind, slot=_Slot.PREFETCHED)
             return
         gradient = self._flatten_gradient(visit, flat, frame.behind)
         self._reshard(index, place)
+        if following:
+            self._ensure(index - 1, following, place, frame.behind, slot=_Slot.PREFETCHED)
         if self.layout.num_shards == 1:
             self._average(flat, gradient, place, frame.behind)
         else:

@@ -67,9 +67,10 @@ def test_a_rank_holds_its_part_of_each_flat_parameter(settings: dict[str, Any], 
     ("settings", "expected"),
     [
         ({}, ROOT + 2 * BLOCK),  # the prefetch makes it two blocks in the backward pass
-        ({"backward_prefetch": False}, ROOT + BLOCK),
-        ({"backward_prefetch": False, "forward_prefetch": True}, ROOT + 2 * BLOCK),
-        ({"backward_prefetch": False, "forward_prefetch": True, "state": "first"}, ROOT + BLOCK),
+        ({"backward_prefetch": "none"}, ROOT + BLOCK),
+        ({"backward_prefetch": "post"}, ROOT + BLOCK),  # the next one comes when this one is gone
+        ({"backward_prefetch": "none", "forward_prefetch": True}, ROOT + 2 * BLOCK),
+        ({"backward_prefetch": "none", "forward_prefetch": True, "state": "first"}, ROOT + BLOCK),
         ({"sharding": "shard_grad_op"}, ROOT + 3 * BLOCK),
         ({"sharding": "no_shard"}, 0),  # nothing is gathered, and nothing cast in fp32
         ({"sharding": "no_shard", "precision": "bf16", "traced": program(itemsize=2)}, 2 * (204 + 2 * 68)),
