@@ -292,6 +292,7 @@ def shard_flat(cell: Cell, model: nn.Module) -> nn.Module:
     from torch.distributed.fsdp import BackwardPrefetch, FullyShardedDataParallel, MixedPrecision, ShardingStrategy
     from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 
+    prefetch = cell.fsdp.get("backward_prefetch", "BACKWARD_PRE")
     names = wrapped_classes(cell, model)
     classes = {type(module) for module in model.modules() if type(module).__name__ in names}
     reduce_dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[cell.reduce_dtype]
@@ -304,7 +305,9 @@ def shard_flat(cell: Cell, model: nn.Module) -> nn.Module:
         sharding_strategy=ShardingStrategy[sharding],
         auto_wrap_policy=partial(transformer_auto_wrap_policy, transformer_layer_cls=classes),
         mixed_precision=policy if cell.is_mixed else None,
-        backward_prefetch=BackwardPrefetch.BACKWARD_PRE,
+        backward_prefetch=None if prefetch == "NO_PREFETCH" else BackwardPrefetch[prefetch],
+        forward_prefetch=cell.fsdp.get("forward_prefetch", False),
+        limit_all_gathers=cell.fsdp.get("limit_all_gathers", True),
         use_orig_params=cell.use_orig_params,
         device_id=torch.device("cpu"),
     )

@@ -10,7 +10,8 @@ A *unit* is a block, or what no block holds. Source: torch 2.13 ``torch/distribu
 - after its forward the flat tensor dies, except the root's, and all of them where weights are kept for the backward.
 - before its backward the unit is gathered again, if the prefetch has not done so: each unit's backward begins by
   gathering the next one's, so two are there at a time. ``BACKWARD_POST`` gathers the next one when this one's weights
-  are gone, beside its flat gradient; the root's backward ends last and fetches none.
+  are gone, beside its flat gradient; the root's backward ends last and fetches none. After ``forward_prefetch`` a
+  unit's backward ends only when the next one's computation is over.
 - after its backward the gradients of its parameters, all of which live until then, are concatenated into a flat one
   and die; the weights die; the flat gradient is reduced into a shard, which is cast into the dtype of the shards; the
   flat gradient dies.
@@ -379,7 +380,10 @@ class _Rewriter(ShardedProgram):
                 self._reshard(index, visit.forward_end)
 
     def _run_backward(self, visits: Sequence[Visit[_Unit]]) -> None:
+        """Autograd runs what was recorded last first. A unit that the forward pass prefetched was split into its
+        parameters before the unit ahead of it computed: its backward is over when that one's is."""
         root = len(visits) - 1
+        late: int | None = None
         for index in range(root, -1, -1):
             visit = visits[index]
             place, frame = visit.backward_begin, self.frame(visit.backward_begin)
@@ -389,12 +393,21 @@ class _Rewriter(ShardedProgram):
             if self.prefetch is BackwardPrefetch.PRE and index:
                 self._ensure(index - 1, visits[index - 1].unit, place, frame.before, slot=_Slot.PREFETCHED)
             self._hold_adapters(visit.unit, place, visit.backward_end)
-            if index != root:
-                # Without a gradient of its input nothing tells a frozen unit that its backward is over.
-                ends = visit.unit.reduces or index > 0 or self.units[ROOT_GROUP].reduces
-                following = visits[index - 1].unit if self.prefetch is BackwardPrefetch.POST and index else None
-                self._finish(index, visit, ends=ends, following=following)
-        self._finish(root, visits[root], ends=self.units[ROOT_GROUP].reduces)
+            if late is not None:
+                self._finish(late, visits[late], visit.backward_end, shift=len(_Slot))
+                late = None
+            if index == root:
+                continue
+            if self.prefetches_forward and visit.unit.reduces:
+                late = index
+                continue
+            # Without a gradient of its input nothing tells a frozen unit that its backward is over.
+            ends = visit.unit.reduces or index > 0 or self.units[ROOT_GROUP].reduces
+            following = visits[index - 1].unit if self.prefetch is BackwardPrefetch.POST and index else None
+            self._finish(index, visit, visit.backward_end, ends=ends, following=following)
+        if late is not None:
+            self._finish(late, visits[late], visits[root].backward_end, shift=len(_Slot))
+        self._finish(root, visits[root], visits[root].backward_end, ends=self.units[ROOT_GROUP].reduces)
         end = self.backward_end
         self.frame(end).behind.extend(self.free(live, end) for live in (*self.gathered.values(), *self.kept))
 
@@ -440,36 +453,49 @@ class _Rewriter(ShardedProgram):
             live = self._gather(begin, _Slot.ADAPTERS, unit.adapter_bytes, events, lag=0)
             self.frame(end).behind.append(self.free(live, end))
 
-    def _finish(self, index: int, visit: Visit[_Unit], *, ends: bool, following: _Unit | None = None) -> None:
-        """What follows a unit's backward: the flat gradient, the end of the weights, the weights of the ``following``
-        unit if they are fetched then, the reduction."""
-        frame, place, flat = self.frame(visit.backward_end), visit.backward_end, visit.unit.flat
+    def _finish(
+        self,
+        index: int,
+        visit: Visit[_Unit],
+        place: Place,
+        *,
+        ends: bool = True,
+        following: _Unit | None = None,
+        shift: int = 0,
+    ) -> None:
+        """What follows a unit's backward, which is over at ``place``: the flat gradient, the end of the weights, the
+        weights of the ``following`` unit if they are fetched then, the reduction. ``shift`` keeps its slots apart from
+        those of a unit that ends there too."""
+        frame, flat = self.frame(place), visit.unit.flat
         if flat is None or not flat.is_trainable:
             if ends:
                 self._reshard(index, place)
             if ends and following:
                 self._ensure(index - 1, following, place, frame.behind, slot=_Slot.PREFETCHED)
             return
-        gradient = self._flatten_gradient(visit, flat, frame.behind)
+        gradient = self._flatten_gradient(visit, flat, place, frame.behind, shift=shift)
         self._reshard(index, place)
         if following:
             self._ensure(index - 1, following, place, frame.behind, slot=_Slot.PREFETCHED)
         if self.layout.num_shards == 1:
-            self._average(flat, gradient, place, frame.behind)
+            self._average(flat, gradient, place, frame.behind, shift=shift)
         else:
-            self._reduce(flat, gradient, place, frame.behind)
+            self._reduce(flat, gradient, place, frame.behind, shift=shift)
         self._clock_reduce(flat, frame)
 
-    def _flatten_gradient(self, visit: Visit[_Unit], flat: _Flat, events: list[Event]) -> Live:
+    def _flatten_gradient(
+        self, visit: Visit[_Unit], flat: _Flat, place: Place, events: list[Event], *, shift: int
+    ) -> Live:
         """The backward of the split into views: every gradient until now, and zeros for what has none, concatenated."""
-        place = visit.backward_end
         zeros = (
-            self.alloc(place, _Slot.ZEROS, flat.zeros_bytes, events, Owner.TEMPORARIES) if flat.zeros_bytes else None
+            self.alloc(place, _Slot.ZEROS + shift, flat.zeros_bytes, events, Owner.TEMPORARIES)
+            if flat.zeros_bytes
+            else None
         )
         owner = Owner.COMMUNICATION if self.layout.num_shards > 1 or flat.is_cast else Owner.GRADIENTS
         lag = GATHERS_AHEAD + 1 if self.layout.num_shards > 1 else 0
-        gradient = self.alloc(place, _Slot.FLAT_GRADIENT, flat.gradient_bytes, events, owner, lag=lag)
-        events.extend(self._gradient_frees(visit))
+        gradient = self.alloc(place, _Slot.FLAT_GRADIENT + shift, flat.gradient_bytes, events, owner, lag=lag)
+        events.extend(self._gradient_frees(visit, place))
         if zeros:
             events.append(self.free(zeros, place))
         piled = self.accumulated.get(self.pile(visit.unit.group, visit.forward_begin), ())
@@ -478,23 +504,23 @@ class _Rewriter(ShardedProgram):
             gradient = Live(self.pile(visit.unit.group, visit.forward_begin), alloc.slot, flat.gradient_bytes)
         return gradient
 
-    def _gradient_frees(self, visit: Visit[_Unit]) -> Iterator[Event]:
+    def _gradient_frees(self, visit: Visit[_Unit], place: Place) -> Iterator[Event]:
         """The gradients of the unit's parameters, wherever they arose."""
         for born, event in self.gradients(visit.unit.group, visit.backward_end):
-            yield Free(self.ref(Live(born, event.slot, 0), visit.backward_end), event.size)
+            yield Free(self.ref(Live(born, event.slot, 0), place), event.size)
 
-    def _reduce(self, flat: _Flat, gradient: Live, place: Place, events: list[Event]) -> None:
+    def _reduce(self, flat: _Flat, gradient: Live, place: Place, events: list[Event], *, shift: int) -> None:
         """Reduce-scatter of the flat gradient, padded if need be, and the cast of what this rank gets."""
         padded = None
         if flat.gathered_bytes != flat.gradient_bytes:
-            padded = self.alloc(place, _Slot.PADDED, flat.gathered_bytes, events, stream=Stream.REDUCE)
+            padded = self.alloc(place, _Slot.PADDED + shift, flat.gathered_bytes, events, stream=Stream.REDUCE)
         owner = Owner.COMMUNICATION if flat.is_cast else Owner.GRADIENTS
-        reduced = self.alloc(place, _Slot.REDUCED, flat.cast_bytes, events, owner, stream=Stream.REDUCE)
+        reduced = self.alloc(place, _Slot.REDUCED + shift, flat.cast_bytes, events, owner, stream=Stream.REDUCE)
         self.pass_through_wire(place, flat.gathered_bytes, events)
         kept = reduced
         if flat.is_cast:
             stored = flat.stored_bytes
-            kept = self.alloc(place, _Slot.GRADIENT, stored, events, Owner.GRADIENTS, stream=Stream.REDUCE)
+            kept = self.alloc(place, _Slot.GRADIENT + shift, stored, events, Owner.GRADIENTS, stream=Stream.REDUCE)
             events.append(self.free(reduced, place))
         events.extend(self.free(live, place) for live in (padded, gradient) if live)
         if self.layout.offloads:
@@ -502,10 +528,10 @@ class _Rewriter(ShardedProgram):
         elif self.layout.accumulates and not self.layout.defers_reduction:
             events.append(self.free(kept, place))
 
-    def _average(self, flat: _Flat, gradient: Live, place: Place, events: list[Event]) -> None:
+    def _average(self, flat: _Flat, gradient: Live, place: Place, events: list[Event], *, shift: int) -> None:
         """All-reduce in place of an unsharded gradient, which becomes the parameter's."""
         if flat.is_cast:
-            kept = self.alloc(place, _Slot.GRADIENT, flat.stored_bytes, events, Owner.GRADIENTS)
+            kept = self.alloc(place, _Slot.GRADIENT + shift, flat.stored_bytes, events, Owner.GRADIENTS)
             events.append(self.free(gradient, place))
             gradient = kept
         if self.layout.accumulates and not self.layout.defers_reduction:
