@@ -18,6 +18,7 @@ from launchkit.scenario import (
     BackwardPrefetch,
     Batch,
     Checkpointing,
+    CommHook,
     DdpSettings,
     Fp8Backend,
     FsdpSettings,
@@ -38,6 +39,7 @@ from launchkit.scenario import (
 from launchkit.units import GIB
 
 _ENUMS = {
+    "comm_hook": CommHook,
     "backward_prefetch": BackwardPrefetch,
     "method": Method,
     "precision": Precision,

@@ -272,3 +272,15 @@ def test_4_bit_weights_are_sharded_by_their_packed_bytes() -> None:
     frozen, trained = 2 * 100 + 3 * 60, 3 * 4
     held = start(step)[Owner.WEIGHTS]
     assert frozen // 2 // 2 <= held <= frozen // 2 // 2 + 4 * trained + 16 * 8
+
+
+def test_after_a_forward_prefetch_a_block_ends_behind_the_next() -> None:
+    """Three blocks' weights at a time in the backward pass, as two gloo processes had them."""
+    assert most(rewritten(forward_prefetch=True), Owner.GATHERED_WEIGHTS) == ROOT + 3 * BLOCK
+
+
+def test_without_a_rate_limit_a_gpu_is_refused() -> None:
+    asked = scenario(strategy="fsdp", limit_all_gathers=False)
+    on_gpus = fsdp1.refusal(asked, profile(), cluster(num_gpus=2))
+    assert on_gpus is not None and "leave it out" in on_gpus
+    assert fsdp1.refusal(asked, profile(), cluster(num_gpus=2, backend="cpu")) is None
