@@ -13,7 +13,7 @@ from enum import StrEnum
 from typing import Any
 
 from launchkit.errors import IllegalScenarioError, UsageError
-from launchkit.scenario import BackwardPrefetch, CommHook, DdpSettings, FsdpSettings, StrategyKind, ZeroSettings
+from launchkit.scenario import BackwardPrefetch, CommHook, DdpSettings, FsdpSettings, StrategyKind, Wrap, ZeroSettings
 from launchkit.units import MIB
 
 _SWITCHES = {"true": True, "false": False}
@@ -167,6 +167,7 @@ _ELSEWHERE = {
     "reshard_after_forward": "type --fsdp-sharding shard_grad_op for false",
     "offload_params": "type --offload params",
     "activation_checkpointing": "type --checkpointing full",
+    "min_num_params": "it is SIZE_BASED_WRAP's, which is not modelled; type auto_wrap_policy=TRANSFORMER_BASED_WRAP",
     "version": "type --strategy fsdp for 1, --strategy fsdp2 for 2",
 }
 
@@ -176,6 +177,7 @@ _FSDP1 = (StrategyKind.FSDP,)
 _DDP = (StrategyKind.DDP,)
 _HOOKS = {"no": CommHook.NONE, "none": CommHook.NONE, "fp16": CommHook.FP16, "bf16": CommHook.BF16}
 STATE_DICTS = {"FULL_STATE_DICT": True, "SHARDED_STATE_DICT": False}
+WRAPS = {"TRANSFORMER_BASED_WRAP": Wrap.BLOCKS, "NO_WRAP": Wrap.MODEL}
 PREFETCHES = {
     "BACKWARD_PRE": BackwardPrefetch.PRE,
     "BACKWARD_POST": BackwardPrefetch.POST,
@@ -220,6 +222,7 @@ FSDP = EngineSettings(
             name: _Key(field=name, form=_SWITCH, kinds=_FSDP1)
             for name in ("forward_prefetch", "use_orig_params", "limit_all_gathers")
         },
+        "auto_wrap_policy": _Key(field="wrap", form=_words(WRAPS), kinds=_FSDP1),
         "cpu_ram_efficient_loading": _Key(field="cpu_ram_efficient_loading", form=_SWITCH, kinds=_FSDP_KINDS),
         "state_dict_type": _Key(field="full_state_dict", form=_words(STATE_DICTS), kinds=_FSDP_KINDS),
     },

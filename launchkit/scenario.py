@@ -156,6 +156,13 @@ class BackwardPrefetch(StrEnum):
     NONE = "none"
 
 
+class Wrap(StrEnum):
+    """What FSDP1 flattens into one parameter: each block, and what no block holds; or the whole model."""
+
+    BLOCKS = "blocks"
+    MODEL = "model"
+
+
 @dataclass(frozen=True, kw_only=True)
 class DdpSettings:
     """``DistributedDataParallel``'s arguments that cost memory or time. Source: its signature, torch 2.13
@@ -184,6 +191,7 @@ class FsdpSettings:
     backward_prefetch: BackwardPrefetch = BackwardPrefetch.PRE
     forward_prefetch: bool = False
     use_orig_params: bool = True
+    wrap: Wrap = Wrap.BLOCKS
     shard_group_size: int = 0  # ranks per shard group under hybrid sharding; 0: one node
     float8_all_gather: bool = True  # weights are cast to 8 bits before they are gathered
 

@@ -34,11 +34,13 @@ from launchkit.scenario import (
     StrategyKind,
     Trainer,
     Training,
+    Wrap,
     ZeroSettings,
 )
 from launchkit.units import GIB
 
 _ENUMS = {
+    "wrap": Wrap,
     "comm_hook": CommHook,
     "backward_prefetch": BackwardPrefetch,
     "method": Method,

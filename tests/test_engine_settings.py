@@ -117,6 +117,7 @@ def test_every_setting_can_be_typed(settings: type, known: set[str]) -> None:
         (DDP, "ddp", "bucket_cap=50", "did you mean bucket_cap_mb"),
         (DDP, "ddp", "bucket_cap_mb=0", "is not a whole number of MiB"),
         (DDP, "ddp", "bucket_cap_mb=inf", "is not a whole number of MiB"),
+        (FSDP, "fsdp", "auto_wrap_policy=SIZE_BASED_WRAP", "one of transformer_based_wrap, no_wrap"),
         (DDP, "ddp", "comm_hook=power_sgd", "write comm_hook= and one of no, none, fp16, bf16"),
         (FSDP, "zero3", "use_orig_params=true", "--fsdp-settings says nothing under --strategy zero3"),
         (FSDP, "fsdp2", "use_orig_params=true", "leave it out, or add --strategy fsdp"),

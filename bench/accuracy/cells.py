@@ -232,6 +232,17 @@ FSDP1 = (
             ("unlimited", {"limit_all_gathers": False}),
         )
     ),
+    *(
+        Cell(name=f"fsdp1-no-wrap-{name}", fsdp={"auto_wrap_policy": "NO_WRAP"}, **values, **_FSDP1)
+        for name, values in {
+            "fp32": {"config": LLAMA},
+            "bf16": {"config": LLAMA, "precision": "bf16"},
+            "wide-fp32": {"config": WIDE, "seq_len": 16},
+            "wide-bf16": {"config": WIDE, "seq_len": 16, "precision": "bf16"},
+            "checkpointing": {"config": TIED, "checkpointing": "full"},
+            "hf-bf16": {"config": LLAMA, "trainer": "hf", "precision": "bf16"},
+        }.items()
+    ),
     Cell(
         name="fsdp1-forward-prefetch-checkpointing",
         config=LLAMA,
@@ -269,14 +280,6 @@ FSDP1 = (
         precision="bf16",
         use_orig_params=False,
         fsdp={"backward_prefetch": "BACKWARD_POST", "forward_prefetch": True},
-        **_FSDP1,
-    ),
-    Cell(
-        name="fsdp1-large-post-prefetch",
-        config=LARGE,
-        precision="bf16",
-        seq_len=32,
-        fsdp={"backward_prefetch": "BACKWARD_POST"},
         **_FSDP1,
     ),
     Cell(name="fsdp1-uneven-3", config=UNEVEN, strategy="fsdp", num_processes=3),

@@ -91,7 +91,7 @@ def _fsdp_section(layout: FsdpLayout, candidate: Candidate) -> dict[str, object]
     return {
         "fsdp_version": layout.version,
         **(_fsdp1_keys(layout, candidate) if layout.version == 1 else _fsdp2_keys(layout)),
-        "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+        "fsdp_auto_wrap_policy": layout.wrap_policy,
         "fsdp_transformer_layer_cls_to_wrap": layout.wrap_classes,
         "fsdp_state_dict_type": layout.state_dict_type,
         "fsdp_cpu_ram_efficient_loading": layout.cpu_ram_efficient_loading,

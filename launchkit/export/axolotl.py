@@ -192,7 +192,7 @@ def _fsdp(candidate: Candidate, cluster: Cluster) -> dict[str, object]:
     """Axolotl's FSDP keys carry no prefix, and unprefixed means version 1 unless ``fsdp_version`` says otherwise."""
     layout = fsdp_layout(candidate, cluster)
     section: dict[str, object] = {
-        "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+        "auto_wrap_policy": layout.wrap_policy,
         "transformer_layer_cls_to_wrap": layout.wrap_classes,
         "state_dict_type": layout.state_dict_type,
         "final_state_dict_type": "FULL_STATE_DICT",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from launchkit.engine_settings import DDP, STATE_DICTS, word_of
+from launchkit.engine_settings import DDP, STATE_DICTS, WRAPS, word_of
 from launchkit.errors import IllegalScenarioError
 from launchkit.hardware import Backend, Cluster
 from launchkit.plan import Candidate
@@ -22,6 +22,7 @@ from launchkit.scenario import (
     StrategyKind,
     Trainer,
     Training,
+    Wrap,
     is_fused_expert,
     names_in,
 )
@@ -70,6 +71,7 @@ class FsdpLayout:
     cpu_ram_efficient_loading: bool
     activation_checkpointing: bool
     state_dict_type: str
+    wrap_policy: str
     wrap_classes: str
     num_replicas: int
     shard_size: int
@@ -245,6 +247,7 @@ def fsdp_layout(candidate: Candidate, cluster: Cluster) -> FsdpLayout:
         cpu_ram_efficient_loading=scenario.loads_on_first_rank,
         activation_checkpointing=scenario.training.checkpointing is Checkpointing.FULL,
         state_dict_type=word_of(STATE_DICTS, fsdp.full_state_dict),
+        wrap_policy=word_of(WRAPS, fsdp.wrap if kind is StrategyKind.FSDP else Wrap.BLOCKS),
         wrap_classes=",".join(candidate.model.block_classes),
         num_replicas=mesh["dp_replicate"],
         shard_size=mesh["dp_shard"],

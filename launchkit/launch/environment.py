@@ -72,7 +72,7 @@ def fsdp_environment(layout: FsdpLayout, candidate: Candidate, *, on_cpu: bool) 
         "FSDP_VERSION": str(layout.version),
         "FSDP_RESHARD_AFTER_FORWARD": _lower(layout.sharding.reshard_after_forward),
         "FSDP_OFFLOAD_PARAMS": _lower(layout.offload_params),
-        "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+        "FSDP_AUTO_WRAP_POLICY": layout.wrap_policy,
         "FSDP_TRANSFORMER_CLS_TO_WRAP": layout.wrap_classes,
         "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT" if is_fsdp1_on_cpu else layout.state_dict_type,
         "FSDP_CPU_RAM_EFFICIENT_LOADING": _lower(loads_on_rank0),

@@ -1,6 +1,7 @@
 """FSDP1 (``FullyShardedDataParallel``): every unit's parameters flattened into one, gathered and reduced whole.
 
-A *unit* is a block, or what no block holds. Source: torch 2.13 ``torch/distributed/fsdp`` (``_flat_param.py``,
+A *unit* is a block, or what no block holds; under ``NO_WRAP`` the whole model is one. Source: torch 2.13
+``torch/distributed/fsdp`` (``_flat_param.py``,
 ``_runtime_utils.py``), confirmed on timelines of two and four gloo processes. One life of a unit:
 
 - between steps a rank holds its shard of the flat parameter: with ``use_orig_params`` each parameter begins at 16 bytes
@@ -72,6 +73,7 @@ from launchkit.scenario import (
     TraceKey,
     Trainer,
     Training,
+    Wrap,
 )
 from launchkit.strategies import fsdp2
 from launchkit.strategies.base import (
@@ -125,6 +127,11 @@ def refusal(scenario: Scenario, profile: ModelProfile, cluster: Cluster) -> str 
         return (
             "limit_all_gathers=false lets the processor run ahead of a GPU by as many gathered units as it can, which "
             "is not modelled; leave it out"
+        )
+    if fsdp.wrap is Wrap.MODEL and scenario.training.method is not Method.FULL:
+        return (
+            "auto_wrap_policy=NO_WRAP is modelled for full fine-tunes, as PEFT has its adapters wrapped; leave it out, "
+            "or use --method full"
         )
     if fsdp.sharding is Sharding.NO_SHARD:
         whole = replace(fsdp, sharding=Sharding.SHARD_GRAD_OP)
@@ -294,11 +301,15 @@ class _Unit:
 
 
 def _units(program: StepProgram, layout: Layout, scenario: Scenario) -> dict[str, _Unit]:
-    """One unit per group of parameters; the one outside blocks is the root."""
+    """One unit per group of parameters; the one outside blocks is the root, and with ``NO_WRAP`` the only one."""
     wraps_adapters = scenario.training.method is not Method.FULL and not _flattens_adapters(scenario.training)
     aligns = scenario.strategy.fsdp.use_orig_params
     loaded = loaded_itemsize(scenario) if scenario.training.method is Method.FULL else FP32_BYTES
-    units = {}
+    units: dict[str, _Unit] = {}
+    if scenario.strategy.fsdp.wrap is Wrap.MODEL:
+        every = [p for name, group in program.groups.items() for p in group.parameters * program.group_counts[name]]
+        flat = _flat(every, layout, in_block=False, aligns=aligns, loaded_itemsize=loaded)
+        return {ROOT_GROUP: _Unit(group=ROOT_GROUP, flat=flat, reshards=layout.num_shards == 1)}
     for name, group in program.groups.items():
         own = [p for p in group.parameters if wraps_adapters and p.trainable]
         rest = [p for p in group.parameters if not (wraps_adapters and p.trainable)]
@@ -339,6 +350,7 @@ class _Rewriter(ShardedProgram):
             )
         super().__init__(program, layout)
         self.units = units
+        self.is_one_unit = scenario.strategy.fsdp.wrap is Wrap.MODEL
         self.prefetch = scenario.strategy.fsdp.backward_prefetch
         # The order of units is known once a forward pass has recorded it.
         self.prefetches_forward = scenario.strategy.fsdp.forward_prefetch and scenario.state is not State.FIRST
@@ -355,7 +367,7 @@ class _Rewriter(ShardedProgram):
 
     def _visits(self) -> Iterator[Visit[_Unit]]:
         """Units in the order in which their forward ends: the root's begins first and ends last."""
-        for group, there, back in self.layers():
+        for group, there, back in self.layers() if not self.is_one_unit else ():
             yield Visit.at(self.units[group], there, back)
         yield Visit(
             unit=self.units[ROOT_GROUP],
@@ -506,7 +518,10 @@ class _Rewriter(ShardedProgram):
 
     def _gradient_frees(self, visit: Visit[_Unit], place: Place) -> Iterator[Event]:
         """The gradients of the unit's parameters, wherever they arose."""
-        for born, event in self.gradients(visit.unit.group, visit.backward_end):
+        found = [*self.gradients(visit.unit.group, visit.backward_end)]
+        if self.is_one_unit:
+            found += [pair for group, _, back in self.layers() for pair in self.gradients(group, back)]
+        for born, event in found:
             yield Free(self.ref(Live(born, event.slot, 0), place), event.size)
 
     def _reduce(self, flat: _Flat, gradient: Live, place: Place, events: list[Event], *, shift: int) -> None:

@@ -71,6 +71,7 @@ GOLDEN = [
     case("ddp-settings", strategy="ddp", bucket_cap_bytes=50 * MIB, find_unused_parameters=True, loss="chunked"),
     case("ddp-static-graph", strategy="ddp", static_graph=True, loss="chunked"),
     case("fsdp1-settings", strategy="fsdp", backward_prefetch="post", forward_prefetch=True, use_orig_params=False),
+    case("fsdp1-no-wrap", strategy="fsdp", wrap="model", checkpointing="full"),
     case("ddp-fp8", strategy="ddp", precision="fp8"),
     case("ddp-fp8-te", strategy="ddp", precision="fp8", fp8_backend="te"),
     case("fsdp2-fp8", strategy="fsdp2", precision="fp8", checkpointing="full", compile=True),

@@ -284,3 +284,12 @@ def test_without_a_rate_limit_a_gpu_is_refused() -> None:
     on_gpus = fsdp1.refusal(asked, profile(), cluster(num_gpus=2))
     assert on_gpus is not None and "leave it out" in on_gpus
     assert fsdp1.refusal(asked, profile(), cluster(num_gpus=2, backend="cpu")) is None
+
+
+def test_without_wrapping_the_model_is_one_unit() -> None:
+    """All weights and all gradients are there at the end of the backward pass, where they become one flat gradient."""
+    one = rewritten(wrap="model", use_orig_params=False)
+    assert most(one, Owner.GATHERED_WEIGHTS) == ROOT + 3 * BLOCK
+    asked = scenario(strategy="fsdp", wrap="model", method="lora")
+    found = fsdp1.refusal(asked, profile(), cluster(num_gpus=2))
+    assert found is not None and "--method full" in found

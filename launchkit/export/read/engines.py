@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from launchkit.engine_settings import PREFETCHES
+from launchkit.engine_settings import PREFETCHES, WRAPS
 from launchkit.errors import ConfigFileError
 from launchkit.export.read.reading import Draft, Place
 from launchkit.export.read.section import AUTO, Section
@@ -91,7 +91,7 @@ def read_fsdp(keys: Section, draft: Draft, place: Place, *, version: int, replic
     draft.flag("fsdp_sharding", sharding)
     draft.flag("offload", Offload.PARAMS if keys.switch("offload_params") else Offload.NONE)
     _fsdp_settings(keys, draft, version=version)
-    _wrapping(keys, draft)
+    _wrapping(keys, draft, place, version=version)
     if keys.switch("activation_checkpointing"):
         draft.flag("checkpointing", Checkpointing.FULL)
 
@@ -131,10 +131,13 @@ def _fsdp_settings(keys: Section, draft: Draft, *, version: int) -> None:
     draft.fsdp["use_orig_params"] = keys.switch("use_orig_params") is not False
 
 
-def _wrapping(keys: Section, draft: Draft) -> None:
-    """launchkit shards block by block; another policy gathers other pieces at once."""
+def _wrapping(keys: Section, draft: Draft, place: Place, *, version: int) -> None:
+    """launchkit shards block by block, or under FSDP1 the model as one; another policy gathers other pieces at once."""
     policy = keys.text("auto_wrap_policy") or "NO_WRAP"
-    if policy != "TRANSFORMER_BASED_WRAP":
+    is_modelled = version == 1 and draft.flags.get("method", Method.FULL) is Method.FULL and not place.adapts
+    if policy in WRAPS and is_modelled:
+        draft.fsdp["wrap"] = WRAPS[policy]
+    elif policy != "TRANSFORMER_BASED_WRAP":
         draft.ignored.append(f"{keys.where('auto_wrap_policy')} {policy}: blocks of the model are counted as the units")
     keys.skip("transformer_layer_cls_to_wrap")
 
