@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from enum import StrEnum
 from typing import Any, TypeVar
 
 from launchkit.alloc_conf import EXPANDABLE, AllocatorSettings
+from launchkit.engine_settings import DDP, FSDP, ZERO, auto_sizes
 from launchkit.errors import IllegalScenarioError, UsageError
 from launchkit.hardware import Cluster, format_gpus
 from launchkit.model import ModelProfile
 from launchkit.scenario import (
     Attention,
+    BackwardPrefetch,
     Batch,
     Checkpointing,
     DeviceKind,
@@ -35,10 +37,8 @@ from launchkit.scenario import (
     StrategyKind,
     Trainer,
     Training,
-    ZeroSettings,
     names_in,
 )
-from launchkit.zero_settings import read_zero_settings, zero_settings_text
 
 _T = TypeVar("_T")
 SWITCHES = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
@@ -61,6 +61,8 @@ class Request:
     fsdp_sharding: Sharding | None = None
     fp8_all_gather: bool | None = None
     offload: Offload | None = None
+    ddp_settings: str | None = None
+    fsdp_settings: str | None = None
     zero_settings: str | None = None
     method: Method | None = None
     lora_rank: int | None = None
@@ -182,6 +184,16 @@ FLAGS: tuple[Flag, ...] = (
     Flag(name="fsdp_sharding", kind=Sharding, help="what FSDP shards [full_shard; hsdp: hybrid_shard]"),
     Flag(name="fp8_all_gather", kind=bool, default=True, help="under fp8, FSDP2 casts weights before it gathers them"),
     Flag(name="offload", kind=Offload, default="none", help="what is kept off the GPU"),
+    Flag(
+        name="ddp_settings",
+        kind=str,
+        help="arguments of DistributedDataParallel: bucket_cap_mb=50,gradient_as_bucket_view=true",
+    ),
+    Flag(
+        name="fsdp_settings",
+        kind=str,
+        help="keys of accelerate's fsdp_config: backward_prefetch=NO_PREFETCH,use_orig_params=false",
+    ),
     Flag(
         name="zero_settings",
         kind=str,
@@ -338,7 +350,9 @@ def scenario_flags(scenario: Scenario, *, cluster: Cluster) -> dict[str, str | i
         "fsdp_sharding": strategy.fsdp.sharding if strategy.kind.is_fsdp else None,
         "fp8_all_gather": strategy.fsdp.float8_all_gather if _gathers_for_float8(scenario) else None,
         "offload": strategy.offload,
-        "zero_settings": (zero_settings_text(strategy.zero) or None) if strategy.kind.zero_stage else None,
+        "ddp_settings": DDP.text(strategy.ddp, kind=strategy.kind) or None,
+        "fsdp_settings": FSDP.text(strategy.fsdp, kind=strategy.kind) or None,
+        "zero_settings": ZERO.text(strategy.zero, kind=strategy.kind) or None,
         "method": training.method,
         "lora_rank": training.lora_rank,
         "lora_targets": training.lora_targets,
@@ -480,22 +494,28 @@ def _strategy(request: Request, model: ModelProfile, cluster: Cluster) -> Strate
         sharding=sharding,
         offload_params=kind.is_fsdp and offload.params,
         float8_all_gather=_value(request, "fp8_all_gather", bool),
+        backward_prefetch=default_prefetch(request.trainer),
     )
-    return Strategy(
-        kind=kind,
-        split=split,
-        offload=offload,
-        fsdp=fsdp,
-        zero=_zero_settings(request, kind, hidden_size=model.hidden_size),
-    )
+    strategy = Strategy(kind=kind, split=split, offload=offload, fsdp=fsdp)
+    return with_settings(strategy, request, hidden_size=model.hidden_size, strict=True)
 
 
-def _zero_settings(request: Request, kind: StrategyKind, *, hidden_size: int) -> ZeroSettings:
-    if request.zero_settings is None:
-        return ZeroSettings()
-    if not kind.zero_stage:
-        raise IllegalScenarioError(f"--zero-settings says nothing under --strategy {kind}; add --strategy zero3")
-    return read_zero_settings(request.zero_settings, hidden_size=hidden_size)
+def default_prefetch(trainer: Trainer | None) -> BackwardPrefetch:
+    """FSDP1's, where nothing else is asked for: what the files written here say; Axolotl has no key for it and fetches
+    nothing ahead. Source: axolotl 0.19 ``FSDPConfig``; transformers 5.24 ``TrainingArguments``, NO_PREFETCH then."""
+    return BackwardPrefetch.NONE if trainer is Trainer.AXOLOTL else BackwardPrefetch.PRE
+
+
+def with_settings(strategy: Strategy, request: Request, *, hidden_size: int, strict: bool) -> Strategy:
+    """``strategy`` with what the request says of the engines' settings. ``strict`` refuses what says nothing under this
+    strategy, which a search leaves out."""
+    kind = strategy.kind if strict else None
+    for name, option, auto in (("ddp", DDP, None), ("fsdp", FSDP, None), ("zero", ZERO, auto_sizes(hidden_size))):
+        text = getattr(request, f"{name}_settings")
+        if text is not None and (strict or strategy.kind in option.kinds):
+            values = option.read(text, kind=kind, auto=auto)
+            strategy = replace(strategy, **{name: replace(getattr(strategy, name), **values)})
+    return strategy
 
 
 def _batch(request: Request, *, seq_len: int, strategy: Strategy, num_gpus: int) -> Batch:

@@ -148,6 +148,21 @@ class CommHook(StrEnum):
     BF16 = "bf16"
 
 
+class BackwardPrefetch(StrEnum):
+    """When FSDP1 gathers the next unit of a backward pass: before this one's, after it, or when its own begins."""
+
+    PRE = "pre"
+    POST = "post"
+    NONE = "none"
+
+
+class Wrap(StrEnum):
+    """What FSDP1 flattens into one parameter: each block, and what no block holds; or the whole model."""
+
+    BLOCKS = "blocks"
+    MODEL = "model"
+
+
 @dataclass(frozen=True, kw_only=True)
 class DdpSettings:
     """``DistributedDataParallel``'s arguments that cost memory or time. Source: its signature, torch 2.13
@@ -173,9 +188,10 @@ class FsdpSettings:
     full_state_dict: bool = True
     cpu_ram_efficient_loading: bool = True
     limit_all_gathers: bool = True
-    backward_prefetch: bool = True
+    backward_prefetch: BackwardPrefetch = BackwardPrefetch.PRE
     forward_prefetch: bool = False
     use_orig_params: bool = True
+    wrap: Wrap = Wrap.BLOCKS
     shard_group_size: int = 0  # ranks per shard group under hybrid sharding; 0: one node
     float8_all_gather: bool = True  # weights are cast to 8 bits before they are gathered
 

@@ -15,8 +15,10 @@ from launchkit.plan import Candidate, Estimate, Plan, StepTime
 from launchkit.program import FreeAll, Owner, Phase, Section, Stage, StepProgram
 from launchkit.scenario import (
     Attention,
+    BackwardPrefetch,
     Batch,
     Checkpointing,
+    CommHook,
     DdpSettings,
     Fp8Backend,
     FsdpSettings,
@@ -32,11 +34,15 @@ from launchkit.scenario import (
     StrategyKind,
     Trainer,
     Training,
+    Wrap,
     ZeroSettings,
 )
 from launchkit.units import GIB
 
 _ENUMS = {
+    "wrap": Wrap,
+    "comm_hook": CommHook,
+    "backward_prefetch": BackwardPrefetch,
     "method": Method,
     "precision": Precision,
     "fp8_backend": Fp8Backend,

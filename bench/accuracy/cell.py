@@ -14,10 +14,11 @@ class Cell:
     """What ``bench.accuracy.measure`` runs. Values are spelled as the flags of ``launchkit estimate``.
 
     ``config`` is a ``config.json`` as a mapping; ``reduce_dtype`` is FSDP's (``bf16`` as accelerate sets it, or
-    ``fp32``), ``use_orig_params`` FSDP1's; ``ddp`` holds DDP's arguments, and as ``comm_hook`` the name of a hook;
-    ``use_cache`` None leaves the model's own default, which keeps keys and values of a training step. With an
-    ``evaluation_micro_batch`` the trainer evaluates two batches of it behind the last step. Packed rows hold two
-    sequences each; under ``padding`` all rows but the first end in some, which a mask tells of. ``zero`` are keys of
+    ``fp32``), ``use_orig_params`` FSDP1's, ``fsdp`` its other arguments as ``--fsdp-settings`` has them; ``ddp`` holds
+    DDP's arguments, and as ``comm_hook`` the name of a hook; ``use_cache`` None leaves the model's own default, which
+    keeps keys and values of a training step. With an ``evaluation_micro_batch`` the trainer evaluates two batches of it
+    behind the last step. Packed rows hold two sequences each; under ``padding`` all rows but the first end in some,
+    which a mask tells of. ``zero`` are keys of
     DeepSpeed's ``zero_optimization`` beside the stage, ``offload`` is DeepSpeed's; what ``zero`` does not name has
     DeepSpeed's own default, or accelerate's where it says ``auto``. ``tp`` processes share each matrix, ``sp`` each
     sequence. ``float8_all_gather`` counts for FSDP2 in ``fp8``.
@@ -48,6 +49,7 @@ class Cell:
     reduce_dtype: str = "bf16"
     use_orig_params: bool = True
     ddp: Mapping[str, Any] = field(default_factory=dict)
+    fsdp: Mapping[str, Any] = field(default_factory=dict)
     max_grad_norm: float = 0.0
     num_steps: int = 3
     use_cache: bool | None = False

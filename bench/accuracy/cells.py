@@ -104,6 +104,11 @@ DDP_SETTINGS = (
     Cell(name="ddp-static-graph-fp32", config=LLAMA, ddp={"static_graph": True}, **_DDP),
     Cell(name="ddp-find-unused-fp32", config=LLAMA, ddp={"find_unused_parameters": True}, **_DDP),
     Cell(name="ddp-fp16-hook-fp32", config=WIDE, seq_len=16, ddp={"comm_hook": "fp16"}, **_DDP),
+    Cell(name="ddp-small-buckets-fp32", config=WIDE, seq_len=16, ddp={"bucket_cap_mb": 2}, **_DDP),
+    Cell(name="ddp-small-buckets-hook", config=WIDE, seq_len=16, ddp={"bucket_cap_mb": 2, "comm_hook": "fp16"}, **_DDP),
+    Cell(name="ddp-static-graph-wide", config=WIDE, seq_len=16, ddp={"static_graph": True}, **_DDP),
+    Cell(name="ddp-find-unused-wide", config=WIDE, seq_len=16, ddp={"find_unused_parameters": True}, **_DDP),
+    Cell(name="ddp-large-hook", config=LARGE, seq_len=32, ddp={"comm_hook": "fp16", "bucket_cap_mb": 50}, **_DDP),
     Cell(name="ddp-accumulation-fp32", config=LLAMA, gradient_accumulation_steps=2, **_DDP),
     Cell(name="ddp-checkpointing-bf16", config=LLAMA, precision="bf16", checkpointing="full", **_DDP),
     Cell(name="ddp-tied-fp32", config=TIED, **_DDP),
@@ -217,6 +222,66 @@ FSDP1 = (
     Cell(name="fsdp1-no-shard", config=LLAMA, sharding="no_shard", **_FSDP1),
     Cell(name="fsdp1-flat-fp32", config=LLAMA, use_orig_params=False, **_FSDP1),
     Cell(name="fsdp1-flat-bf16", config=LLAMA, use_orig_params=False, precision="bf16", **_FSDP1),
+    *(
+        Cell(name=f"fsdp1-{name}-{dtype}", config=WIDE, seq_len=16, precision=dtype, fsdp=fsdp, **_FSDP1)
+        for dtype in ("fp32", "bf16")
+        for name, fsdp in (
+            ("no-prefetch", {"backward_prefetch": "NO_PREFETCH"}),
+            ("post-prefetch", {"backward_prefetch": "BACKWARD_POST"}),
+            ("forward-prefetch", {"forward_prefetch": True}),
+            ("unlimited", {"limit_all_gathers": False}),
+        )
+    ),
+    *(
+        Cell(name=f"fsdp1-no-wrap-{name}", fsdp={"auto_wrap_policy": "NO_WRAP"}, **values, **_FSDP1)
+        for name, values in {
+            "fp32": {"config": LLAMA},
+            "bf16": {"config": LLAMA, "precision": "bf16"},
+            "wide-fp32": {"config": WIDE, "seq_len": 16},
+            "wide-bf16": {"config": WIDE, "seq_len": 16, "precision": "bf16"},
+            "checkpointing": {"config": TIED, "checkpointing": "full"},
+            "hf-bf16": {"config": LLAMA, "trainer": "hf", "precision": "bf16"},
+        }.items()
+    ),
+    Cell(
+        name="fsdp1-forward-prefetch-checkpointing",
+        config=LLAMA,
+        checkpointing="full",
+        fsdp={"forward_prefetch": True},
+        **_FSDP1,
+    ),
+    Cell(
+        name="fsdp1-post-prefetch-checkpointing",
+        config=LLAMA,
+        checkpointing="full",
+        fsdp={"backward_prefetch": "BACKWARD_POST"},
+        **_FSDP1,
+    ),
+    Cell(
+        name="fsdp1-forward-prefetch-no-shard",
+        config=WIDE,
+        seq_len=16,
+        precision="bf16",
+        sharding="no_shard",
+        fsdp={"forward_prefetch": True},
+        **_FSDP1,
+    ),
+    Cell(
+        name="fsdp1-forward-prefetch-shard-grad-op",
+        config=WIDE,
+        seq_len=16,
+        sharding="shard_grad_op",
+        fsdp={"forward_prefetch": True},
+        **_FSDP1,
+    ),
+    Cell(
+        name="fsdp1-both-prefetches-flat",
+        config=LLAMA,
+        precision="bf16",
+        use_orig_params=False,
+        fsdp={"backward_prefetch": "BACKWARD_POST", "forward_prefetch": True},
+        **_FSDP1,
+    ),
     Cell(name="fsdp1-uneven-3", config=UNEVEN, strategy="fsdp", num_processes=3),
     Cell(name="fsdp1-uneven-flat-3", config=UNEVEN, strategy="fsdp", num_processes=3, use_orig_params=False),
     Cell(name="fsdp1-accumulation", config=LLAMA, gradient_accumulation_steps=2, **_FSDP1),

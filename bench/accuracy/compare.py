@@ -29,7 +29,6 @@ from launchkit.plan import Estimate
 from launchkit.planner.evaluate import Bench
 from launchkit.planner.evaluation import evaluation_peak
 from launchkit.request import Request, resolve
-from launchkit.scenario import CommHook
 from launchkit.simulate.memory import MemoryReading
 
 FSDP = ("fsdp", "fsdp2", "hsdp")
@@ -52,9 +51,12 @@ def predict(cell: Cell, state: str) -> dict[str, Any]:
         flags |= {"tp": cell.tp, "sp": cell.sp}
     if cell.strategy in FSDP:
         flags["fsdp_sharding"] = cell.sharding
+        flags["fsdp_settings"] = _settings(cell.fsdp)
+    if cell.strategy == "ddp":
+        flags["ddp_settings"] = _settings(cell.ddp)
     if cell.strategy.startswith("zero"):
         flags["offload"] = cell.offload
-        flags["zero_settings"] = ",".join(f"{key}={value}" for key, value in cell.zero.items()) or None
+        flags["zero_settings"] = _settings(cell.zero)
     if cell.gradient_accumulation_steps > 1:
         num_groups = cell.num_processes // (cell.tp * cell.sp)
         flags["global_batch"] = cell.micro_batch * cell.gradient_accumulation_steps * num_groups
@@ -76,19 +78,22 @@ def predicted(model: str, request: Request, cell: Cell, *, state: str) -> Estima
     torch.backends.mkldnn.enabled = cell.onednn
     source = find_source(model, request)
     scenario = resolve(request, model=source.profile, cluster=cluster).scenario
-    hook = CommHook(cell.ddp.get("comm_hook", CommHook.NONE))
-    ddp = replace(scenario.strategy.ddp, **{**cell.ddp, "comm_hook": hook})
     fsdp = replace(
         scenario.strategy.fsdp,
         use_orig_params=cell.use_orig_params,
         shard_group_size=cell.shard_group_size,
         float8_all_gather=cell.float8_all_gather,
     )
-    scenario = replace(scenario, strategy=replace(scenario.strategy, ddp=ddp, fsdp=fsdp))
+    scenario = replace(scenario, strategy=replace(scenario.strategy, fsdp=fsdp))
     if state == "evaluation":
         bench = Bench(source=source, cluster=cluster)
         return evaluation_peak(bench, scenario, micro_batch=cell.evaluation_micro_batch)
     return planner.estimate(source, cluster=cluster, scenario=scenario).estimate
+
+
+def _settings(values: Mapping[str, Any]) -> str | None:
+    """An engine's settings as they are typed."""
+    return ",".join(f"{key}={value}" for key, value in values.items()) or None
 
 
 def states(cell: Cell) -> tuple[str, ...]:

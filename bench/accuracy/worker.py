@@ -292,6 +292,8 @@ def shard_flat(cell: Cell, model: nn.Module) -> nn.Module:
     from torch.distributed.fsdp import BackwardPrefetch, FullyShardedDataParallel, MixedPrecision, ShardingStrategy
     from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 
+    prefetch = cell.fsdp.get("backward_prefetch", "BACKWARD_PRE")
+    wraps = cell.fsdp.get("auto_wrap_policy") != "NO_WRAP"
     names = wrapped_classes(cell, model)
     classes = {type(module) for module in model.modules() if type(module).__name__ in names}
     reduce_dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[cell.reduce_dtype]
@@ -302,9 +304,11 @@ def shard_flat(cell: Cell, model: nn.Module) -> nn.Module:
         model,
         process_group=shard_groups(cell),
         sharding_strategy=ShardingStrategy[sharding],
-        auto_wrap_policy=partial(transformer_auto_wrap_policy, transformer_layer_cls=classes),
+        auto_wrap_policy=partial(transformer_auto_wrap_policy, transformer_layer_cls=classes) if wraps else None,
         mixed_precision=policy if cell.is_mixed else None,
-        backward_prefetch=BackwardPrefetch.BACKWARD_PRE,
+        backward_prefetch=None if prefetch == "NO_PREFETCH" else BackwardPrefetch[prefetch],
+        forward_prefetch=cell.fsdp.get("forward_prefetch", False),
+        limit_all_gathers=cell.fsdp.get("limit_all_gathers", True),
         use_orig_params=cell.use_orig_params,
         device_id=torch.device("cpu"),
     )
@@ -590,7 +594,7 @@ def shard_through_accelerate(cell: Cell, model: nn.Module) -> None:
         "ACCELERATE_USE_FSDP": "true",
         "ACCELERATE_MIXED_PRECISION": "bf16" if cell.is_mixed else "no",
         **FSDP_VARIABLES[cell.strategy](cell),
-        "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+        "FSDP_AUTO_WRAP_POLICY": cell.fsdp.get("auto_wrap_policy", "TRANSFORMER_BASED_WRAP"),
         "FSDP_TRANSFORMER_CLS_TO_WRAP": ",".join(wrapped_classes(cell, model)),
         "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
         **float8_variables(cell),

@@ -14,7 +14,7 @@ from launchkit.cli.options import console_options
 from launchkit.diagnosis.diagnose import diagnose
 from launchkit.errors import IllegalScenarioError
 from launchkit.export.files import expressible_files
-from launchkit.export.layout import num_nodes
+from launchkit.export.layout import ddp_advice, num_nodes
 from launchkit.launch.command import Engine
 from launchkit.launch.record import RunRecord, comparison_text
 from launchkit.plan import Plan
@@ -76,6 +76,7 @@ def command(
         **options,
     )
     _say_other_nodes(plan, wanted, console=console)
+    _say_untold_settings(plan, wanted, console=console)
     return _preview(plan, wanted, console=console) if dry_run else _carry_out(plan, wanted, console=console)
 
 
@@ -141,6 +142,13 @@ def _say_other_nodes(plan: Plan, options: RunOptions, *, console: Console) -> No
             f"note: this is node 0 of {nodes}, which waits for the others; type the same on each of them with "
             f"--node-rank 1{'' if nodes == 2 else f' to {nodes - 1}'} --master-addr ADDRESS of this one"
         )
+
+
+def _say_untold_settings(plan: Plan, options: RunOptions, *, console: Console) -> None:
+    """A script's DDP has the settings that the script gives it."""
+    advice = ddp_advice(plan.chosen) if plan.chosen is not None and options.script is not None else ""
+    if advice:
+        console.note(f"note: the plan's --ddp-settings reach a script only if it says {advice}")
 
 
 def _preview(plan: Plan, options: RunOptions, *, console: Console) -> int:

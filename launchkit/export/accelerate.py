@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from launchkit.engine_settings import PREFETCHES, word_of
 from launchkit.export.layout import (
     DEEPSPEED_FILE,
     FsdpLayout,
@@ -90,7 +91,7 @@ def _fsdp_section(layout: FsdpLayout, candidate: Candidate) -> dict[str, object]
     return {
         "fsdp_version": layout.version,
         **(_fsdp1_keys(layout, candidate) if layout.version == 1 else _fsdp2_keys(layout)),
-        "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+        "fsdp_auto_wrap_policy": layout.wrap_policy,
         "fsdp_transformer_layer_cls_to_wrap": layout.wrap_classes,
         "fsdp_state_dict_type": layout.state_dict_type,
         "fsdp_cpu_ram_efficient_loading": layout.cpu_ram_efficient_loading,
@@ -104,7 +105,7 @@ def _fsdp1_keys(layout: FsdpLayout, candidate: Candidate) -> dict[str, object]:
     fsdp = candidate.scenario.strategy.fsdp
     return {
         "fsdp_sharding_strategy": layout.sharding.name,
-        "fsdp_backward_prefetch": "BACKWARD_PRE" if fsdp.backward_prefetch else "NO_PREFETCH",
+        "fsdp_backward_prefetch": word_of(PREFETCHES, fsdp.backward_prefetch),
         "fsdp_forward_prefetch": fsdp.forward_prefetch,
         "fsdp_use_orig_params": fsdp.use_orig_params,
         "fsdp_sync_module_states": True,  # what loading on rank 0 alone relies on; harmless otherwise

@@ -25,6 +25,7 @@ from launchkit.optimizers import find
 from launchkit.plan import Candidate
 from launchkit.recipe import RECIPES
 from launchkit.scenario import (
+    BackwardPrefetch,
     Checkpointing,
     Loss,
     Method,
@@ -127,6 +128,9 @@ def axolotl_notes(candidate: Candidate) -> tuple[str, ...]:
     scenario = candidate.scenario
     if scenario.training.precision in (Precision.BF16, Precision.FP8) and scenario.strategy.kind in UNSHARDED:
         return ("Axolotl loads the weights in bf16; the plan counted fp32 weights under autocast, so this takes less.",)
+    fsdp, is_fsdp1 = scenario.strategy.fsdp, scenario.strategy.kind is StrategyKind.FSDP
+    if is_fsdp1 and (fsdp.forward_prefetch or fsdp.backward_prefetch is not BackwardPrefetch.NONE):
+        return ("Axolotl's FSDP1 prefetches nothing; the plan counted a prefetch, so this takes less, and longer.",)
     return ()
 
 
@@ -188,7 +192,7 @@ def _fsdp(candidate: Candidate, cluster: Cluster) -> dict[str, object]:
     """Axolotl's FSDP keys carry no prefix, and unprefixed means version 1 unless ``fsdp_version`` says otherwise."""
     layout = fsdp_layout(candidate, cluster)
     section: dict[str, object] = {
-        "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+        "auto_wrap_policy": layout.wrap_policy,
         "transformer_layer_cls_to_wrap": layout.wrap_classes,
         "state_dict_type": layout.state_dict_type,
         "final_state_dict_type": "FULL_STATE_DICT",
@@ -256,6 +260,11 @@ def _refusals(candidate: Candidate, cluster: Cluster) -> tuple[tuple[bool, str, 
             training.uses_transformer_engine,
             "hands accelerate torchao's recipe for fp8",
             "use --fp8-backend ao",
+        ),
+        (
+            strategy.kind is StrategyKind.DDP and strategy.ddp.static_graph,
+            "has no key for DDP's static_graph",
+            "leave it out of --ddp-settings, or use --target trl",
         ),
         (
             is_fsdp1 and strategy.fsdp.sharding is not Sharding.FULL_SHARD,

@@ -17,6 +17,7 @@ from launchkit.export.axolotl import DEFAULT_DATA, axolotl_config, axolotl_notes
 from launchkit.export.deepspeed import deepspeed_config
 from launchkit.export.layout import (
     DEEPSPEED_FILE,
+    ddp_advice,
     distributed_config,
     num_data_ranks,
     num_nodes,
@@ -141,6 +142,7 @@ def _accelerate_file(candidate: Candidate, cluster: Cluster) -> ConfigFile:
         f"{batch.gradient_accumulation_steps} accumulation steps.",
         *advice,
         *_split_advice(candidate, cluster),
+        *((f"The script itself sets {advice_for_ddp}.",) if (advice_for_ddp := ddp_advice(candidate)) else ()),
     )
     return _yaml_file(
         ACCELERATE_FILE, accelerate_config(candidate, cluster), header=_header(candidate, cluster, *comments)

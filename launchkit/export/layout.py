@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from launchkit.engine_settings import DDP, STATE_DICTS, WRAPS, word_of
 from launchkit.errors import IllegalScenarioError
 from launchkit.hardware import Backend, Cluster
 from launchkit.plan import Candidate
@@ -21,6 +22,7 @@ from launchkit.scenario import (
     StrategyKind,
     Trainer,
     Training,
+    Wrap,
     is_fused_expert,
     names_in,
 )
@@ -69,6 +71,7 @@ class FsdpLayout:
     cpu_ram_efficient_loading: bool
     activation_checkpointing: bool
     state_dict_type: str
+    wrap_policy: str
     wrap_classes: str
     num_replicas: int
     shard_size: int
@@ -211,11 +214,25 @@ def ddp_arguments(candidate: Candidate) -> dict[str, object]:
         return {}
     cap = strategy.ddp.bucket_cap_bytes
     return {
-        # Said aloud, even the default would make the first bucket as large as the others.
         **({} if cap == DdpSettings.bucket_cap_bytes else {"ddp_bucket_cap_mb": cap // MIB}),
         "ddp_find_unused_parameters": strategy.ddp.find_unused_parameters,
         "ddp_broadcast_buffers": strategy.ddp.broadcast_buffers,
     }
+
+
+def ddp_advice(candidate: Candidate) -> str:
+    """What a script has to be written like to have DDP's settings, which no file or variable of accelerate's tells it;
+    empty where they are the defaults."""
+    strategy = candidate.scenario.strategy
+    changed = DDP.changed(strategy.ddp, kind=strategy.kind)
+    spelled = {"true": "True", "false": "False", "fp16": '"fp16"', "bf16": '"bf16"'}
+    arguments = ", ".join(
+        f"{name}=DDPCommunicationHookType({spelled[word]})"
+        if name == "comm_hook"
+        else f"{name}={spelled.get(word, word)}"
+        for name, word in changed.items()
+    )
+    return f"Accelerator(kwargs_handlers=[DistributedDataParallelKwargs({arguments})])" if changed else ""
 
 
 def fsdp_layout(candidate: Candidate, cluster: Cluster) -> FsdpLayout:
@@ -229,7 +246,8 @@ def fsdp_layout(candidate: Candidate, cluster: Cluster) -> FsdpLayout:
         offload_params=scenario.strategy.offloads_params,
         cpu_ram_efficient_loading=scenario.loads_on_first_rank,
         activation_checkpointing=scenario.training.checkpointing is Checkpointing.FULL,
-        state_dict_type="FULL_STATE_DICT" if fsdp.full_state_dict else "SHARDED_STATE_DICT",
+        state_dict_type=word_of(STATE_DICTS, fsdp.full_state_dict),
+        wrap_policy=word_of(WRAPS, fsdp.wrap if kind is StrategyKind.FSDP else Wrap.BLOCKS),
         wrap_classes=",".join(candidate.model.block_classes),
         num_replicas=mesh["dp_replicate"],
         shard_size=mesh["dp_shard"],
@@ -343,7 +361,7 @@ def _has_unwritable_fsdp1_setting(candidate: Candidate, cluster: Cluster) -> boo
 def _has_unwritable_ddp_setting(candidate: Candidate, cluster: Cluster) -> bool:
     strategy = candidate.scenario.strategy
     ddp = strategy.ddp
-    is_unwritable = ddp.gradient_as_bucket_view or ddp.static_graph or ddp.comm_hook is not CommHook.NONE
+    is_unwritable = ddp.gradient_as_bucket_view or ddp.comm_hook is not CommHook.NONE
     return strategy.kind is StrategyKind.DDP and is_unwritable
 
 
@@ -408,8 +426,9 @@ _REFUSALS: tuple[_Refusal, ...] = (
     ),
     (
         _has_unwritable_ddp_setting,
-        "{name} with bucket views, a static graph or a communication hook can be written to no file",
-        "leave them out, or pass DistributedDataParallelKwargs to the Accelerator of a script of your own",
+        "{name} with gradient_as_bucket_view or comm_hook can be written to no file",
+        "leave them out of --ddp-settings, start the built-in fine-tune, or pass DistributedDataParallelKwargs to the "
+        "Accelerator of a script of your own",
     ),
     (_has_unnamed_blocks, "{name} needs the class of the model's blocks, and none is known", "use --strategy zero3"),
     (_has_fp8_zero, "{name} has no fp8", "use --precision bf16, or --strategy fsdp2"),

@@ -19,7 +19,7 @@ from launchkit.hardware import Backend, Cluster
 from launchkit.optimizers import find
 from launchkit.plan import Candidate
 from launchkit.recipe import RECIPES
-from launchkit.scenario import Checkpointing, Loss, Method, Precision, Training
+from launchkit.scenario import Checkpointing, Loss, Method, Precision, StrategyKind, Training
 
 DEFAULT_DATASET = "train"  # a directory of data files, or a hub id
 _BF16_WEIGHTS = (Precision.BF16_PARAMS, Precision.BF16_PURE)
@@ -63,7 +63,15 @@ def trl_keys(
         **_padding(training),
         **_adapter(candidate),
         **ddp_arguments(candidate),
+        **_static_graph(candidate),
     }
+
+
+def _static_graph(candidate: Candidate) -> dict[str, object]:
+    """A setting of DDP's that the Trainer has had for a short time, told only where it is on."""
+    strategy = candidate.scenario.strategy
+    is_static = strategy.kind is StrategyKind.DDP and strategy.ddp.static_graph
+    return {"ddp_static_graph": True} if is_static else {}
 
 
 def _weights_dtype(candidate: Candidate) -> str:

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import DDPCommunicationHookType, DistributedDataParallelKwargs
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from launchkit.dataset import read_examples
@@ -27,8 +28,9 @@ from launchkit.launch.job import FineTuneJob
 from launchkit.optimizers import find
 from launchkit.process.worker import global_rank, say
 from launchkit.recipe import KEPT_CHECKPOINTS
-from launchkit.scenario import Checkpointing, Loss
+from launchkit.scenario import Checkpointing, CommHook, DdpSettings, Loss, StrategyKind
 from launchkit.scenario import Trainer as TrainerKind
+from launchkit.units import MIB
 
 SHORT_RUN_STEPS = 200  # up to here every step is logged, beyond it every tenth
 
@@ -60,12 +62,28 @@ def train(job: FineTuneJob) -> None:
         hides_padding=job.training.padding,
     )
     trainer = _trainer(job, arguments, tokenizer, rows, collator)
+    if job.strategy is StrategyKind.DDP:
+        trainer.accelerator.ddp_handler = ddp_handler(job.ddp)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(Reporter(meter, collator))
     trainer.train()
     meter.finish()
     if job.save:
         _save(trainer, tokenizer, job)
+
+
+def ddp_handler(settings: DdpSettings) -> DistributedDataParallelKwargs:
+    """DDP's arguments as accelerate takes them. They go there directly, since the Trainer's arguments have no bucket
+    views and no communication hooks."""
+    hook = "no" if settings.comm_hook is CommHook.NONE else settings.comm_hook.value
+    return DistributedDataParallelKwargs(
+        bucket_cap_mb=settings.bucket_cap_bytes // MIB,
+        find_unused_parameters=settings.find_unused_parameters,
+        gradient_as_bucket_view=settings.gradient_as_bucket_view,
+        static_graph=settings.static_graph,
+        broadcast_buffers=settings.broadcast_buffers,
+        comm_hook=DDPCommunicationHookType(hook),
+    )
 
 
 def _save(trainer: Trainer, tokenizer: Any, job: FineTuneJob) -> None:

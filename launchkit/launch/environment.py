@@ -12,6 +12,7 @@ import re
 from collections.abc import Mapping
 
 from launchkit.alloc_conf import OLDER_VARIABLE, VARIABLE
+from launchkit.engine_settings import PREFETCHES, word_of
 from launchkit.export.layout import (
     FsdpLayout,
     autocast_format,
@@ -71,7 +72,7 @@ def fsdp_environment(layout: FsdpLayout, candidate: Candidate, *, on_cpu: bool) 
         "FSDP_VERSION": str(layout.version),
         "FSDP_RESHARD_AFTER_FORWARD": _lower(layout.sharding.reshard_after_forward),
         "FSDP_OFFLOAD_PARAMS": _lower(layout.offload_params),
-        "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+        "FSDP_AUTO_WRAP_POLICY": layout.wrap_policy,
         "FSDP_TRANSFORMER_CLS_TO_WRAP": layout.wrap_classes,
         "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT" if is_fsdp1_on_cpu else layout.state_dict_type,
         "FSDP_CPU_RAM_EFFICIENT_LOADING": _lower(loads_on_rank0),
@@ -81,7 +82,8 @@ def fsdp_environment(layout: FsdpLayout, candidate: Candidate, *, on_cpu: bool) 
     if layout.version == 1:
         environment |= {
             "FSDP_SHARDING_STRATEGY": layout.sharding.name,
-            "FSDP_BACKWARD_PREFETCH": "BACKWARD_PRE" if fsdp.backward_prefetch else "NO_PREFETCH",
+            "FSDP_BACKWARD_PREFETCH": word_of(PREFETCHES, fsdp.backward_prefetch),
+            "FSDP_FORWARD_PREFETCH": _lower(fsdp.forward_prefetch),
             "FSDP_USE_ORIG_PARAMS": _lower(fsdp.use_orig_params),
             "FSDP_SYNC_MODULE_STATES": _lower(not on_cpu),
         }

@@ -22,6 +22,7 @@ from launchkit.recipe import RECIPES
 from launchkit.scenario import (
     Batch,
     Checkpointing,
+    DdpSettings,
     Loss,
     Method,
     Precision,
@@ -97,6 +98,7 @@ class FineTuneJob:
     lora: Lora | None = None
     split: Split = field(default_factory=Split)
     parts: Parts | None = None
+    ddp: DdpSettings = field(default_factory=DdpSettings)
     gguf_file: str = ""
     deepspeed_file: str = ""
     on_cpu: bool = False
@@ -140,6 +142,7 @@ def fine_tune_job(
         lora=None if training.method is Method.FULL else _lora(candidate),
         split=candidate.scenario.strategy.split,
         parts=Parts.of(candidate, cluster),
+        ddp=candidate.scenario.strategy.ddp,
         deepspeed_file=deepspeed_file,
         on_cpu=cluster.gpu.backend is Backend.CPU,
     )

@@ -12,7 +12,7 @@ from launchkit.hardware import Cluster
 from launchkit.model import ModelProfile
 from launchkit.plan import StepTime
 from launchkit.planner.evaluate import Bench, communicators, step_time, usable_bytes
-from launchkit.request import Request, groups_text, resolve, split_of
+from launchkit.request import Request, default_prefetch, groups_text, resolve, split_of, with_settings
 from launchkit.scenario import (
     Batch,
     Checkpointing,
@@ -30,7 +30,6 @@ from launchkit.scenario import (
 from launchkit.simulate.overheads import cuda_context, reservable_bytes
 from launchkit.strategies.split import engines_of
 from launchkit.units import round_up
-from launchkit.zero_settings import read_zero_settings
 
 DEFAULT_GLOBAL_BATCH = 32  # sequences per optimizer step where none is asked for: what most recipes use
 LARGEST_MICRO_BATCH = 64
@@ -153,10 +152,10 @@ class Search:
                 strategy = replace(strategy, fsdp=replace(strategy.fsdp, sharding=request.fsdp_sharding))
             if request.fp8_all_gather is not None:
                 strategy = replace(strategy, fsdp=replace(strategy.fsdp, float8_all_gather=request.fp8_all_gather))
-            if request.zero_settings is not None and kind.zero_stage:
-                zero = read_zero_settings(request.zero_settings, hidden_size=self._profile.hidden_size)
-                strategy = replace(strategy, zero=zero)
-            yield strategy
+            prefetch = default_prefetch(request.trainer)
+            strategy = replace(strategy, fsdp=replace(strategy.fsdp, backward_prefetch=prefetch))
+            is_asked = request.strategy is not None
+            yield with_settings(strategy, request, hidden_size=self._profile.hidden_size, strict=is_asked)
 
     def expected_keys(self) -> Iterator[TraceKey]:
         """The programs that the search will likely read, in the order in which it gets to them."""
@@ -202,6 +201,8 @@ class Search:
             offload=None,
             fsdp_sharding=None,
             fp8_all_gather=None,
+            ddp_settings=None,
+            fsdp_settings=None,
             zero_settings=None,
             micro_batch=None,
             global_batch=None,

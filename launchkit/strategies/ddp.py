@@ -14,6 +14,7 @@ from itertools import islice, repeat
 from typing import NamedTuple
 
 from launchkit.hardware import Cluster
+from launchkit.model import ModelProfile
 from launchkit.program import (
     Alloc,
     Arrival,
@@ -31,7 +32,7 @@ from launchkit.program import (
     StepProgram,
     local,
 )
-from launchkit.scenario import CommHook, DdpSettings, Scenario, State
+from launchkit.scenario import CommHook, DdpSettings, DeviceKind, Scenario, State
 from launchkit.strategies import single
 from launchkit.strategies.base import (
     HALF_BYTES,
@@ -53,7 +54,14 @@ from launchkit.units import MIB
 BROADCAST_BUCKET_BYTES = 250 * MIB
 
 trace_key = single.trace_key
-refusal = single.refusal
+
+
+def refusal(scenario: Scenario, profile: ModelProfile, cluster: Cluster) -> str | None:
+    """What no single GPU can do either, and torch's bf16 hook over gloo (``default_hooks.py``, confirmed by a run)."""
+    is_bf16 = scenario.strategy.ddp.comm_hook is CommHook.BF16
+    if is_bf16 and cluster.gpu.device_kind is DeviceKind.CPU:
+        return "comm_hook=bf16 wants NCCL, and CPU processes have gloo; use --ddp-settings comm_hook=fp16"
+    return single.refusal(scenario, profile, cluster)
 
 
 def rewrite(program: StepProgram, *, scenario: Scenario, cluster: Cluster) -> StepProgram:

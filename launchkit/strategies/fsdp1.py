@@ -1,6 +1,7 @@
 """FSDP1 (``FullyShardedDataParallel``): every unit's parameters flattened into one, gathered and reduced whole.
 
-A *unit* is a block, or what no block holds. Source: torch 2.13 ``torch/distributed/fsdp`` (``_flat_param.py``,
+A *unit* is a block, or what no block holds; under ``NO_WRAP`` the whole model is one. Source: torch 2.13
+``torch/distributed/fsdp`` (``_flat_param.py``,
 ``_runtime_utils.py``), confirmed on timelines of two and four gloo processes. One life of a unit:
 
 - between steps a rank holds its shard of the flat parameter: with ``use_orig_params`` each parameter begins at 16 bytes
@@ -9,7 +10,9 @@ A *unit* is a block, or what no block holds. Source: torch 2.13 ``torch/distribu
   parameters are views (nothing is copied out), and ``_mp_shard`` dies.
 - after its forward the flat tensor dies, except the root's, and all of them where weights are kept for the backward.
 - before its backward the unit is gathered again, if the prefetch has not done so: each unit's backward begins by
-  gathering the next one's, so two are there at a time.
+  gathering the next one's, so two are there at a time. ``BACKWARD_POST`` gathers the next one when this one's weights
+  are gone, beside its flat gradient; the root's backward ends last and fetches none. After ``forward_prefetch`` a
+  unit's backward ends only when the next one's computation is over.
 - after its backward the gradients of its parameters, all of which live until then, are concatenated into a flat one
   and die; the weights die; the flat gradient is reduced into a shard, which is cast into the dtype of the shards; the
   flat gradient dies.
@@ -25,7 +28,7 @@ the processor run ahead by two gathers (``_FreeEventQueue``), by when the comput
 reduction begins after it, so that the flat gradient takes one gather more.
 
 Omits: with ``use_orig_params`` the reduced gradients outlive ``zero_grad`` until the next forward pass begins, where no
-peak sees them. Without ``limit_all_gathers`` the processor runs ahead without bounds.
+peak sees them. Without ``limit_all_gathers`` a GPU's processor runs ahead without bounds, which is refused.
 """
 
 from __future__ import annotations
@@ -59,7 +62,19 @@ from launchkit.program import (
     Stream,
     local,
 )
-from launchkit.scenario import DeviceKind, Method, Scenario, Sharding, State, Strategy, TraceKey, Trainer, Training
+from launchkit.scenario import (
+    BackwardPrefetch,
+    DeviceKind,
+    Method,
+    Scenario,
+    Sharding,
+    State,
+    Strategy,
+    TraceKey,
+    Trainer,
+    Training,
+    Wrap,
+)
 from launchkit.strategies import fsdp2
 from launchkit.strategies.base import (
     HALF_BYTES,
@@ -107,6 +122,16 @@ def refusal(scenario: Scenario, profile: ModelProfile, cluster: Cluster) -> str 
         return (
             "use_orig_params: false flattens no adapters together with frozen weights; set it to true, or use "
             "--strategy fsdp2"
+        )
+    if not fsdp.limit_all_gathers and cluster.gpu.device_kind is DeviceKind.CUDA:
+        return (
+            "limit_all_gathers=false lets the processor run ahead of a GPU by as many gathered units as it can, which "
+            "is not modelled; leave it out"
+        )
+    if fsdp.wrap is Wrap.MODEL and scenario.training.method is not Method.FULL:
+        return (
+            "auto_wrap_policy=NO_WRAP is modelled for full fine-tunes, as PEFT has its adapters wrapped; leave it out, "
+            "or use --method full"
         )
     if fsdp.sharding is Sharding.NO_SHARD:
         whole = replace(fsdp, sharding=Sharding.SHARD_GRAD_OP)
@@ -276,11 +301,15 @@ class _Unit:
 
 
 def _units(program: StepProgram, layout: Layout, scenario: Scenario) -> dict[str, _Unit]:
-    """One unit per group of parameters; the one outside blocks is the root."""
+    """One unit per group of parameters; the one outside blocks is the root, and with ``NO_WRAP`` the only one."""
     wraps_adapters = scenario.training.method is not Method.FULL and not _flattens_adapters(scenario.training)
     aligns = scenario.strategy.fsdp.use_orig_params
     loaded = loaded_itemsize(scenario) if scenario.training.method is Method.FULL else FP32_BYTES
-    units = {}
+    units: dict[str, _Unit] = {}
+    if scenario.strategy.fsdp.wrap is Wrap.MODEL:
+        every = [p for name, group in program.groups.items() for p in group.parameters * program.group_counts[name]]
+        flat = _flat(every, layout, in_block=False, aligns=aligns, loaded_itemsize=loaded)
+        return {ROOT_GROUP: _Unit(group=ROOT_GROUP, flat=flat, reshards=layout.num_shards == 1)}
     for name, group in program.groups.items():
         own = [p for p in group.parameters if wraps_adapters and p.trainable]
         rest = [p for p in group.parameters if not (wraps_adapters and p.trainable)]
@@ -321,7 +350,8 @@ class _Rewriter(ShardedProgram):
             )
         super().__init__(program, layout)
         self.units = units
-        self.prefetches_backward = scenario.strategy.fsdp.backward_prefetch
+        self.is_one_unit = scenario.strategy.fsdp.wrap is Wrap.MODEL
+        self.prefetch = scenario.strategy.fsdp.backward_prefetch
         # The order of units is known once a forward pass has recorded it.
         self.prefetches_forward = scenario.strategy.fsdp.forward_prefetch and scenario.state is not State.FIRST
         self.gathered: dict[int, Live] = {}  # index of a visit -> its flat weights
@@ -337,7 +367,7 @@ class _Rewriter(ShardedProgram):
 
     def _visits(self) -> Iterator[Visit[_Unit]]:
         """Units in the order in which their forward ends: the root's begins first and ends last."""
-        for group, there, back in self.layers():
+        for group, there, back in self.layers() if not self.is_one_unit else ():
             yield Visit.at(self.units[group], there, back)
         yield Visit(
             unit=self.units[ROOT_GROUP],
@@ -362,20 +392,34 @@ class _Rewriter(ShardedProgram):
                 self._reshard(index, visit.forward_end)
 
     def _run_backward(self, visits: Sequence[Visit[_Unit]]) -> None:
+        """Autograd runs what was recorded last first. A unit that the forward pass prefetched was split into its
+        parameters before the unit ahead of it computed: its backward is over when that one's is."""
         root = len(visits) - 1
+        late: int | None = None
         for index in range(root, -1, -1):
             visit = visits[index]
             place, frame = visit.backward_begin, self.frame(visit.backward_begin)
             if visit.unit.reshards:
                 self._clock_gather(visit.unit, frame)
             self._ensure(index, visit.unit, place, frame.before, slot=_Slot.GATHERED)
-            if self.prefetches_backward and index:
+            if self.prefetch is BackwardPrefetch.PRE and index:
                 self._ensure(index - 1, visits[index - 1].unit, place, frame.before, slot=_Slot.PREFETCHED)
             self._hold_adapters(visit.unit, place, visit.backward_end)
-            if index != root:
-                # Without a gradient of its input nothing tells a frozen unit that its backward is over.
-                self._finish(index, visit, ends=visit.unit.reduces or index > 0 or self.units[ROOT_GROUP].reduces)
-        self._finish(root, visits[root], ends=self.units[ROOT_GROUP].reduces)
+            if late is not None:
+                self._finish(late, visits[late], visit.backward_end, shift=len(_Slot))
+                late = None
+            if index == root:
+                continue
+            if self.prefetches_forward and visit.unit.reduces:
+                late = index
+                continue
+            # Without a gradient of its input nothing tells a frozen unit that its backward is over.
+            ends = visit.unit.reduces or index > 0 or self.units[ROOT_GROUP].reduces
+            following = visits[index - 1].unit if self.prefetch is BackwardPrefetch.POST and index else None
+            self._finish(index, visit, visit.backward_end, ends=ends, following=following)
+        if late is not None:
+            self._finish(late, visits[late], visits[root].backward_end, shift=len(_Slot))
+        self._finish(root, visits[root], visits[root].backward_end, ends=self.units[ROOT_GROUP].reduces)
         end = self.backward_end
         self.frame(end).behind.extend(self.free(live, end) for live in (*self.gathered.values(), *self.kept))
 
@@ -421,31 +465,49 @@ class _Rewriter(ShardedProgram):
             live = self._gather(begin, _Slot.ADAPTERS, unit.adapter_bytes, events, lag=0)
             self.frame(end).behind.append(self.free(live, end))
 
-    def _finish(self, index: int, visit: Visit[_Unit], *, ends: bool) -> None:
-        """What follows a unit's backward: the flat gradient, the end of the weights, the reduction."""
-        frame, place, flat = self.frame(visit.backward_end), visit.backward_end, visit.unit.flat
+    def _finish(
+        self,
+        index: int,
+        visit: Visit[_Unit],
+        place: Place,
+        *,
+        ends: bool = True,
+        following: _Unit | None = None,
+        shift: int = 0,
+    ) -> None:
+        """What follows a unit's backward, which is over at ``place``: the flat gradient, the end of the weights, the
+        weights of the ``following`` unit if they are fetched then, the reduction. ``shift`` keeps its slots apart from
+        those of a unit that ends there too."""
+        frame, flat = self.frame(place), visit.unit.flat
         if flat is None or not flat.is_trainable:
             if ends:
                 self._reshard(index, place)
+            if ends and following:
+                self._ensure(index - 1, following, place, frame.behind, slot=_Slot.PREFETCHED)
             return
-        gradient = self._flatten_gradient(visit, flat, frame.behind)
+        gradient = self._flatten_gradient(visit, flat, place, frame.behind, shift=shift)
         self._reshard(index, place)
+        if following:
+            self._ensure(index - 1, following, place, frame.behind, slot=_Slot.PREFETCHED)
         if self.layout.num_shards == 1:
-            self._average(flat, gradient, place, frame.behind)
+            self._average(flat, gradient, place, frame.behind, shift=shift)
         else:
-            self._reduce(flat, gradient, place, frame.behind)
+            self._reduce(flat, gradient, place, frame.behind, shift=shift)
         self._clock_reduce(flat, frame)
 
-    def _flatten_gradient(self, visit: Visit[_Unit], flat: _Flat, events: list[Event]) -> Live:
+    def _flatten_gradient(
+        self, visit: Visit[_Unit], flat: _Flat, place: Place, events: list[Event], *, shift: int
+    ) -> Live:
         """The backward of the split into views: every gradient until now, and zeros for what has none, concatenated."""
-        place = visit.backward_end
         zeros = (
-            self.alloc(place, _Slot.ZEROS, flat.zeros_bytes, events, Owner.TEMPORARIES) if flat.zeros_bytes else None
+            self.alloc(place, _Slot.ZEROS + shift, flat.zeros_bytes, events, Owner.TEMPORARIES)
+            if flat.zeros_bytes
+            else None
         )
         owner = Owner.COMMUNICATION if self.layout.num_shards > 1 or flat.is_cast else Owner.GRADIENTS
         lag = GATHERS_AHEAD + 1 if self.layout.num_shards > 1 else 0
-        gradient = self.alloc(place, _Slot.FLAT_GRADIENT, flat.gradient_bytes, events, owner, lag=lag)
-        events.extend(self._gradient_frees(visit))
+        gradient = self.alloc(place, _Slot.FLAT_GRADIENT + shift, flat.gradient_bytes, events, owner, lag=lag)
+        events.extend(self._gradient_frees(visit, place))
         if zeros:
             events.append(self.free(zeros, place))
         piled = self.accumulated.get(self.pile(visit.unit.group, visit.forward_begin), ())
@@ -454,23 +516,26 @@ class _Rewriter(ShardedProgram):
             gradient = Live(self.pile(visit.unit.group, visit.forward_begin), alloc.slot, flat.gradient_bytes)
         return gradient
 
-    def _gradient_frees(self, visit: Visit[_Unit]) -> Iterator[Event]:
+    def _gradient_frees(self, visit: Visit[_Unit], place: Place) -> Iterator[Event]:
         """The gradients of the unit's parameters, wherever they arose."""
-        for born, event in self.gradients(visit.unit.group, visit.backward_end):
-            yield Free(self.ref(Live(born, event.slot, 0), visit.backward_end), event.size)
+        found = [*self.gradients(visit.unit.group, visit.backward_end)]
+        if self.is_one_unit:
+            found += [pair for group, _, back in self.layers() for pair in self.gradients(group, back)]
+        for born, event in found:
+            yield Free(self.ref(Live(born, event.slot, 0), place), event.size)
 
-    def _reduce(self, flat: _Flat, gradient: Live, place: Place, events: list[Event]) -> None:
+    def _reduce(self, flat: _Flat, gradient: Live, place: Place, events: list[Event], *, shift: int) -> None:
         """Reduce-scatter of the flat gradient, padded if need be, and the cast of what this rank gets."""
         padded = None
         if flat.gathered_bytes != flat.gradient_bytes:
-            padded = self.alloc(place, _Slot.PADDED, flat.gathered_bytes, events, stream=Stream.REDUCE)
+            padded = self.alloc(place, _Slot.PADDED + shift, flat.gathered_bytes, events, stream=Stream.REDUCE)
         owner = Owner.COMMUNICATION if flat.is_cast else Owner.GRADIENTS
-        reduced = self.alloc(place, _Slot.REDUCED, flat.cast_bytes, events, owner, stream=Stream.REDUCE)
+        reduced = self.alloc(place, _Slot.REDUCED + shift, flat.cast_bytes, events, owner, stream=Stream.REDUCE)
         self.pass_through_wire(place, flat.gathered_bytes, events)
         kept = reduced
         if flat.is_cast:
             stored = flat.stored_bytes
-            kept = self.alloc(place, _Slot.GRADIENT, stored, events, Owner.GRADIENTS, stream=Stream.REDUCE)
+            kept = self.alloc(place, _Slot.GRADIENT + shift, stored, events, Owner.GRADIENTS, stream=Stream.REDUCE)
             events.append(self.free(reduced, place))
         events.extend(self.free(live, place) for live in (padded, gradient) if live)
         if self.layout.offloads:
@@ -478,10 +543,10 @@ class _Rewriter(ShardedProgram):
         elif self.layout.accumulates and not self.layout.defers_reduction:
             events.append(self.free(kept, place))
 
-    def _average(self, flat: _Flat, gradient: Live, place: Place, events: list[Event]) -> None:
+    def _average(self, flat: _Flat, gradient: Live, place: Place, events: list[Event], *, shift: int) -> None:
         """All-reduce in place of an unsharded gradient, which becomes the parameter's."""
         if flat.is_cast:
-            kept = self.alloc(place, _Slot.GRADIENT, flat.stored_bytes, events, Owner.GRADIENTS)
+            kept = self.alloc(place, _Slot.GRADIENT + shift, flat.stored_bytes, events, Owner.GRADIENTS)
             events.append(self.free(gradient, place))
             gradient = kept
         if self.layout.accumulates and not self.layout.defers_reduction:

@@ -18,8 +18,9 @@ from launchkit.launch.record import RunRecord
 from launchkit.plan import Plan
 from launchkit.probe.host import detect_host
 from launchkit.process.run import RunOptions
-from launchkit.scenario import StrategyKind
+from launchkit.scenario import CommHook, DdpSettings, StrategyKind
 from launchkit.serialize import document_text, plan_document
+from launchkit.units import MIB
 from tests.report import plans
 
 
@@ -142,6 +143,37 @@ def test_the_first_node_says_what_to_type_on_the_others(
     said = capsys.readouterr().err
     assert ("note: this is node 0" in said) is bool(others)
     assert others in said
+
+
+@pytest.mark.parametrize(
+    ("settings", "words", "advice"),
+    [
+        (DdpSettings(), ["train.py"], ""),
+        (
+            DdpSettings(bucket_cap_bytes=50 * MIB, comm_hook=CommHook.FP16),
+            ["train.py"],
+            "note: the plan's --ddp-settings reach a script only if it says Accelerator(kwargs_handlers="
+            '[DistributedDataParallelKwargs(bucket_cap_mb=50, comm_hook=DDPCommunicationHookType("fp16"))])\n',
+        ),
+        (DdpSettings(static_graph=True), ["--data", "my.jsonl"], ""),  # the built-in fine-tune has them
+    ],
+)
+def test_what_a_script_has_to_say_itself_is_said(
+    settings: DdpSettings,
+    words: list[str],
+    advice: str,
+    plan_file: Path,
+    launched: list[RunOptions],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    scenario = plans.scenario(StrategyKind.DDP)
+    scenario = replace(scenario, strategy=replace(scenario.strategy, ddp=settings))
+    plan = plans.plan(chosen=plans.candidate(of=scenario))
+    plan_file.write_text(document_text(plan_document(plan)), encoding="utf-8")
+    main(["launch", "--plan", str(plan_file), *words])
+    said = capsys.readouterr().err
+    assert ("DistributedDataParallelKwargs" in said) is bool(advice)
+    assert advice in said
 
 
 def test_a_plan_for_gpus_starts_nothing_where_there_are_none(

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from launchkit.hardware import Cluster
 from launchkit.plan import Candidate
 from launchkit.scenario import Split
+from launchkit.units import MIB
 from tests.builders import candidate, cluster
 
 _STRATEGIES: tuple[tuple[str, tuple[str, ...], int], ...] = (
@@ -67,6 +68,10 @@ GOLDEN = [
     case("ddp-lora-2-nodes", strategy="ddp", method="lora", lora_targets="attention", num_nodes=2),
     case("fsdp1-shard-grad-op", strategy="fsdp", sharding="shard_grad_op", checkpointing="full"),
     case("fsdp2-full", strategy="fsdp2", checkpointing="full", loss="liger"),
+    case("ddp-settings", strategy="ddp", bucket_cap_bytes=50 * MIB, find_unused_parameters=True, loss="chunked"),
+    case("ddp-static-graph", strategy="ddp", static_graph=True, loss="chunked"),
+    case("fsdp1-settings", strategy="fsdp", backward_prefetch="post", forward_prefetch=True, use_orig_params=False),
+    case("fsdp1-no-wrap", strategy="fsdp", wrap="model", checkpointing="full"),
     case("ddp-fp8", strategy="ddp", precision="fp8"),
     case("ddp-fp8-te", strategy="ddp", precision="fp8", fp8_backend="te"),
     case("fsdp2-fp8", strategy="fsdp2", precision="fp8", checkpointing="full", compile=True),

@@ -52,15 +52,9 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(strategy: str, num_processes: int, options: RunOptions, **scenario: object) -> RunRecord:
-    chosen = candidate(
-        model=profile(block_classes=("LlamaDecoderLayer",)),
-        strategy=strategy,
-        precision="fp32",
-        optimizer="adamw_torch",
-        micro_batch=2,
-        seq_len=64,
-        **scenario,
-    )
+    usual = {"precision": "fp32", "optimizer": "adamw_torch", "micro_batch": 2, "seq_len": 64}
+    model = profile(block_classes=("LlamaDecoderLayer",))
+    chosen = candidate(model=model, strategy=strategy, **{**usual, **scenario})
     hardware = cluster(num_gpus=num_processes, backend="cpu")
     return launch_run(plan(chosen=chosen, cluster=hardware), options=options)
 
@@ -95,6 +89,21 @@ def test_what_a_sharded_fine_tune_saves_is_whole(strategy: str, tiny_model: Path
     after = load_file(tmp_path / "run" / "model" / "model.safetensors")
     assert {name: tensor.shape for name, tensor in after.items()} == {n: t.shape for n, t in before.items()}
     assert any((after[name] != before[name]).any() for name in before)
+
+
+@LONG
+def test_the_settings_of_ddp_reach_the_fine_tune(tiny_model: Path, tmp_path: Path) -> None:
+    """With bucket views gradients exist once instead of twice."""
+    data, peaks = EXAMPLES / "data" / "chat.jsonl", []
+    for views in (False, True):
+        options = RunOptions(
+            data=str(data), model_path=str(tiny_model), max_steps=3, run_dir=str(tmp_path / f"{views}")
+        )
+        record = run("ddp", 2, options, gradient_as_bucket_view=views, micro_batch=1, seq_len=4)
+        assert (record.exit_code, record.failure) == (0, "")
+        peaks.append(max(rank.steady_peak_bytes for rank in record.ranks))
+    whole, viewed = peaks
+    assert whole - viewed > MODEL_BYTES_FP32
 
 
 @LONG

@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from launchkit import strategies
 from launchkit.program import CollectiveKind, Owner, Phase, StepProgram
 from launchkit.scenario import CommHook, DdpSettings
+from launchkit.strategies import ddp
 from launchkit.strategies.ddp import assign_buckets, bucket_limits, closings
+from tests.builders import cluster, profile, scenario
 from tests.strategies.small import NUM_ELEMENTS, end, most, peak, plain, program, ranks, start
 
 GRADIENTS = 4 * NUM_ELEMENTS
@@ -134,3 +136,12 @@ def sent(step: StepProgram) -> list[int]:
         for layer in stage.order()
         for message in step.section_of(stage, layer).collectives
     ]
+
+
+@pytest.mark.parametrize(
+    ("hook", "backend", "refused"), [("bf16", "cpu", True), ("bf16", "cuda", False), ("fp16", "cpu", False)]
+)
+def test_the_bf16_hook_is_not_for_gloo(hook: str, backend: str, refused: bool) -> None:
+    asked = scenario(strategy="ddp", comm_hook=hook, precision="fp32")
+    found = ddp.refusal(asked, profile(), cluster(num_gpus=2, backend=backend))
+    assert ("comm_hook=fp16" in (found or "")) is refused

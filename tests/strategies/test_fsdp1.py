@@ -67,9 +67,10 @@ def test_a_rank_holds_its_part_of_each_flat_parameter(settings: dict[str, Any], 
     ("settings", "expected"),
     [
         ({}, ROOT + 2 * BLOCK),  # the prefetch makes it two blocks in the backward pass
-        ({"backward_prefetch": False}, ROOT + BLOCK),
-        ({"backward_prefetch": False, "forward_prefetch": True}, ROOT + 2 * BLOCK),
-        ({"backward_prefetch": False, "forward_prefetch": True, "state": "first"}, ROOT + BLOCK),
+        ({"backward_prefetch": "none"}, ROOT + BLOCK),
+        ({"backward_prefetch": "post"}, ROOT + BLOCK),  # the next one comes when this one is gone
+        ({"backward_prefetch": "none", "forward_prefetch": True}, ROOT + 2 * BLOCK),
+        ({"backward_prefetch": "none", "forward_prefetch": True, "state": "first"}, ROOT + BLOCK),
         ({"sharding": "shard_grad_op"}, ROOT + 3 * BLOCK),
         ({"sharding": "no_shard"}, 0),  # nothing is gathered, and nothing cast in fp32
         ({"sharding": "no_shard", "precision": "bf16", "traced": program(itemsize=2)}, 2 * (204 + 2 * 68)),
@@ -271,3 +272,24 @@ def test_4_bit_weights_are_sharded_by_their_packed_bytes() -> None:
     frozen, trained = 2 * 100 + 3 * 60, 3 * 4
     held = start(step)[Owner.WEIGHTS]
     assert frozen // 2 // 2 <= held <= frozen // 2 // 2 + 4 * trained + 16 * 8
+
+
+def test_after_a_forward_prefetch_a_block_ends_behind_the_next() -> None:
+    """Three blocks' weights at a time in the backward pass, as two gloo processes had them."""
+    assert most(rewritten(forward_prefetch=True), Owner.GATHERED_WEIGHTS) == ROOT + 3 * BLOCK
+
+
+def test_without_a_rate_limit_a_gpu_is_refused() -> None:
+    asked = scenario(strategy="fsdp", limit_all_gathers=False)
+    on_gpus = fsdp1.refusal(asked, profile(), cluster(num_gpus=2))
+    assert on_gpus is not None and "leave it out" in on_gpus
+    assert fsdp1.refusal(asked, profile(), cluster(num_gpus=2, backend="cpu")) is None
+
+
+def test_without_wrapping_the_model_is_one_unit() -> None:
+    """All weights and all gradients are there at the end of the backward pass, where they become one flat gradient."""
+    one = rewritten(wrap="model", use_orig_params=False)
+    assert most(one, Owner.GATHERED_WEIGHTS) == ROOT + 3 * BLOCK
+    asked = scenario(strategy="fsdp", wrap="model", method="lora")
+    found = fsdp1.refusal(asked, profile(), cluster(num_gpus=2))
+    assert found is not None and "--method full" in found

@@ -5,17 +5,28 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from launchkit.engine_settings import PREFETCHES, WRAPS
 from launchkit.errors import ConfigFileError
 from launchkit.export.read.reading import Draft, Place
 from launchkit.export.read.section import AUTO, Section
 from launchkit.export.read.text import parse_config
-from launchkit.scenario import Checkpointing, Method, Offload, Precision, Sharding, Strategy, StrategyKind
+from launchkit.scenario import (
+    BackwardPrefetch,
+    Checkpointing,
+    Method,
+    Offload,
+    Precision,
+    Sharding,
+    Strategy,
+    StrategyKind,
+)
 from launchkit.strategies.split import mesh_of
 from launchkit.units import MIB
 
 _SHARDINGS = {str(index + 1): sharding for index, sharding in enumerate(Sharding)} | {
     sharding.name: sharding for sharding in Sharding
 }
+_PREFETCHES = {str(index + 1): prefetch for index, prefetch in enumerate(PREFETCHES.values())} | PREFETCHES
 # DeepSpeed's keys by the fields of ``ZeroSettings``; the first that is written counts. Source: DeepSpeed 0.19.8
 # ``runtime/zero/config.py``.
 _ZERO_SIZES = {
@@ -60,10 +71,12 @@ def read_ddp(keys: Section, draft: Draft) -> None:
     """DDP's settings, as ``TrainingArguments`` and Axolotl both name them."""
     cap = keys.count("ddp_bucket_cap_mb")
     if cap is not None:
-        draft.ddp |= {"bucket_cap_bytes": cap * MIB, "first_bucket_bytes": cap * MIB}
+        draft.ddp["bucket_cap_bytes"] = cap * MIB
     finds, broadcasts = keys.switch("ddp_find_unused_parameters"), keys.switch("ddp_broadcast_buffers")
     draft.ddp |= {} if finds is None else {"find_unused_parameters": finds}
     draft.ddp |= {} if broadcasts is None else {"broadcast_buffers": broadcasts}
+    is_static = keys.switch("ddp_static_graph")
+    draft.ddp |= {} if is_static is None else {"static_graph": is_static}
 
 
 def read_fsdp(keys: Section, draft: Draft, place: Place, *, version: int, replicas: int = 1, shards: int = 0) -> None:
@@ -78,7 +91,7 @@ def read_fsdp(keys: Section, draft: Draft, place: Place, *, version: int, replic
     draft.flag("fsdp_sharding", sharding)
     draft.flag("offload", Offload.PARAMS if keys.switch("offload_params") else Offload.NONE)
     _fsdp_settings(keys, draft, version=version)
-    _wrapping(keys, draft)
+    _wrapping(keys, draft, place, version=version)
     if keys.switch("activation_checkpointing"):
         draft.flag("checkpointing", Checkpointing.FULL)
 
@@ -112,16 +125,19 @@ def _fsdp_settings(keys: Section, draft: Draft, *, version: int) -> None:
     keys.skip("sync_module_states")
     if version == 2:
         return
-    prefetch = keys.text("backward_prefetch")
-    draft.fsdp["backward_prefetch"] = prefetch not in ("NO_PREFETCH", "3")
+    prefetch = keys.text("backward_prefetch") or "NO_PREFETCH"  # accelerate's plugin has none unless it is told to
+    draft.fsdp["backward_prefetch"] = _PREFETCHES.get(prefetch.upper(), BackwardPrefetch.NONE)
     draft.fsdp["forward_prefetch"] = keys.switch("forward_prefetch") or False
     draft.fsdp["use_orig_params"] = keys.switch("use_orig_params") is not False
 
 
-def _wrapping(keys: Section, draft: Draft) -> None:
-    """launchkit shards block by block; another policy gathers other pieces at once."""
+def _wrapping(keys: Section, draft: Draft, place: Place, *, version: int) -> None:
+    """launchkit shards block by block, or under FSDP1 the model as one; another policy gathers other pieces at once."""
     policy = keys.text("auto_wrap_policy") or "NO_WRAP"
-    if policy != "TRANSFORMER_BASED_WRAP":
+    is_modelled = version == 1 and draft.flags.get("method", Method.FULL) is Method.FULL and not place.adapts
+    if policy in WRAPS and is_modelled:
+        draft.fsdp["wrap"] = WRAPS[policy]
+    elif policy != "TRANSFORMER_BASED_WRAP":
         draft.ignored.append(f"{keys.where('auto_wrap_policy')} {policy}: blocks of the model are counted as the units")
     keys.skip("transformer_layer_cls_to_wrap")
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from launchkit.engine_settings import DDP, FSDP, ZERO, auto_sizes
 from launchkit.export.layout import default_lora_modules, named_targets
 from launchkit.export.lint import Tool
 from launchkit.export.read.section import AUTO, Section
@@ -13,10 +14,9 @@ from launchkit.hardware import Cluster
 from launchkit.model import ModelProfile
 from launchkit.request import Request, Resolution, find_flag, resolve
 from launchkit.scenario import Checkpointing, Method, Precision, Scenario, Trainer
-from launchkit.zero_settings import auto_sizes
 
 # What a file says of one engine or one method means nothing once another was asked for.
-_OF_STRATEGY = ("strategy", "fsdp_sharding", "fp8_all_gather", "offload", "zero_settings", "tp", "cp", "sp")
+_OF_STRATEGY = ("strategy", "fsdp_sharding", "fp8_all_gather", "offload", "tp", "cp", "sp")
 _OF_FP8 = ("fp8_backend", "fp8_all_gather")
 _OF_ADAPTER = ("lora_rank", "lora_targets", "lora_dropout", "lora_modules_to_save", "dora", "rslora")
 _DECISIVE = (
@@ -99,10 +99,12 @@ class Reading:
         """The settings that have no flag; those of an engine only while the file's own is in force."""
         training, strategy = scenario.training, scenario.strategy
         if given.strategy is None:
-            fsdp, ddp = replace(strategy.fsdp, **self.fsdp), replace(strategy.ddp, **self.ddp)
-            strategy = replace(strategy, fsdp=fsdp, ddp=ddp)
-        if given.strategy is None and given.zero_settings is None:
-            strategy = replace(strategy, zero=replace(strategy.zero, **self._zero_fields(hidden_size)))
+            # What was given beside the file goes over what the file says, key by key.
+            fsdp = replace(strategy.fsdp, **{**self.fsdp, **FSDP.read(given.fsdp_settings or "")})
+            ddp = replace(strategy.ddp, **{**self.ddp, **DDP.read(given.ddp_settings or "")})
+            typed = ZERO.read(given.zero_settings or "", auto=auto_sizes(hidden_size))
+            zero = replace(strategy.zero, **{**self._zero_fields(hidden_size), **typed})
+            strategy = replace(strategy, fsdp=fsdp, ddp=ddp, zero=zero)
         if self.max_grad_norm is not None and (given.trainer is None or training.trainer is not Trainer.LOOP):
             training = replace(training, max_grad_norm=self.max_grad_norm)
         # Where an engine must re-enter, that is what its full checkpointing is.

@@ -220,7 +220,7 @@ FILES: list[tuple[str, dict[str, Any]]] = [
         {
             "strategy.kind": "fsdp",
             "strategy.fsdp.sharding": "shard_grad_op",
-            "strategy.fsdp.backward_prefetch": False,
+            "strategy.fsdp.backward_prefetch": "none",
             "strategy.fsdp.forward_prefetch": True,
             "strategy.fsdp.use_orig_params": False,
             "strategy.fsdp.full_state_dict": False,

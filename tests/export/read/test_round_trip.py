@@ -16,7 +16,7 @@ from launchkit.export.read import Place, parse_config, read_config
 from launchkit.hardware import Cluster
 from launchkit.plan import Candidate
 from launchkit.planner.evaluate import Bench, judge
-from launchkit.request import Request
+from launchkit.request import Request, default_prefetch
 from launchkit.scenario import Method, Scenario, StrategyKind, Trainer
 from tests.builders import cluster
 from tests.export.cases import GOLDEN, Case, axolotl_cases, case
@@ -42,6 +42,7 @@ REASONS: Mapping[Tool, Mapping[str, str]] = {
         "training.trainer": "the file is Axolotl's, whoever's step was planned",
         "training.padding": "Axolotl pads what it does not pack, whoever's step was planned",
         "training.precision": "Axolotl loads weights in bf16 where the plan counted fp32, which it says in the file",
+        "strategy.fsdp.backward_prefetch": "Axolotl's FSDP1 prefetches nothing, which the file says",
         "training.loss": "the compiled chunked loss is not modelled; plain cross-entropy is counted",
         "training.checkpointing": "FSDP has no selective checkpointing, which planning refuses",
         "training.max_grad_norm": "DeepSpeed's file has the number of a plain loop, which clips nothing",
@@ -56,6 +57,10 @@ REASONS: Mapping[Tool, Mapping[str, str]] = {
         "strategy.kind": "without accelerate's file beside it, as many processes as there are GPUs",
     },
     Tool.ACCELERATE: {
+        **{
+            f"strategy.ddp.{name}": "accelerate has no keys for it: the file's comments say what the script has to"
+            for name in ("bucket_cap_bytes", "find_unused_parameters", "static_graph")
+        },
         "training.max_grad_norm": "DeepSpeed's file has the number of a plain loop, which clips nothing",
     },
     Tool.DEEPSPEED: {
@@ -175,7 +180,9 @@ def test_the_estimate_is_the_same_to_the_byte(tool: Tool, each: Case) -> None:
     scenario = replace(each.candidate.scenario, training=replace(each.candidate.scenario.training))
     if tool is Tool.AXOLOTL:
         training = replace(scenario.training, trainer=Trainer.AXOLOTL)
-        scenario = replace(scenario, training=training, alloc_conf=EXPANDABLE)
+        fsdp = replace(scenario.strategy.fsdp, backward_prefetch=default_prefetch(Trainer.AXOLOTL))
+        strategy = replace(scenario.strategy, fsdp=fsdp)
+        scenario = replace(scenario, strategy=strategy, training=training, alloc_conf=EXPANDABLE)
     candidate = replace(each.candidate, model=source.profile, scenario=scenario)
     texts = written(Case(each.name, candidate, gpus), tool)
     assert texts is not None
