@@ -306,6 +306,7 @@ class Training:
     packing: bool = False
     padding: bool = False  # sequences are padded, which an attention mask tells of
     images: bool = False  # each sequence is about one image, whose tokens are among its own
+    image_size: str = ""  # its pixels, height x width, of a model that takes images of any size
     trainer: Trainer = Trainer.HF
     max_grad_norm: float = 1.0  # clipping is the trainer's: none under Trainer.LOOP
 
@@ -465,13 +466,15 @@ class TraceKey:
     dora: bool = False
     modules_to_save: str = ""
     images: bool = False
+    image_size: str = ""  # pixels, height x width; nothing where the model takes images of one size
     keeps_linear_inputs: bool = False  # of frozen layers too, as ZeRO-3's own linear function does
     tp: int = 1  # ranks that share each matrix
     cp: int = 1  # ranks that share each sequence, keys and values going round
     sp: int = 1  # ranks that share each sequence, and heads in its attention
     pads_float8: bool = False  # torchao pads the inner dimension of each product, as accelerate's recipe has it
     gathers_float8: bool = False  # weights of torchao's layers arrive in 8 bits
-    at: Point | None = None  # of this batch alone, with the scratch that this machine's kernels take for it
+    at: Point | None = None  # of this batch alone
+    asks_kernels: bool = False  # and with the scratch that this machine's kernels take for it
     transformer_engine: bool = False  # 8-bit layers are Transformer Engine's
     transposes_float8: bool = False  # whose factors are transposed for each layout of a product but one
 
@@ -565,7 +568,7 @@ class TraceKey:
         if self.modules_to_save:
             parts.append(f"save-{self.modules_to_save}")
         if self.images:
-            parts.append("images")
+            parts.append(f"images{self.image_size}")
         if self.keeps_linear_inputs:
             parts.append("inputs")
         if self.pads_float8:

@@ -324,6 +324,26 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "video_token_id": 503,
         "architectures": ["Qwen2_5_VLForConditionalGeneration"],
     },
+    "qwen3_vl": {
+        "model_type": "qwen3_vl",
+        "text_config": HEADS
+        | {"model_type": "qwen3_vl_text", "rope_scaling": {"rope_type": "default", "mrope_section": [8, 12, 12]}},
+        "vision_config": {
+            "depth": 4,
+            "hidden_size": 128,
+            "intermediate_size": 192,
+            "num_heads": 2,
+            "out_hidden_size": 128,
+            "patch_size": 16,
+            "num_position_embeddings": 64,
+            "deepstack_visual_indexes": [1, 2],
+        },
+        "image_token_id": 500,
+        "vision_start_token_id": 501,
+        "vision_end_token_id": 502,
+        "video_token_id": 503,
+        "architectures": ["Qwen3VLForConditionalGeneration"],
+    },
     "llama4": {
         "model_type": "llama4",
         "text_config": HEADS

@@ -20,6 +20,7 @@ class Cell:
     sequences each. ``zero`` are keys of DeepSpeed's ``zero_optimization`` beside the stage, ``offload`` is DeepSpeed's;
     what ``zero`` does not name has DeepSpeed's own default, or accelerate's where it says ``auto``. ``tp`` processes
     share each matrix, ``sp`` each sequence. ``float8_all_gather`` counts for FSDP2 in ``fp8``.
+    ``image_size`` is that of images which the model's processor leaves as large as they are.
     ``onednn`` leaves on what torch takes products in 16 bits and convolutions from, which goes by the machine.
     """
 
@@ -51,6 +52,7 @@ class Cell:
     num_steps: int = 3
     use_cache: bool | None = False
     images: bool = False
+    image_size: str = ""
     evaluation_micro_batch: int = 0
     packing: bool = False
     offload: str = "none"

@@ -57,6 +57,8 @@ def _speech(cell: Cell, config: Any) -> Batch:
 
 def _text_about_an_image(cell: Cell, config: Any) -> Batch:
     """The image's tokens come first in each sequence, and are as many as ``mm_tokens_per_image`` says."""
+    if cell.image_size:
+        return _text_about_a_grid(cell, config)
     batch = _text(cell, config)
     image_tokens = cell.config.get("mm_tokens_per_image") or cell.config["image_seq_length"]
     batch["input_ids"][:, :image_tokens] = config.image_token_id
@@ -64,6 +66,25 @@ def _text_about_an_image(cell: Cell, config: Any) -> Batch:
     if "gemma" in config.model_type:
         batch["token_type_ids"] = (batch["input_ids"] == config.image_token_id).long()
     return batch
+
+
+def _text_about_a_grid(cell: Cell, config: Any) -> Batch:
+    """As Qwen's processors have it: a row of pixels per patch, and what kind of token each is. The image's are behind
+    the one that tells its start."""
+    batch, vision = _text(cell, config), config.vision_config
+    high, wide = (int(side) // vision.patch_size for side in cell.image_size.split("x"))
+    channels = getattr(vision, "in_channels", 3)
+    where = slice(1, 1 + high * wide // vision.spatial_merge_size**2)
+    batch["input_ids"][:, 0] = config.vision_start_token_id
+    batch["input_ids"][:, where] = config.image_token_id
+    kinds = torch.zeros_like(batch["input_ids"])
+    kinds[:, where] = 1
+    pixels = channels * vision.temporal_patch_size * vision.patch_size**2
+    return batch | {
+        "mm_token_type_ids": kinds,
+        "pixel_values": torch.rand(cell.micro_batch * high * wide, pixels),
+        "image_grid_thw": torch.tensor([[1, high, wide]] * cell.micro_batch),
+    }
 
 
 _BY_CLASS: dict[str, Callable[[Cell, Any], Batch]] = {

@@ -26,6 +26,7 @@ from launchkit.trace.asking import MEASURED, OwnKernels, measured_scratch, own_k
 from launchkit.trace.float8 import float8_types
 from launchkit.trace.kernels import SUBSTITUTES, Scratch, flop_formulas, scratch
 from launchkit.trace.memo import FakeMaker, Look, Recipe, look_of
+from launchkit.trace.values import FACTORIES, numbers_are_known
 
 
 class Place(NamedTuple):
@@ -228,7 +229,7 @@ class StepRecorder(TorchDispatchMode):
             return NotImplemented
         kwargs = kwargs or {}
         func = as_the_engine_adds(func, args, sole=self._sole)
-        if self._maker is None:
+        if self._maker is None or (func in FACTORIES and numbers_are_known()):
             return self._run(func, args, kwargs)
         look, inputs = look_of(func, args, kwargs)
         if look is None:

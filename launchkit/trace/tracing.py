@@ -142,7 +142,7 @@ def trace_model(config: Mapping[str, Any], key: TraceKey, *, progress: ProgressH
         settings = load_config(config)
         lengths = telling_lengths(settings, beyond_window=key.beyond_window)
         if lengths.looped:  # token by token at full length takes minutes
-            key = replace(key, at=None)
+            key = replace(key, at=None, asks_kernels=False)
         points = trace_points(key, replace(lengths, stride=lengths.stride * key.split.num_pieces))
         if key.device is DeviceKind.CUDA:
             stack.enter_context(faithful_to_cuda())
@@ -187,7 +187,7 @@ def _trace_steps(
             )
             firsts.append(done)
             if key.at is not None:  # no other point would show that the first step differs
-                _trace_one(models[point.lora_rank], replace(key, at=None), point)
+                _trace_one(models[point.lora_rank], replace(key, asks_kernels=False), point)
         logs.append(_trace_one(models[point.lora_rank], key, point))
         check_ring(logs[-1], key)
     described = models[points[0].lora_rank].described
