@@ -10,7 +10,9 @@ from launchkit.errors import UsageError
 # Models whose processors keep an image about as large as it is, so that its size is the user's to tell. They read from
 # tensors how many patches each image has and loop over the images, so that no two batches run the same operators: each
 # batch has a program of its own.
-OF_ANY_SIZE = frozenset({"qwen2_5_vl", "qwen2_vl", "qwen3_vl", "qwen3_vl_moe"})
+OF_ANY_SIZE = frozenset(
+    {"idefics3", "internvl", "llava_next", "mistral3", "qwen2_5_vl", "qwen2_vl", "qwen3_vl", "qwen3_vl_moe", "smolvlm"}
+)
 
 
 class ImageSize(NamedTuple):
@@ -32,3 +34,4 @@ class ImageSize(NamedTuple):
 
 
 DEFAULT_SIZE = ImageSize(1024, 1024)  # no source: about what a photograph is scaled down to, or a page
+SMALL_SIZE = ImageSize(64, 64)

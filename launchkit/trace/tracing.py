@@ -21,6 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedConfig
 
 from launchkit.errors import TraceError
+from launchkit.images import SMALL_SIZE
 from launchkit.model import ModelProfile
 from launchkit.program import Parameter, ParameterGroup, Point, StepProgram
 from launchkit.quiet import without_logs
@@ -187,7 +188,7 @@ def _trace_steps(
             )
             firsts.append(done)
             if key.at is not None:  # no other point would show that the first step differs
-                _trace_one(models[point.lora_rank], replace(key, asks_kernels=False), point)
+                _trace_one(models[point.lora_rank], *_least_of(key, point))
         logs.append(_trace_one(models[point.lora_rank], key, point))
         check_ring(logs[-1], key)
     described = models[points[0].lora_rank].described
@@ -197,6 +198,14 @@ def _trace_steps(
         for i in firsts:
             logs[i] = _trace_one(models[points[i].lora_rank], key, points[i])
         return assemble(described, logs, points)
+
+
+def _least_of(key: TraceKey, point: Point) -> tuple[TraceKey, Point]:
+    """A quick step that leaves behind what a step at ``point`` would."""
+    key = replace(key, asks_kernels=False)
+    if not key.image_size:
+        return key, point
+    return replace(key, image_size=str(SMALL_SIZE)), point._replace(micro_batch=1)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -50,11 +50,19 @@ class _Valued(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
+        if func is aten.eq.Scalar and args[0].is_floating_point():
+            out.constant = _no_pixel_is_zero(out)
         if func not in FACTORIES or out.is_floating_point() or out.numel() > _MOST_NUMBERS:
             return out
         with unset_fake_temporarily():
             real = func(*args, **(kwargs or {}))
         return self._mode.fake_tensor_converter.from_real_tensor(self._mode, real, make_constant=True)
+
+
+def _no_pixel_is_zero(compared: torch.Tensor) -> torch.Tensor:
+    """What a comparison with a number says of an image: Idefics 3 and SmolVLM take one of zeros for padding."""
+    with unset_fake_temporarily():
+        return torch.zeros((), dtype=torch.bool).expand(compared.shape)
 
 
 def value_of(tensor: torch.Tensor) -> torch.Tensor | None:
