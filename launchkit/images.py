@@ -34,4 +34,7 @@ class ImageSize(NamedTuple):
 
 
 DEFAULT_SIZE = ImageSize(1024, 1024)  # no source: about what a photograph is scaled down to, or a page
-SMALL_SIZE = ImageSize(64, 64)
+SMALL_SIZE = ImageSize(64, 64)  # of which a processor makes about as little as of any
+
+# What a plan without images takes for granted of a model that sees some.
+TEXT_ALONE = "sequences are of text alone; --images adds an image to each, whose tokens count as its length"

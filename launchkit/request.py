@@ -296,6 +296,7 @@ def resolve(request: Request, *, model: ModelProfile, cluster: Cluster) -> Resol
     """The one scenario that ``estimate`` reads from a request: what was given, and the defaults elsewhere."""
     attention, notes = _attention(request, model)
     seq_len, length_notes = _seq_len(request, model)
+    image_size, image_notes = _image_size(request, model)
     strategy = _strategy(request, model, cluster)
     trainer, loss = _trainer_and_loss(request)
     training = Training(
@@ -316,7 +317,7 @@ def resolve(request: Request, *, model: ModelProfile, cluster: Cluster) -> Resol
         packing=_value(request, "packing", bool),
         padding=_padding(request, model, trainer),
         images=_value(request, "images", bool) or request.image_size is not None,
-        image_size=_image_size(request, model),
+        image_size=image_size,
         trainer=trainer,
         max_grad_norm=0.0 if trainer is Trainer.LOOP else Training().max_grad_norm,
     )
@@ -327,12 +328,12 @@ def resolve(request: Request, *, model: ModelProfile, cluster: Cluster) -> Resol
         state=_value(request, "state", State),
         alloc_conf=_alloc_conf(request, cluster),
     )
-    return Resolution(scenario=scenario, notes=(*notes, *length_notes))
+    return Resolution(scenario=scenario, notes=(*notes, *length_notes, *image_notes))
 
 
 def decisions(request: Request, *, model: ModelProfile) -> tuple[str, ...]:
     """What the model itself decides where the request leaves it open, in words."""
-    return (*_attention(request, model)[1], *_seq_len(request, model)[1])
+    return (*_attention(request, model)[1], *_seq_len(request, model)[1], *_image_size(request, model)[1])
 
 
 def scenario_flags(scenario: Scenario, *, cluster: Cluster) -> dict[str, str | int | bool | None]:
@@ -439,8 +440,9 @@ def _seq_len(request: Request, model: ModelProfile) -> tuple[int, tuple[str, ...
     return default, ()
 
 
-def _image_size(request: Request, model: ModelProfile) -> str:
-    """What was asked for, else the default, of a model that takes images of any size; nothing of others."""
+def _image_size(request: Request, model: ModelProfile) -> tuple[str, tuple[str, ...]]:
+    """What was asked for, else the default and a word on it, of a model that takes images of any size; nothing of
+    others."""
     if request.image_size is not None:
         size = ImageSize.parse(request.image_size)
         if model.model_type not in OF_ANY_SIZE:
@@ -448,8 +450,10 @@ def _image_size(request: Request, model: ModelProfile) -> str:
                 f"--image-size {size} changes nothing for {model.name}, whose type {model.model_type} has no images of "
                 "any size; write --images alone"
             )
-        return str(size)
-    return str(DEFAULT_SIZE) if request.images and model.model_type in OF_ANY_SIZE else ""
+        return str(size), ()
+    if not request.images or model.model_type not in OF_ANY_SIZE:
+        return "", ()
+    return str(DEFAULT_SIZE), (f"images are taken to have {DEFAULT_SIZE} pixels; --image-size says what they have",)
 
 
 def _alloc_conf(request: Request, cluster: Cluster) -> str:

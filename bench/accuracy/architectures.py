@@ -324,26 +324,6 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "video_token_id": 503,
         "architectures": ["Qwen2_5_VLForConditionalGeneration"],
     },
-    "qwen3_vl": {
-        "model_type": "qwen3_vl",
-        "text_config": HEADS
-        | {"model_type": "qwen3_vl_text", "rope_scaling": {"rope_type": "default", "mrope_section": [8, 12, 12]}},
-        "vision_config": {
-            "depth": 4,
-            "hidden_size": 128,
-            "intermediate_size": 192,
-            "num_heads": 2,
-            "out_hidden_size": 128,
-            "patch_size": 16,
-            "num_position_embeddings": 64,
-            "deepstack_visual_indexes": [1, 2],
-        },
-        "image_token_id": 500,
-        "vision_start_token_id": 501,
-        "vision_end_token_id": 502,
-        "video_token_id": 503,
-        "architectures": ["Qwen3VLForConditionalGeneration"],
-    },
     "llama4": {
         "model_type": "llama4",
         "text_config": HEADS
@@ -379,6 +359,41 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "image_token_index": 500,
         "image_seq_length": 16,
         "architectures": ["LlavaForConditionalGeneration"],
+    },
+    "stablelm": SMALL | {"model_type": "stablelm"},
+    "starcoder2": SMALL | {"model_type": "starcoder2"},
+    "glm4": HEADS | {"model_type": "glm4", "pad_token_id": 0},
+    "exaone4": SMALL | {"model_type": "exaone4", "sliding_window": 32, "sliding_window_pattern": 2},
+    "nanochat": SMALL | {"model_type": "nanochat"},
+    "codegen": {"model_type": "codegen", "n_embd": 128, "n_layer": 4, "n_head": 4, "vocab_size": 512, "rotary_dim": 16},
+    "gpt_bigcode": {"model_type": "gpt_bigcode", "n_embd": 128, "n_layer": 4, "n_head": 2, "vocab_size": 512},
+    "biogpt": ENCODER | {"model_type": "biogpt"},
+    "mbart": BART
+    | {"model_type": "mbart", "max_position_embeddings": 512, "architectures": ["MBartForConditionalGeneration"]},
+    "albert": ENCODER
+    | {"model_type": "albert", "embedding_size": 64, "architectures": ["AlbertForSequenceClassification"]},
+    "roformer": ENCODER | {"model_type": "roformer", "architectures": ["RoFormerForSequenceClassification"]},
+    "deit": VISION
+    | {"model_type": "deit", "image_size": 64, "patch_size": 16, "architectures": ["DeiTForImageClassification"]},
+    "qwen3_vl": {
+        "model_type": "qwen3_vl",
+        "text_config": HEADS
+        | {"model_type": "qwen3_vl_text", "rope_scaling": {"rope_type": "default", "mrope_section": [8, 12, 12]}},
+        "vision_config": {
+            "depth": 4,
+            "hidden_size": 128,
+            "intermediate_size": 192,
+            "num_heads": 2,
+            "out_hidden_size": 128,
+            "patch_size": 16,
+            "num_position_embeddings": 64,
+            "deepstack_visual_indexes": [1, 2],
+        },
+        "image_token_id": 500,
+        "vision_start_token_id": 501,
+        "vision_end_token_id": 502,
+        "video_token_id": 503,
+        "architectures": ["Qwen3VLForConditionalGeneration"],
     },
     "idefics3": {
         "model_type": "idefics3",
@@ -429,21 +444,6 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "image_token_index": 500,
         "architectures": ["PaliGemmaForConditionalGeneration"],
     },
-    "stablelm": SMALL | {"model_type": "stablelm"},
-    "starcoder2": SMALL | {"model_type": "starcoder2"},
-    "glm4": HEADS | {"model_type": "glm4", "pad_token_id": 0},
-    "exaone4": SMALL | {"model_type": "exaone4", "sliding_window": 32, "sliding_window_pattern": 2},
-    "nanochat": SMALL | {"model_type": "nanochat"},
-    "codegen": {"model_type": "codegen", "n_embd": 128, "n_layer": 4, "n_head": 4, "vocab_size": 512, "rotary_dim": 16},
-    "gpt_bigcode": {"model_type": "gpt_bigcode", "n_embd": 128, "n_layer": 4, "n_head": 2, "vocab_size": 512},
-    "biogpt": ENCODER | {"model_type": "biogpt"},
-    "mbart": BART
-    | {"model_type": "mbart", "max_position_embeddings": 512, "architectures": ["MBartForConditionalGeneration"]},
-    "albert": ENCODER
-    | {"model_type": "albert", "embedding_size": 64, "architectures": ["AlbertForSequenceClassification"]},
-    "roformer": ENCODER | {"model_type": "roformer", "architectures": ["RoFormerForSequenceClassification"]},
-    "deit": VISION
-    | {"model_type": "deit", "image_size": 64, "patch_size": 16, "architectures": ["DeiTForImageClassification"]},
 }
 
 # Without adapters: PEFT refuses Mamba's projections.
@@ -451,8 +451,17 @@ _WITHOUT_LORA = ("mamba", "mamba2", "falcon_mamba", "bamba")
 # PEFT puts adapters on all linear layers of these, and then fails: on a router that returns two tensors, on a
 # classifier that is trained whole.
 _LORA_FAILS = ("phimoe", "llama4_text", "llama4", "distilbert")
-# Traced with text alone, and not measured: their processors' grids of patches are no tensors of a fixed size.
-_NOT_MEASURED = ("qwen2_vl", "qwen2_5_vl")
+# Images of models that take any size; their tokens need longer sequences than the others' cells have.
+_IMAGE_SIZES = {
+    "qwen2_vl": "112x84",
+    "qwen2_5_vl": "140x168",
+    "qwen3_vl": "256x256",
+    "mistral3": "140x168",
+    "idefics3": "128x128",
+    "smolvlm": "128x128",
+    "internvl": "128x128",
+    "llava_next": "128x128",
+}
 # transformers has no other attention for these.
 _EAGER_ONLY = (
     "gemma2",
@@ -478,19 +487,19 @@ def architecture_cells() -> Iterator[Cell]:
     """For each architecture a plain step, a mixed one with checkpointing, and one of adapters; between them every
     precision meets every attention, checkpointing and optimizer in some family."""
     for number, (name, config) in enumerate(ARCHITECTURES.items()):
-        if name in _NOT_MEASURED:
-            continue
         attention = "eager" if name in _EAGER_ONLY or number % 3 == 0 else "sdpa"
         optimizer = _OPTIMIZERS[number % len(_OPTIMIZERS)]
-        images = "vision_config" in config
+        images = {"images": "vision_config" in config, "image_size": _IMAGE_SIZES.get(name, "")}
         short, middle, long = (384, 448, 512) if name in _CHUNKED_BY_64 else (64, 96, 160)
+        if name in _IMAGE_SIZES:
+            short = 128
         yield Cell(
             name=f"arch-{name}-fp32",
             config=config,
             attention=attention,
             optimizer=optimizer,
             seq_len=short,
-            images=images,
+            **images,
         )
         yield Cell(
             name=f"arch-{name}-{('bf16', 'bf16-params')[number % 2]}-checkpointing",
@@ -499,9 +508,9 @@ def architecture_cells() -> Iterator[Cell]:
             precision=("bf16", "bf16-params")[number % 2],
             checkpointing="none" if name in _WITHOUT_CHECKPOINTING else "full",
             seq_len=middle,
-            images=images,
+            **images,
         )
         if name not in (*_WITHOUT_LORA, *_LORA_FAILS):
             yield Cell(
-                name=f"arch-{name}-lora", config=config, attention=attention, method="lora", seq_len=long, images=images
+                name=f"arch-{name}-lora", config=config, attention=attention, method="lora", seq_len=long, **images
             )

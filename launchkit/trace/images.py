@@ -1,8 +1,8 @@
 """One image for each sequence of a batch, as the processor of a model of images and text would give it.
 
-What a processor makes of an image is in no ``config.json``. Of a model with images of one size assumed is one square
-image of the size that the vision tower was made for, in one piece; of others (``launchkit.images``) an image of the size
-asked for, as the processor resizes and cuts it. The image's tokens are part of the sequence.
+What a processor makes of an image is in no ``config.json``. A model with images of one size gets one
+square image of the size that its vision tower was made for, in one piece; others (``launchkit.images``) get an image of
+the size asked for, as the processor resizes and cuts it. The image's tokens are part of the sequence.
 """
 
 from __future__ import annotations
@@ -30,9 +30,7 @@ class _Cut(NamedTuple):
 _Cutter = Callable[[Any, ImageSize, int], _Cut]  # of a model's configuration, for so many images
 
 
-def image_inputs(
-    built: Built, *, num_images: int, token_ids: torch.Tensor, size: ImageSize
-) -> dict[str, torch.Tensor]:
+def image_inputs(built: Built, *, num_images: int, token_ids: torch.Tensor, size: ImageSize) -> dict[str, torch.Tensor]:
     """What goes into a step beside the tokens ``token_ids``, among which the image's are put in place.
 
     Raises ``TraceError`` for a model that sees no images, or one whose images are cut in a way that is not known here.
@@ -116,7 +114,7 @@ def _grid_of(pixels: tuple[int, int]) -> _Cutter:
 
 
 def _resized(size: ImageSize, *, step: int, least: int, most: int) -> tuple[int, int]:
-    """The nearest multiples of ``step`` with ``least`` to ``most`` pixels between them, in about the same proportion."""
+    """The nearest multiples of ``step``, or those in about the same proportion that have ``least`` to ``most`` pixels."""
     height, width = (round(side / step) * step for side in size)
     if height * width > most:
         scale = math.sqrt(size.height * size.width / most)
@@ -186,7 +184,9 @@ def _tiles_of_like_shape(config: Any, size: ImageSize, num_images: int) -> _Cut:
     wide, high = min(grids, key=fitness)
     num_tiles = wide * high + (wide * high > 1)
     tokens = int((side // patch) ** 2 * config.downsample_ratio**2)
-    return _Cut(num_tiles * tokens, {"pixel_values": torch.zeros(num_images * num_tiles, vision.num_channels, side, side)})
+    return _Cut(
+        num_tiles * tokens, {"pixel_values": torch.zeros(num_images * num_tiles, vision.num_channels, side, side)}
+    )
 
 
 def _pinned_tiles(config: Any, size: ImageSize, num_images: int) -> _Cut:

@@ -36,8 +36,8 @@ class Made(NamedTuple):
 
 
 class Recipe(NamedTuple):
-    """The outputs of an operator in order, plain values as they are (attention kernels return the longest sequence), and
-    the type of the sequence that holds them, None for a single tensor."""
+    """The outputs of an operator in order, whole numbers as they are (an attention kernel's longest sequence), and the
+    type of the sequence that holds them, None for a single tensor."""
 
     outputs: tuple[Made | int | None, ...]
     sequence: type[tuple[Any, ...]] | type[list[Any]] | None
@@ -85,9 +85,7 @@ class FakeMaker:
 
     def make(self, recipe: Recipe, inputs: Sequence[torch.Tensor]) -> tuple[Any, list[torch.Tensor]]:
         """What the operator returns, and the tensors in it."""
-        outputs: list[Any] = [
-            self._tensor(made, inputs) if type(made) is Made else made for made in recipe.outputs
-        ]
+        outputs: list[Any] = [self._tensor(made, inputs) if type(made) is Made else made for made in recipe.outputs]
         if recipe.sequence is None:
             return outputs[0], outputs
         return recipe.sequence(outputs), [out for out in outputs if type(out) is FakeTensor]

@@ -21,7 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedConfig
 
 from launchkit.errors import TraceError
-from launchkit.images import SMALL_SIZE
+from launchkit.images import SMALL_SIZE, TEXT_ALONE
 from launchkit.model import ModelProfile
 from launchkit.program import Parameter, ParameterGroup, Point, StepProgram
 from launchkit.quiet import without_logs
@@ -401,7 +401,7 @@ def _notes(settings: PreTrainedConfig) -> tuple[str, ...]:
     """What a plan of this model takes for granted."""
     notes = []
     if getattr(settings, "vision_config", None) is not None:
-        notes.append("sequences are of text alone; --images adds an image to each, whose tokens count as its length")
+        notes.append(TEXT_ALONE)
     if telling_lengths(settings, beyond_window=False).looped:
         notes.append(
             "recurrent layers run as transformers' own Python code, as without mamba-ssm, causal-conv1d or "
