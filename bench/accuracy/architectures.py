@@ -452,7 +452,7 @@ _WITHOUT_LORA = ("mamba", "mamba2", "falcon_mamba", "bamba")
 # classifier that is trained whole.
 _LORA_FAILS = ("phimoe", "llama4_text", "llama4", "distilbert")
 # Images of models that take any size; their tokens need longer sequences than the others' cells have.
-_IMAGE_SIZES = {
+IMAGE_SIZES = {
     "qwen2_vl": "112x84",
     "qwen2_5_vl": "140x168",
     "qwen3_vl": "256x256",
@@ -489,9 +489,9 @@ def architecture_cells() -> Iterator[Cell]:
     for number, (name, config) in enumerate(ARCHITECTURES.items()):
         attention = "eager" if name in _EAGER_ONLY or number % 3 == 0 else "sdpa"
         optimizer = _OPTIMIZERS[number % len(_OPTIMIZERS)]
-        images = {"images": "vision_config" in config, "image_size": _IMAGE_SIZES.get(name, "")}
+        images = {"images": "vision_config" in config, "image_size": IMAGE_SIZES.get(name, "")}
         short, middle, long = (384, 448, 512) if name in _CHUNKED_BY_64 else (64, 96, 160)
-        if name in _IMAGE_SIZES:
+        if name in IMAGE_SIZES:
             short = 128
         yield Cell(
             name=f"arch-{name}-fp32",

@@ -114,7 +114,7 @@ def _grid_of(pixels: tuple[int, int]) -> _Cutter:
 
 
 def _resized(size: ImageSize, *, step: int, least: int, most: int) -> tuple[int, int]:
-    """The nearest multiples of ``step``, or those in about the same proportion that have ``least`` to ``most`` pixels."""
+    """The nearest multiples of ``step``, or those in about that proportion which have ``least`` to ``most`` pixels."""
     height, width = (round(side / step) * step for side in size)
     if height * width > most:
         scale = math.sqrt(size.height * size.width / most)
