@@ -62,6 +62,13 @@ class Attention(StrEnum):
     EAGER = "eager"
     SDPA = "sdpa"
     FLASH_ATTENTION_2 = "flash_attention_2"
+    FLASH_ATTENTION_3 = "flash_attention_3"
+
+    @property
+    def is_flash(self) -> bool:
+        """Whether it is a package of its own, which is told where sequences begin and how far they see, without a
+        mask."""
+        return self in (Attention.FLASH_ATTENTION_2, Attention.FLASH_ATTENTION_3)
 
 
 class Loss(StrEnum):
@@ -347,7 +354,7 @@ class Training:
         """Whether a mask of tokens by tokens keeps the sequences of a row apart: TRL's and Axolotl's, whose positions
         start anew with each. Source: axolotl 0.19 ``attn_decontaminates_packing``."""
         keeps_apart = self.trainer in (Trainer.TRL, Trainer.AXOLOTL)
-        return self.packing and keeps_apart and self.attention is not Attention.FLASH_ATTENTION_2
+        return self.packing and keeps_apart and not self.attention.is_flash
 
 
 def names_in(text: str) -> tuple[str, ...]:
@@ -491,6 +498,12 @@ class TraceKey:
         return replace(usual, packed=usual.packed and usual.trainer is Trainer.TRL).canonical
 
     @property
+    def built_attention(self) -> Attention:
+        """The attention that the model is built with. FlashAttention 3 need not be installed: of full sequences its
+        kernel stands for SDPA's."""
+        return Attention.SDPA if self.attention is Attention.FLASH_ATTENTION_3 and not self.padded else self.attention
+
+    @property
     def canonical(self) -> TraceKey:
         """The key of the program that serves this one too.
 
@@ -499,16 +512,18 @@ class TraceKey:
         forward, so without autocast, and where a fused head puts out no logits, their step is the plain loop's; but of
         Liger's kernels Axolotl is told to take the loss alone.
         4-bit weights compute in 16 bits whatever the others are held in. FlashAttention 2 holds what CUDA's flash
-        kernel under SDPA holds, and needs no mask for a window or for packed sequences; of padded ones transformers
-        hands it copies without the padding. An evaluation keeps nothing that checkpointing could spare.
+        kernel under SDPA holds; neither it nor FlashAttention 3 needs a mask for a window or for packed sequences; of
+        padded ones transformers hands them copies without the padding. An evaluation keeps nothing that checkpointing
+        could spare.
         """
         compute = _SAME_BYTES.get(self.compute, self.compute)
         if self.method is Method.QLORA and compute is Compute.AUTOCAST_BF16:
             compute = Compute.BF16_AUTOCAST
         attention, beyond_window, packed = self.attention, self.beyond_window, self.packed
+        if attention.is_flash:
+            beyond_window, packed = False, False
         if attention is Attention.FLASH_ATTENTION_2:
             attention = attention if self.padded else Attention.SDPA
-            beyond_window, packed = False, False
         trainer, loss = self._canonical_head(compute)
         return replace(
             self,

@@ -364,6 +364,7 @@ def _assumptions(scenario: Scenario, profile: ModelProfile) -> tuple[str, ...]:
         Attention.SDPA: "SDPA attention",
         Attention.EAGER: "eager attention",
         Attention.FLASH_ATTENTION_2: "flash attention 2",
+        Attention.FLASH_ATTENTION_3: "flash attention 3",
     }[training.attention]
     loss = {
         Loss.PLAIN: "plain cross-entropy",

@@ -135,7 +135,7 @@ def trace_step(built: Built, mode: FakeTensorMode, *, point: Point, key: TraceKe
 def _recorder(key: TraceKey, **tensors: Any) -> StepRecorder:
     if key.split.num_ranks > 1:
         return RankRecorder(key=key, **tensors)
-    return StepRecorder(**tensors, device=key.device, asks_kernels=key.asks_kernels)
+    return StepRecorder(**tensors, device=key.device, asks_kernels=key.asks_kernels, attention=key.attention)
 
 
 def _one_step(

@@ -40,6 +40,7 @@ from launchkit.trace.build import (
 )
 from launchkit.trace.checkpointing import enable_checkpointing
 from launchkit.trace.cuda import faithful_to_cuda
+from launchkit.trace.flash_attention_3 import LARGEST_HEAD, blocks_of
 from launchkit.trace.float8 import autocast_as_on_cuda, convert_linears
 from launchkit.trace.forward import forward_of
 from launchkit.trace.liger import liger_kernels
@@ -111,6 +112,13 @@ def telling_lengths(config: PreTrainedConfig, *, beyond_window: bool) -> Lengths
     )
 
 
+def _flash_3_stride(config: PreTrainedConfig) -> int:
+    """Tokens in whole blocks of FlashAttention 3, which rounds lengths up to them."""
+    text = config.get_text_config()
+    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return blocks_of(min(head, LARGEST_HEAD), is_causal=True).stride
+
+
 def _chunk_size(config: PreTrainedConfig) -> int:
     """Tokens that the model's recurrent layers take at once and pad the sequence to; 0 where they go token by token.
 
@@ -144,9 +152,11 @@ def trace_model(config: Mapping[str, Any], key: TraceKey, *, progress: ProgressH
         lengths = telling_lengths(settings, beyond_window=key.beyond_window)
         if lengths.looped:  # token by token at full length takes minutes
             key = replace(key, at=None, asks_kernels=False)
+        if key.attention is Attention.FLASH_ATTENTION_3:
+            lengths = replace(lengths, stride=math.lcm(lengths.stride, _flash_3_stride(settings)))
         points = trace_points(key, replace(lengths, stride=lengths.stride * key.split.num_pieces))
         if key.device is DeviceKind.CUDA:
-            stack.enter_context(faithful_to_cuda())
+            stack.enter_context(faithful_to_cuda(key.attention))
         stack.enter_context(autocast_as_on_cuda(key))
         stack.enter_context(kept_linear_inputs(key))
         stack.enter_context(liger_kernels(key, training_class(settings)[0], settings.model_type))
@@ -241,7 +251,9 @@ def _build(
     first_apart: bool,
 ) -> _Traceable:
     model_class, task = training_class(settings)
-    whole: nn.Module = build_on_meta(model_class, settings, attention=key.attention, dtype=WEIGHT_DTYPE[key.compute])
+    whole: nn.Module = build_on_meta(
+        model_class, settings, attention=key.built_attention, dtype=WEIGHT_DTYPE[key.compute]
+    )
     config = whole.config
     whole.train()
     convert_linears(whole, key)
