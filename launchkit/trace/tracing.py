@@ -153,6 +153,10 @@ def trace_model(config: Mapping[str, Any], key: TraceKey, *, progress: ProgressH
         if lengths.looped:  # token by token at full length takes minutes
             key = replace(key, at=None, asks_kernels=False)
         if key.attention is Attention.FLASH_ATTENTION_3:
+            if key.padded:
+                raise TraceError(
+                    "how flash_attention_3 holds padded sequences is not described; use --packing or --attention sdpa"
+                )
             lengths = replace(lengths, stride=math.lcm(lengths.stride, _flash_3_stride(settings)))
         points = trace_points(key, replace(lengths, stride=lengths.stride * key.split.num_pieces))
         if key.device is DeviceKind.CUDA:

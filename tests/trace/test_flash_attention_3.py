@@ -95,6 +95,11 @@ def test_heads_that_it_refuses_are_told(head: int) -> None:
         attended(head)
 
 
+def test_padded_sequences_are_refused_in_one_line() -> None:
+    with pytest.raises(TraceError, match="padded sequences is not described; use --packing or --attention sdpa"):
+        trace_model(LLAMA, key(device=DeviceKind.CUDA, compute=Compute.BF16, attention=FLASH_3, padded=True))
+
+
 def test_a_model_is_traced_in_whole_blocks() -> None:
     """The program of any length asks for what the rule says of it."""
     config = varied(LLAMA, head_dim=96, hidden_size=48, num_attention_heads=6)
