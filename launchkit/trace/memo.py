@@ -86,9 +86,8 @@ class FakeMaker:
     def make(self, recipe: Recipe, inputs: Sequence[torch.Tensor]) -> tuple[Any, list[torch.Tensor]]:
         """What the operator returns, and the tensors in it."""
         outputs: list[Any] = [self._tensor(made, inputs) if type(made) is Made else made for made in recipe.outputs]
-        if recipe.sequence is None:
-            return outputs[0], outputs
-        return recipe.sequence(outputs), [out for out in outputs if type(out) is FakeTensor]
+        tensors = [out for out in outputs if isinstance(out, torch.Tensor)]
+        return (outputs[0] if recipe.sequence is None else recipe.sequence(outputs)), tensors
 
     def _tensor(self, made: Made, inputs: Sequence[torch.Tensor]) -> torch.Tensor:
         source, is_itself, shape, stride, offset, dtype = made
