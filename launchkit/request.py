@@ -16,6 +16,7 @@ from launchkit.alloc_conf import EXPANDABLE, AllocatorSettings
 from launchkit.engine_settings import DDP, FSDP, ZERO, auto_sizes
 from launchkit.errors import IllegalScenarioError, UsageError
 from launchkit.hardware import Cluster, format_gpus
+from launchkit.images import DEFAULT_SIZE, OF_ANY_SIZE, ImageSize
 from launchkit.model import ModelProfile
 from launchkit.scenario import (
     Attention,
@@ -80,6 +81,7 @@ class Request:
     packing: bool | None = None
     padding: bool | None = None
     images: bool | None = None
+    image_size: str | None = None
     checkpointing: Checkpointing | None = None
     attention: Attention | None = None
     loss: Loss | None = None
@@ -229,6 +231,11 @@ FLAGS: tuple[Flag, ...] = (
     Flag(name="packing", kind=bool, default=False, help="fill every sequence with several examples"),
     Flag(name="padding", kind=bool, help="sequences are padded, and a mask says so [axolotl, unpacked: yes]"),
     Flag(name="images", kind=bool, default=False, help="every sequence has one image, its tokens within the length"),
+    Flag(
+        name="image_size",
+        kind=str,
+        help=f"height x width in pixels of each image, for models that take any [with --images {DEFAULT_SIZE}]",
+    ),
     Flag(name="checkpointing", kind=Checkpointing, default="none", help="activations computed again in the backward"),
     Flag(name="attention", kind=Attention, default="sdpa", help="attention implementation"),
     Flag(name="loss", kind=Loss, default="plain", help="cross-entropy implementation; TRL's is chunked"),
@@ -301,6 +308,7 @@ def resolve(request: Request, *, model: ModelProfile, cluster: Cluster) -> Resol
     """The one scenario that ``estimate`` reads from a request: what was given, and the defaults elsewhere."""
     attention, notes = _attention(request, model)
     seq_len, length_notes = _seq_len(request, model)
+    image_size, image_notes = _image_size(request, model)
     strategy = _strategy(request, model, cluster)
     trainer, loss = _trainer_and_loss(request)
     training = Training(
@@ -320,7 +328,8 @@ def resolve(request: Request, *, model: ModelProfile, cluster: Cluster) -> Resol
         compile=_value(request, "compile", bool),
         packing=_value(request, "packing", bool),
         padding=_padding(request, model, trainer),
-        images=_value(request, "images", bool),
+        images=_value(request, "images", bool) or request.image_size is not None,
+        image_size=image_size,
         trainer=trainer,
         max_grad_norm=0.0 if trainer is Trainer.LOOP else Training().max_grad_norm,
     )
@@ -331,12 +340,12 @@ def resolve(request: Request, *, model: ModelProfile, cluster: Cluster) -> Resol
         state=_value(request, "state", State),
         alloc_conf=_alloc_conf(request, cluster),
     )
-    return Resolution(scenario=scenario, notes=(*notes, *length_notes))
+    return Resolution(scenario=scenario, notes=(*notes, *length_notes, *image_notes))
 
 
 def decisions(request: Request, *, model: ModelProfile) -> tuple[str, ...]:
     """What the model itself decides where the request leaves it open, in words."""
-    return (*_attention(request, model)[1], *_seq_len(request, model)[1])
+    return (*_attention(request, model)[1], *_seq_len(request, model)[1], *_image_size(request, model)[1])
 
 
 def scenario_flags(scenario: Scenario, *, cluster: Cluster) -> dict[str, str | int | bool | None]:
@@ -369,6 +378,7 @@ def scenario_flags(scenario: Scenario, *, cluster: Cluster) -> dict[str, str | i
         "packing": training.packing,
         "padding": training.padding,
         "images": training.images,
+        "image_size": training.image_size or None,
         "checkpointing": training.checkpointing,
         "attention": training.attention,
         "loss": training.loss,
@@ -442,6 +452,22 @@ def _seq_len(request: Request, model: ModelProfile) -> tuple[int, tuple[str, ...
     if 0 < longest < default:
         return longest, (f"{longest:,} tokens per sequence, the most that {model.name} was made for",)
     return default, ()
+
+
+def _image_size(request: Request, model: ModelProfile) -> tuple[str, tuple[str, ...]]:
+    """What was asked for, else the default and a word on it, of a model that takes images of any size; nothing of
+    others."""
+    if request.image_size is not None:
+        size = ImageSize.parse(request.image_size)
+        if model.model_type not in OF_ANY_SIZE:
+            raise UsageError(
+                f"--image-size {size} changes nothing for {model.name}, whose type {model.model_type} has no images of "
+                "any size; write --images alone"
+            )
+        return str(size), ()
+    if not request.images or model.model_type not in OF_ANY_SIZE:
+        return "", ()
+    return str(DEFAULT_SIZE), (f"images are taken to have {DEFAULT_SIZE} pixels; --image-size says what they have",)
 
 
 def _alloc_conf(request: Request, cluster: Cluster) -> str:

@@ -62,6 +62,13 @@ class Attention(StrEnum):
     EAGER = "eager"
     SDPA = "sdpa"
     FLASH_ATTENTION_2 = "flash_attention_2"
+    FLASH_ATTENTION_3 = "flash_attention_3"
+
+    @property
+    def is_flash(self) -> bool:
+        """Whether it is a package of its own, which is told where sequences begin and how far they see, without a
+        mask."""
+        return self in (Attention.FLASH_ATTENTION_2, Attention.FLASH_ATTENTION_3)
 
 
 class Loss(StrEnum):
@@ -322,6 +329,7 @@ class Training:
     packing: bool = False
     padding: bool = False  # sequences are padded, which an attention mask tells of
     images: bool = False  # each sequence is about one image, whose tokens are among its own
+    image_size: str = ""  # its pixels, height x width, of a model that takes images of any size
     trainer: Trainer = Trainer.HF
     max_grad_norm: float = 1.0  # clipping is the trainer's: none under Trainer.LOOP
 
@@ -362,7 +370,7 @@ class Training:
         """Whether a mask of tokens by tokens keeps the sequences of a row apart: TRL's and Axolotl's, whose positions
         start anew with each. Source: axolotl 0.19 ``attn_decontaminates_packing``."""
         keeps_apart = self.trainer in (Trainer.TRL, Trainer.AXOLOTL)
-        return self.packing and keeps_apart and self.attention is not Attention.FLASH_ATTENTION_2
+        return self.packing and keeps_apart and not self.attention.is_flash
 
 
 def names_in(text: str) -> tuple[str, ...]:
@@ -481,13 +489,15 @@ class TraceKey:
     dora: bool = False
     modules_to_save: str = ""
     images: bool = False
+    image_size: str = ""  # pixels, height x width; nothing where the model takes images of one size
     keeps_linear_inputs: bool = False  # of frozen layers too, as ZeRO-3's own linear function does
     tp: int = 1  # ranks that share each matrix
     cp: int = 1  # ranks that share each sequence, keys and values going round
     sp: int = 1  # ranks that share each sequence, and heads in its attention
     pads_float8: bool = False  # torchao pads the inner dimension of each product, as accelerate's recipe has it
     gathers_float8: bool = False  # weights of torchao's layers arrive in 8 bits
-    at: Point | None = None  # of this batch alone, with the scratch that this machine's kernels take for it
+    at: Point | None = None  # of this batch alone
+    asks_kernels: bool = False  # and with the scratch that this machine's kernels take for it
     transformer_engine: bool = False  # 8-bit layers are Transformer Engine's
     transposes_float8: bool = False  # whose factors are transposed for each layout of a product but one
 
@@ -504,6 +514,12 @@ class TraceKey:
         return replace(usual, packed=usual.packed and usual.trainer is Trainer.TRL).canonical
 
     @property
+    def built_attention(self) -> Attention:
+        """The attention that the model is built with. FlashAttention 3 need not be installed: of full sequences its
+        kernel stands for SDPA's."""
+        return Attention.SDPA if self.attention is Attention.FLASH_ATTENTION_3 and not self.padded else self.attention
+
+    @property
     def canonical(self) -> TraceKey:
         """The key of the program that serves this one too.
 
@@ -512,16 +528,18 @@ class TraceKey:
         forward, so without autocast, and where a fused head puts out no logits, their step is the plain loop's; but of
         Liger's kernels Axolotl is told to take the loss alone.
         4-bit weights compute in 16 bits whatever the others are held in. FlashAttention 2 holds what CUDA's flash
-        kernel under SDPA holds, and needs no mask for a window or for packed sequences; of padded ones transformers
-        hands it copies without the padding. An evaluation keeps nothing that checkpointing could spare.
+        kernel under SDPA holds; neither it nor FlashAttention 3 needs a mask for a window or for packed sequences; of
+        padded ones transformers hands them copies without the padding. An evaluation keeps nothing that checkpointing
+        could spare.
         """
         compute = _SAME_BYTES.get(self.compute, self.compute)
         if self.method is Method.QLORA and compute is Compute.AUTOCAST_BF16:
             compute = Compute.BF16_AUTOCAST
         attention, beyond_window, packed = self.attention, self.beyond_window, self.packed
+        if attention.is_flash:
+            beyond_window, packed = False, False
         if attention is Attention.FLASH_ATTENTION_2:
             attention = attention if self.padded else Attention.SDPA
-            beyond_window, packed = False, False
         trainer, loss = self._canonical_head(compute)
         return replace(
             self,
@@ -581,7 +599,7 @@ class TraceKey:
         if self.modules_to_save:
             parts.append(f"save-{self.modules_to_save}")
         if self.images:
-            parts.append("images")
+            parts.append(f"images{self.image_size}")
         if self.keeps_linear_inputs:
             parts.append("inputs")
         if self.pads_float8:

@@ -375,6 +375,75 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "roformer": ENCODER | {"model_type": "roformer", "architectures": ["RoFormerForSequenceClassification"]},
     "deit": VISION
     | {"model_type": "deit", "image_size": 64, "patch_size": 16, "architectures": ["DeiTForImageClassification"]},
+    "qwen3_vl": {
+        "model_type": "qwen3_vl",
+        "text_config": HEADS
+        | {"model_type": "qwen3_vl_text", "rope_scaling": {"rope_type": "default", "mrope_section": [8, 12, 12]}},
+        "vision_config": {
+            "depth": 4,
+            "hidden_size": 128,
+            "intermediate_size": 192,
+            "num_heads": 2,
+            "out_hidden_size": 128,
+            "patch_size": 16,
+            "num_position_embeddings": 64,
+            "deepstack_visual_indexes": [1, 2],
+        },
+        "image_token_id": 500,
+        "vision_start_token_id": 501,
+        "vision_end_token_id": 502,
+        "video_token_id": 503,
+        "architectures": ["Qwen3VLForConditionalGeneration"],
+    },
+    "idefics3": {
+        "model_type": "idefics3",
+        "text_config": SMALL | {"model_type": "llama"},
+        "vision_config": VISION | {"model_type": "idefics3_vision", "image_size": 64, "patch_size": 16},
+        "scale_factor": 2,
+        "image_token_id": 500,
+        "architectures": ["Idefics3ForConditionalGeneration"],
+    },
+    "smolvlm": {
+        "model_type": "smolvlm",
+        "text_config": SMALL | {"model_type": "llama"},
+        "vision_config": VISION | {"model_type": "smolvlm_vision", "image_size": 64, "patch_size": 16},
+        "scale_factor": 4,
+        "image_token_id": 500,
+        "architectures": ["SmolVLMForConditionalGeneration"],
+    },
+    "internvl": {
+        "model_type": "internvl",
+        "text_config": SMALL | {"model_type": "qwen2"},
+        "vision_config": VISION | {"model_type": "internvl_vision", "image_size": [64, 64], "patch_size": [16, 16]},
+        "image_token_id": 500,
+        "architectures": ["InternVLForConditionalGeneration"],
+    },
+    "llava_next": {
+        "model_type": "llava_next",
+        "text_config": SMALL | {"model_type": "llama"},
+        "vision_config": VISION | {"model_type": "clip_vision_model", "image_size": 64, "patch_size": 16},
+        "image_grid_pinpoints": [[64, 128], [128, 64], [128, 128]],
+        "image_token_index": 500,
+        "architectures": ["LlavaNextForConditionalGeneration"],
+    },
+    "mistral3": {
+        "model_type": "mistral3",
+        "text_config": HEADS | {"model_type": "mistral"},
+        "vision_config": VISION | {"model_type": "pixtral", "head_dim": 64, "image_size": 256, "patch_size": 14},
+        "spatial_merge_size": 2,
+        "image_token_index": 500,
+        "architectures": ["Mistral3ForConditionalGeneration"],
+    },
+    "paligemma": {
+        "model_type": "paligemma",
+        "text_config": HEADS | {"model_type": "gemma"},
+        "vision_config": VISION
+        | {"model_type": "siglip_vision_model", "image_size": 64, "patch_size": 16, "projection_dim": 128},
+        "projection_dim": 128,
+        "image_seq_length": 16,
+        "image_token_index": 500,
+        "architectures": ["PaliGemmaForConditionalGeneration"],
+    },
 }
 
 # Without adapters: PEFT refuses Mamba's projections.
@@ -382,8 +451,17 @@ _WITHOUT_LORA = ("mamba", "mamba2", "falcon_mamba", "bamba")
 # PEFT puts adapters on all linear layers of these, and then fails: on a router that returns two tensors, on a
 # classifier that is trained whole.
 _LORA_FAILS = ("phimoe", "llama4_text", "llama4", "distilbert")
-# Traced with text alone, and not measured: their processors' grids of patches are no tensors of a fixed size.
-_NOT_MEASURED = ("qwen2_vl", "qwen2_5_vl")
+# Images of models that take any size; their tokens need longer sequences than the others' cells have.
+IMAGE_SIZES = {
+    "qwen2_vl": "112x84",
+    "qwen2_5_vl": "140x168",
+    "qwen3_vl": "256x256",
+    "mistral3": "140x168",
+    "idefics3": "128x128",
+    "smolvlm": "128x128",
+    "internvl": "128x128",
+    "llava_next": "128x128",
+}
 # transformers has no other attention for these.
 _EAGER_ONLY = (
     "gemma2",
@@ -409,19 +487,19 @@ def architecture_cells() -> Iterator[Cell]:
     """For each architecture a plain step, a mixed one with checkpointing, and one of adapters; between them every
     precision meets every attention, checkpointing and optimizer in some family."""
     for number, (name, config) in enumerate(ARCHITECTURES.items()):
-        if name in _NOT_MEASURED:
-            continue
         attention = "eager" if name in _EAGER_ONLY or number % 3 == 0 else "sdpa"
         optimizer = _OPTIMIZERS[number % len(_OPTIMIZERS)]
-        images = "vision_config" in config
+        images = {"images": "vision_config" in config, "image_size": IMAGE_SIZES.get(name, "")}
         short, middle, long = (384, 448, 512) if name in _CHUNKED_BY_64 else (64, 96, 160)
+        if name in IMAGE_SIZES:
+            short = 128
         yield Cell(
             name=f"arch-{name}-fp32",
             config=config,
             attention=attention,
             optimizer=optimizer,
             seq_len=short,
-            images=images,
+            **images,
         )
         yield Cell(
             name=f"arch-{name}-{('bf16', 'bf16-params')[number % 2]}-checkpointing",
@@ -430,9 +508,9 @@ def architecture_cells() -> Iterator[Cell]:
             precision=("bf16", "bf16-params")[number % 2],
             checkpointing="none" if name in _WITHOUT_CHECKPOINTING else "full",
             seq_len=middle,
-            images=images,
+            **images,
         )
         if name not in (*_WITHOUT_LORA, *_LORA_FAILS):
             yield Cell(
-                name=f"arch-{name}-lora", config=config, attention=attention, method="lora", seq_len=long, images=images
+                name=f"arch-{name}-lora", config=config, attention=attention, method="lora", seq_len=long, **images
             )

@@ -18,11 +18,11 @@ class Cell:
     DDP's arguments, and as ``comm_hook`` the name of a hook; ``use_cache`` None leaves the model's own default, which
     keeps keys and values of a training step. With an ``evaluation_micro_batch`` the trainer evaluates two batches of it
     behind the last step. Packed rows hold two sequences each; under ``padding`` all rows but the first end in some,
-    which a mask tells of. ``zero`` are keys of
-    DeepSpeed's ``zero_optimization`` beside the stage, ``offload`` is DeepSpeed's; what ``zero`` does not name has
-    DeepSpeed's own default, or accelerate's where it says ``auto``. ``tp`` processes share each matrix, ``sp`` each
-    sequence. ``float8_all_gather`` counts for FSDP2 in ``fp8``.
-    ``onednn`` leaves on what torch takes products in 16 bits and convolutions from, which goes by the machine.
+    which a mask tells of. ``zero`` are keys of DeepSpeed's ``zero_optimization`` beside the stage, ``offload`` is
+    DeepSpeed's; what ``zero`` does not name has DeepSpeed's own default, or accelerate's where it says ``auto``. ``tp``
+    processes share each matrix, ``sp`` each sequence. ``float8_all_gather`` counts for FSDP2 in ``fp8``. ``image_size``
+    is that of images which the model's processor leaves as large as they are. ``onednn`` leaves on what torch takes
+    products in 16 bits and convolutions from, which goes by the machine.
     """
 
     name: str
@@ -54,6 +54,7 @@ class Cell:
     num_steps: int = 3
     use_cache: bool | None = False
     images: bool = False
+    image_size: str = ""
     evaluation_micro_batch: int = 0
     packing: bool = False
     padding: bool = False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from bench.accuracy.architectures import ARCHITECTURES, architecture_cells
+from bench.accuracy.architectures import ARCHITECTURES, IMAGE_SIZES, architecture_cells
 from bench.accuracy.cell import Cell
 
 LLAMA: dict[str, Any] = {
@@ -612,6 +612,36 @@ PADDED = tuple(
     )
 )
 
+
+def _seeing(name: str, model: str, *, tower: dict[str, Any] | None = None, **values: Any) -> Cell:
+    """A model with images of its usual size; with ``tower`` one of many layers, of which those are its settings."""
+    config = ARCHITECTURES[model]
+    if tower is not None:
+        text = config["text_config"] | {"num_hidden_layers": 9}
+        config = config | {"vision_config": config["vision_config"] | {"depth": 12} | tower, "text_config": text}
+    given = {"seq_len": 128, **values}
+    return Cell(name=f"images-{name}-{model}", config=config, images=True, image_size=IMAGE_SIZES[model], **given)
+
+
+_WINDOWS: dict[str, Any] = {"fullatt_block_indexes": [3, 7, 11]}
+_DEEP_STACK: dict[str, Any] = {"deepstack_visual_indexes": [3, 6, 9]}
+_TWO: dict[str, Any] = {"num_processes": 2, "precision": "bf16"}
+
+IMAGES = (
+    _seeing("b1-eager", "qwen3_vl", micro_batch=1, attention="eager"),
+    _seeing("b3", "mistral3", micro_batch=3, precision="bf16-params"),
+    _seeing("deep", "qwen2_5_vl", tower=_WINDOWS),
+    _seeing("deep-checkpointing", "qwen2_5_vl", tower=_WINDOWS, precision="bf16", checkpointing="full"),
+    _seeing("deep-lora", "qwen2_5_vl", tower=_WINDOWS, micro_batch=3, method="lora"),
+    _seeing("deep", "qwen3_vl", tower=_DEEP_STACK),
+    _seeing("deep-checkpointing", "qwen3_vl", tower=_DEEP_STACK, precision="bf16", checkpointing="full"),
+    _seeing("deep-lora", "qwen3_vl", tower=_DEEP_STACK, micro_batch=1, method="lora", lora_targets="attention"),
+    _seeing("ddp", "qwen2_5_vl", strategy="ddp", **_TWO),
+    _seeing("zero2", "qwen2_5_vl", strategy="zero2", zero=_MILLION, **_TWO),
+    _seeing("zero3-lora", "smolvlm", strategy="zero3", method="lora", zero=_MILLION, **_TWO),
+    _seeing("fsdp2", "qwen2_5_vl", strategy="fsdp2", checkpointing="full", **_TWO),
+)
+
 CELLS = (
     *SINGLE,
     *PADDED,
@@ -628,6 +658,7 @@ CELLS = (
     *TENSOR_PARALLEL_ADAPTERS,
     *SEQUENCE_PARALLEL,
     *architecture_cells(),
+    *IMAGES,
 )
 
 

@@ -45,6 +45,8 @@ def predict(cell: Cell, state: str) -> dict[str, Any]:
     flags |= {"strategy": cell.strategy, "gpus": gpus(cell)}
     if state != "evaluation":
         flags["state"] = state
+    if cell.image_size:
+        flags["image_size"] = cell.image_size
     if cell.method != "full":
         flags |= {name: getattr(cell, name) for name in ADAPTER_FLAGS if getattr(cell, name)}
     if cell.tp * cell.sp > 1:

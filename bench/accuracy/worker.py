@@ -543,7 +543,7 @@ def run_deepspeed(cell: Cell) -> list[int]:
     before = python_bytes()
     deepspeed.init_distributed(dist_backend="gloo")
     model = build_model(cell)
-    vocab_size = model.config.vocab_size
+    config = model.config
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=build_optimizer(cell, model),
@@ -551,7 +551,10 @@ def run_deepspeed(cell: Cell) -> list[int]:
         mpu=share_sequences(cell, model),
     )
     del model
+    vocab_size = config.get_text_config().vocab_size
     data = shares(cell, vocab_size) if cell.sp > 1 else batches(cell, vocab_size)
+    if cell.images:
+        data = task_batches(cell, config)
     resident = []
     for step in range(cell.num_steps):
         gc.collect()

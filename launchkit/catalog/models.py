@@ -230,7 +230,7 @@ class TracedModel:
     def _load(self, key: TraceKey) -> StepProgram:
         if self._shipped is not None and key.text in self._shipped:
             return self._shipped.program(key.text)
-        if key.at is not None:  # which holds for this processor and its threads alone
+        if key.asks_kernels:  # which holds for this processor and its threads alone
             return self._trace(key)
         cached = self._cache.load_program(key)
         if cached is not None:

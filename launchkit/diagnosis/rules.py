@@ -856,7 +856,7 @@ RULES = (
     ),
     Rule(
         name="flash-attention",
-        pattern=_re("FlashAttention2 has been toggled on, but it cannot be used"),
+        pattern=_re(r"FlashAttention\d has been toggled on, but it cannot be used"),
         fact="flash attention is asked for and not installed",
         advice=("--attention sdpa, as fast on most GPUs", "pip install flash-attn --no-build-isolation"),
         source="transformers/modeling_utils.py, _flash_attn_import_error",

@@ -9,6 +9,7 @@ from launchkit import __version__, strategies
 from launchkit.alloc_conf import EXPANDABLE, VARIABLE
 from launchkit.errors import IllegalScenarioError
 from launchkit.hardware import Backend, Cluster, format_gpus
+from launchkit.images import TEXT_ALONE
 from launchkit.lengths import Lengths
 from launchkit.model import ModelProfile, ModelSource
 from launchkit.plan import UNDECIDED, Candidate, Plan, Rejected, Suggestion
@@ -363,6 +364,7 @@ def _assumptions(scenario: Scenario, profile: ModelProfile) -> tuple[str, ...]:
         Attention.SDPA: "SDPA attention",
         Attention.EAGER: "eager attention",
         Attention.FLASH_ATTENTION_2: "flash attention 2",
+        Attention.FLASH_ATTENTION_3: "flash attention 3",
     }[training.attention]
     loss = {
         Loss.PLAIN: "plain cross-entropy",
@@ -387,7 +389,9 @@ def _assumptions(scenario: Scenario, profile: ModelProfile) -> tuple[str, ...]:
 
 
 def _notes(request: Request, profile: ModelProfile, chosen: Candidate | None) -> tuple[str, ...]:
-    notes = [*profile.notes, *decisions(request, model=profile)]
+    has_images = request.images or request.image_size is not None
+    notes = [note for note in profile.notes if not (has_images and note == TEXT_ALONE)]
+    notes += decisions(request, model=profile)
     if chosen and profile.num_active_parameters and chosen.scenario.training.method is Method.QLORA:
         notes.append(
             "transformers fuses experts into tensors that bitsandbytes leaves unquantised: QLoRA saves little here"

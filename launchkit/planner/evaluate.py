@@ -9,6 +9,7 @@ from launchkit import strategies
 from launchkit.alloc_conf import AllocatorSettings
 from launchkit.errors import MissingExtraError, TraceError
 from launchkit.hardware import Cluster
+from launchkit.images import OF_ANY_SIZE
 from launchkit.model import ModelProfile, ModelSource
 from launchkit.optimizers import FP32_BYTES, LocalTensor, find, traffic_bytes
 from launchkit.plan import Candidate, Estimate, RunPhase, StepTime
@@ -95,11 +96,13 @@ class Bench:
         device = gpu.device_kind
         key = program_key(scenario, self.source.profile, device, transposes_float8=gpu.transposes_float8)
         asks = self.asks_kernels and device is DeviceKind.CPU and scenario.strategy.kind is StrategyKind.SINGLE
-        return replace(key, at=point_of(scenario)) if asks else key
+        is_alone = asks or (key.images and self.source.profile.model_type in OF_ANY_SIZE)
+        return replace(key, at=point_of(scenario) if is_alone else None, asks_kernels=asks)
 
     def evaluation_key(self, scenario: Scenario) -> TraceKey:
         """Of the program of an evaluation with the scenario's batch."""
-        return replace(self.key(scenario), evaluation=True, at=None).canonical
+        key = self.key(scenario)
+        return replace(key, evaluation=True, at=None if key.asks_kernels else key.at, asks_kernels=False).canonical
 
     def traced(self, key: TraceKey) -> StepProgram:
         """The program of ``key``; where it would have to be traced and what traces it is not installed, the usual

@@ -33,6 +33,7 @@ WATCHED = (
     *REPORTED,
     "axolotl",
     "flash-attn",
+    "flash-attn-3",
     "liger-kernel",
     "numpy",
     "pynvml",

@@ -344,8 +344,9 @@ TERMS: tuple[Term, ...] = (
     Term(
         name="attention",
         text="sdpa lets PyTorch choose a kernel that never writes the matrix of scores; eager writes it, tokens "
-        "squared per head; flash_attention_2 is the separate package.",
-        also=("sdpa", "eager", "flash_attention_2"),
+        "squared per head; flash_attention_2 is the separate package, flash_attention_3 that for Hopper, which "
+        "accumulates the gradients of grouped keys and values in fp32.",
+        also=("sdpa", "eager", "flash_attention_2", "flash_attention_3"),
     ),
     Term(
         name="loss",

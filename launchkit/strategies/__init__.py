@@ -8,7 +8,7 @@ from functools import cache
 from importlib import import_module
 from typing import Any, Protocol
 
-from launchkit.hardware import Backend, Cluster
+from launchkit.hardware import Backend, Cluster, Gpu
 from launchkit.model import ModelProfile
 from launchkit.optimizers import find
 from launchkit.program import Owner, StepProgram
@@ -271,6 +271,16 @@ def _hardware_refusal(scenario: Scenario, cluster: Cluster) -> str | None:
     return None
 
 
+def _runs_flash(attention: Attention, gpu: Gpu) -> bool:
+    """FlashAttention 2 from Ampere on; FlashAttention 3 on Hopper, whose kernels are the ones that are known here.
+
+    Source: flash-attention's README; ``hopper/setup.py`` (``sm_90a``, and kernels for Ampere that are not described).
+    """
+    if attention is Attention.FLASH_ATTENTION_3:
+        return gpu.backend is Backend.CUDA and gpu.compute_capability[0] == 9
+    return gpu.device_kind is not DeviceKind.CPU and gpu.compute_capability >= (8, 0)
+
+
 def _model_refusal(scenario: Scenario, profile: ModelProfile, cluster: Cluster) -> str | None:
     training = scenario.training
     if training.method is Method.QLORA and profile.quantises_head:
@@ -278,11 +288,11 @@ def _model_refusal(scenario: Scenario, profile: ModelProfile, cluster: Cluster) 
             f"bitsandbytes quantises the classifier of {profile.name} too, which PEFT then cannot train; "
             "use --method lora"
         )
-    if training.attention is Attention.FLASH_ATTENTION_2:
-        if cluster.gpu.device_kind is DeviceKind.CPU or cluster.gpu.compute_capability < (8, 0):
-            return f"flash_attention_2 does not run on {cluster.text}; use --attention sdpa"
+    if training.attention.is_flash:
+        if not _runs_flash(training.attention, cluster.gpu):
+            return f"{training.attention} does not run on {cluster.text}; use --attention sdpa"
         if training.precision is Precision.FP32:
-            return "flash_attention_2 does not take fp32; use --precision bf16 or --attention sdpa"
+            return f"{training.attention} does not take fp32; use --precision bf16 or --attention sdpa"
     elif training.attention not in profile.attentions:
         offered = " or ".join(profile.attentions)
         return f"{profile.name} has no {training.attention} attention; use --attention {offered}"

@@ -89,6 +89,7 @@ def make_trace_key(training: Training, compute: Compute, device: DeviceKind, *, 
         modules_to_save=training.lora_modules_to_save if has_adapter else "",
         images=training.images,
         padded=training.padding,
+        image_size=training.image_size,
         pads_float8=compute.is_float8 and not is_te and training.trainer is not Trainer.AXOLOTL,
         transformer_engine=is_te,
     )

@@ -160,12 +160,18 @@ def _no_initialisation() -> Any:
     return no_init_weights()
 
 
+# Lists of modules that run between the blocks of a stack, not one after the other: they count with the block before.
+_BESIDE_BLOCKS = frozenset({"deepstack_merger_list"})
+
+
 def find_stacks(model: nn.Module) -> dict[str, nn.ModuleList]:
     """The lists of equal-natured blocks that the model runs through, by path: outermost ``ModuleList`` whose
     members share a class; lists inside a block (experts, projections) are part of it."""
     stacks: dict[str, nn.ModuleList] = {}
     for path, module in model.named_modules():
         if any(path.startswith(f"{outer}.") for outer in stacks):
+            continue
+        if path.rpartition(".")[2] in _BESIDE_BLOCKS:
             continue
         if isinstance(module, nn.ModuleList) and len(module) > 1 and len({type(m) for m in module}) == 1:
             stacks[path] = module
@@ -269,14 +275,46 @@ def cut(model: nn.Module, config: PreTrainedConfig, *, first_apart: bool = False
         parent, _, name = path.rpartition(".")
         holder = model.get_submodule(parent)
         own = getattr(holder, "config", config)  # a vision tower's, say
-        kinds = layer_kinds(own, modules)
+        kinds = tuple(map("".join, zip(_marks(holder, config, len(modules)), layer_kinds(own, modules), strict=True)))
         if first_apart:
             kinds = (f"first {kinds[0]}", *kinds[1:])
         kept = choose_layers(kinds) if _can_cut_layer_types(holder, kinds) else tuple(range(len(kinds)))
         setattr(holder, name, nn.ModuleList([modules[i] for i in kept]))
         stacks.append(Stack(path=path, kinds=kinds, kept=kept, block_class=type(modules[0]).__name__))
         _cut_layer_types(holder, kinds, kept)
+        _renumber(holder, len(kinds), kept)
     return tuple(stacks)
+
+
+# Attributes beside a stack that list by index which of its layers are treated in another way, and whether each of those
+# is a case of its own. Source: transformers' vision towers of Qwen2.5-VL (full attention among windows) and Qwen3-VL
+# (whose output goes to a layer of the text model).
+_NAMED_LAYERS: Mapping[str, bool] = {"fullatt_block_indexes": False, "deepstack_visual_indexes": True}
+# What the text model is given for its first layers: as many as the vision tower names so.
+_GIVEN_TO_TEXT = "deepstack_visual_indexes"
+
+
+def _marks(holder: nn.Module, config: PreTrainedConfig, num_layers: int) -> list[str]:
+    """A mark for each layer that an attribute of ``holder`` names, nothing for the others."""
+    given = 0 if hasattr(holder, _GIVEN_TO_TEXT) else len(getattr(_vision(config), _GIVEN_TO_TEXT, None) or ())
+    marks = [_GIVEN_TO_TEXT + " " if layer < given else "" for layer in range(num_layers)]
+    for name, are_single in _NAMED_LAYERS.items():
+        for order, layer in enumerate(getattr(holder, name, None) or ()):
+            if layer < num_layers:
+                marks[layer] = f"{name}{order if are_single else ''} "
+    return marks
+
+
+def _vision(config: PreTrainedConfig) -> Any:
+    return getattr(config, "vision_config", None)
+
+
+def _renumber(holder: nn.Module, num_layers: int, kept: Sequence[int]) -> None:
+    """Names the layers that are left by their place among them."""
+    for name in _NAMED_LAYERS:
+        named = getattr(holder, name, None)
+        if named is not None and num_layers > len(kept):
+            setattr(holder, name, [kept.index(layer) for layer in named if layer in kept])
 
 
 def _layer_typed(holder: nn.Module, num_layers: int) -> list[PreTrainedConfig]:

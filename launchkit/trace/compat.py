@@ -15,6 +15,9 @@ import torch
 from transformers import PreTrainedModel, masking_utils
 
 from launchkit.scenario import DeviceKind
+from launchkit.trace.values import value_of
+
+_NONZERO = torch.Tensor.nonzero
 
 
 def _several_sequences_per_row(position_ids: torch.Tensor) -> torch.Tensor:
@@ -42,8 +45,11 @@ def _no_padding(model: PreTrainedModel, input_ids: torch.Tensor, attention_mask:
     """transformers' warning of padding that no mask tells of: there is none (RoFormer and others look)."""
 
 
-def _every_index(tensor: torch.Tensor) -> torch.Tensor:
-    """``Tensor.nonzero`` of a vector whose entries all count: every label is one that is scored (DeBERTa asks)."""
+def _every_index(tensor: torch.Tensor, **options: Any) -> Any:
+    """``Tensor.nonzero`` of a vector whose entries all count, where they are not known: every label is one that is
+    scored (DeBERTa asks)."""
+    if value_of(tensor) is not None:
+        return _NONZERO(tensor, **options)
     return torch.zeros(tensor.numel(), tensor.dim(), dtype=torch.int64)
 
 

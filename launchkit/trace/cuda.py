@@ -18,6 +18,9 @@ from unittest import mock
 import torch
 from torch.nn import functional
 
+from launchkit.scenario import Attention
+from launchkit.trace import flash_attention_3
+
 aten = torch.ops.aten
 
 # Source: torch 2.13, ATen/autocast_mode.h. CUDA runs these in fp32 (AT_FORALL_FP32, AT_FORALL_FP32_SET_OPT_DTYPE);
@@ -117,10 +120,12 @@ def _dropout(input: torch.Tensor, p: float = 0.5, training: bool = True, inplace
 
 
 @contextmanager
-def faithful_to_cuda() -> Iterator[None]:
-    """While active, what runs on fake CPU tensors allocates as it would on CUDA."""
+def faithful_to_cuda(attention: Attention = Attention.SDPA) -> Iterator[None]:
+    """While active, what runs on fake CPU tensors allocates as it would on CUDA, with ``attention`` in place of the
+    kernels among which SDPA chooses, where it is one of them."""
+    attend = flash_attention_3.attend if attention is Attention.FLASH_ATTENTION_3 else scaled_dot_product_attention
     with ExitStack() as stack:
         stack.enter_context(_cuda_autocast_lists())
-        stack.enter_context(mock.patch.object(functional, "scaled_dot_product_attention", scaled_dot_product_attention))
+        stack.enter_context(mock.patch.object(functional, "scaled_dot_product_attention", attend))
         stack.enter_context(mock.patch.object(functional, "dropout", _dropout))
         yield

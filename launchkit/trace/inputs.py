@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from launchkit.errors import TraceError
+from launchkit.images import DEFAULT_SIZE, ImageSize
 from launchkit.program import Point
 from launchkit.scenario import TraceKey, Trainer
 from launchkit.trace.build import Built
@@ -21,7 +22,8 @@ def make_batch(built: Built, point: Point, key: TraceKey) -> dict[str, torch.Ten
         raise TraceError(f"{type(built.model).__name__} is trained on {built.task}, without images; drop --images")
     batch = _task_batch(built, point, casts_inputs=key.compute.is_autocast)
     if key.images:
-        batch |= image_inputs(built, num_images=point.micro_batch, token_ids=batch["input_ids"])
+        size = ImageSize.parse(key.image_size) if key.image_size else DEFAULT_SIZE
+        batch |= image_inputs(built, num_images=point.micro_batch, token_ids=batch["input_ids"], size=size)
     tokens = batch.get("input_ids")
     if tokens is not None and key.packed:
         batch["position_ids"] = torch.zeros_like(tokens)

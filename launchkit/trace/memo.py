@@ -36,9 +36,10 @@ class Made(NamedTuple):
 
 
 class Recipe(NamedTuple):
-    """The outputs of an operator in order, and the type of the sequence that holds them, None for a single tensor."""
+    """The outputs of an operator in order, whole numbers as they are (an attention kernel's longest sequence), and the
+    type of the sequence that holds them, None for a single tensor."""
 
-    outputs: tuple[Made | None, ...]
+    outputs: tuple[Made | int | None, ...]
     sequence: type[tuple[Any, ...]] | type[list[Any]] | None
 
 
@@ -84,10 +85,9 @@ class FakeMaker:
 
     def make(self, recipe: Recipe, inputs: Sequence[torch.Tensor]) -> tuple[Any, list[torch.Tensor]]:
         """What the operator returns, and the tensors in it."""
-        tensors: list[Any] = [made and self._tensor(made, inputs) for made in recipe.outputs]
-        if recipe.sequence is None:
-            return tensors[0], tensors
-        return recipe.sequence(tensors), tensors
+        outputs: list[Any] = [self._tensor(made, inputs) if type(made) is Made else made for made in recipe.outputs]
+        tensors = [out for out in outputs if isinstance(out, torch.Tensor)]
+        return (outputs[0] if recipe.sequence is None else recipe.sequence(outputs)), tensors
 
     def _tensor(self, made: Made, inputs: Sequence[torch.Tensor]) -> torch.Tensor:
         source, is_itself, shape, stride, offset, dtype = made
@@ -109,16 +109,16 @@ class FakeMaker:
             return None
         sequence = type(out) if isinstance(out, (tuple, list)) else None
         outputs = out if sequence else (out,)
-        if sequence not in (None, tuple, list) or not all(o is None or type(o) is FakeTensor for o in outputs):
+        if sequence not in (None, tuple, list) or not all(type(o) in (type(None), int, FakeTensor) for o in outputs):
             return None
-        recipe = Recipe(tuple(o if o is None else _made(o, inputs) for o in outputs), sequence)
+        recipe = Recipe(tuple(_made(o, inputs) if type(o) is FakeTensor else o for o in outputs), sequence)
         return recipe if self._makes(recipe, inputs, outputs) else None
 
     def _makes(self, recipe: Recipe, inputs: Sequence[torch.Tensor], outputs: Sequence[Any]) -> bool:
         """Whether ``recipe`` makes what looks like ``outputs`` in all that torch or the recorder ask of a tensor."""
-        made = self.make(recipe, inputs)[1]
-        alike = all(_alike(a, b) for a, b in zip(made, outputs, strict=True) if b is not None)
-        return alike and _sharing(made, inputs) == _sharing(outputs, inputs)
+        made, tensors = self.make(recipe, inputs)[1], [out for out in outputs if type(out) is FakeTensor]
+        alike = all(_alike(a, b) for a, b in zip(made, tensors, strict=True))
+        return alike and _sharing(made, inputs) == _sharing(tensors, inputs)
 
 
 def _made(tensor: torch.Tensor, inputs: Sequence[torch.Tensor]) -> Made:
@@ -142,5 +142,5 @@ def _alike(a: Any, b: Any) -> bool:
 
 def _sharing(outputs: Sequence[Any], inputs: Sequence[torch.Tensor]) -> list[int]:
     """For each tensor the first with the same storage, by place."""
-    storages = [t.untyped_storage()._cdata for t in (*inputs, *outputs) if t is not None]
+    storages = [t.untyped_storage()._cdata for t in (*inputs, *outputs)]
     return [storages.index(storage) for storage in storages]

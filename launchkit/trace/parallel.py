@@ -160,7 +160,7 @@ class RankRecorder(LocalRecorder):
     """Sees what one rank does: local operators and messages."""
 
     def __init__(self, *, key: TraceKey, **tensors: Any) -> None:
-        super().__init__(**tensors, device=key.device)
+        super().__init__(**tensors, device=key.device, attention=key.attention)
         self.copies_on_wire = key.device is DeviceKind.CPU
 
     def __torch_dispatch__(

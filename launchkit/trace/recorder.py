@@ -20,12 +20,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from launchkit.program import CollectiveKind, Tiles
-from launchkit.scenario import DeviceKind
+from launchkit.scenario import Attention, DeviceKind
 from launchkit.trace.accumulate import as_the_engine_adds, holders_of_a_sole_gradient
 from launchkit.trace.asking import MEASURED, OwnKernels, measured_scratch, own_kernels
+from launchkit.trace.flash_attention_3 import scratch_of
 from launchkit.trace.float8 import float8_types
 from launchkit.trace.kernels import SUBSTITUTES, Scratch, flop_formulas, scratch
 from launchkit.trace.memo import FakeMaker, Look, Recipe, look_of
+from launchkit.trace.values import FACTORIES, numbers_are_known
 
 
 class Place(NamedTuple):
@@ -128,7 +130,8 @@ def one_pass(tile: Tile) -> Iterator[Tile]:
         _TILE.reset(token)
 
 
-Kernels = OwnKernels | bool  # this machine's, or what is told of a CPU's (true) and of CUDA's
+# This machine's, or what is told of a CPU's (true), of CUDA's, and of CUDA's with this attention.
+Kernels = OwnKernels | bool | Attention
 
 
 class _Operator(NamedTuple):
@@ -166,10 +169,12 @@ class StepRecorder(TorchDispatchMode):
         parameters: Iterable[torch.Tensor],
         device: DeviceKind = DeviceKind.CUDA,
         asks_kernels: bool = False,
+        attention: Attention = Attention.SDPA,
     ) -> None:
         super().__init__()
         self._on_cpu = device is DeviceKind.CPU
-        self._kernels: Kernels = own_kernels() if asks_kernels else self._on_cpu
+        self._has_flash_3 = attention is Attention.FLASH_ATTENTION_3
+        self._kernels: Kernels = own_kernels() if asks_kernels else attention if self._has_flash_3 else self._on_cpu
         self.log = Log()
         self.place = Place("forward.0", 0)
         self.recording = False
@@ -228,7 +233,7 @@ class StepRecorder(TorchDispatchMode):
             return NotImplemented
         kwargs = kwargs or {}
         func = as_the_engine_adds(func, args, sole=self._sole)
-        if self._maker is None:
+        if self._maker is None or (func in FACTORIES and numbers_are_known()):
             return self._run(func, args, kwargs)
         look, inputs = look_of(func, args, kwargs)
         if look is None:
@@ -282,6 +287,8 @@ class StepRecorder(TorchDispatchMode):
             found = measured_scratch(func, args, kwargs, kernels=self._kernels)
             if found is not None:
                 return found
+        if self._has_flash_3 and (own := scratch_of(name, args)) is not None:
+            return own
         return scratch(name, list(_tensors((args, kwargs))), list(_tensors(out)), on_cpu=self._on_cpu)
 
     def _note(

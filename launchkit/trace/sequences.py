@@ -61,7 +61,7 @@ def _ulysses(key: TraceKey, config: PreTrainedConfig, group: Any) -> Iterator[No
             "--sp is traced with deepspeed, which is not installed; pip install deepspeed, or use --cp"
         ) from None
     text = config.get_text_config()
-    attention = ALL_ATTENTION_FUNCTIONS[str(key.attention)]
+    attention = ALL_ATTENTION_FUNCTIONS[str(key.built_attention)]
 
     def attend(module: Any, query: torch.Tensor, *tensors: Any, **others: Any) -> Any:
         key_states, value_states, _mask, *rest = tensors
@@ -75,16 +75,16 @@ def _ulysses(key: TraceKey, config: PreTrainedConfig, group: Any) -> Iterator[No
             process_group=group,
             seq_length_is_variable=True,
         )
-        shared.core_attn_implementation = str(key.attention)
+        shared.core_attn_implementation = str(key.built_attention)
         return shared(module, query, key_states, value_states, None, *rest, **others)
 
     with mock.patch.object(ulysses_sp, "dist", dist), mock.patch.object(layer, "dist", dist):
         layer._all_to_all_groups[group.group_name] = group
-        ALL_ATTENTION_FUNCTIONS[str(key.attention)] = attend
+        ALL_ATTENTION_FUNCTIONS[str(key.built_attention)] = attend
         try:
             yield
         finally:
-            del ALL_ATTENTION_FUNCTIONS[str(key.attention)]
+            del ALL_ATTENTION_FUNCTIONS[str(key.built_attention)]
             layer._all_to_all_groups.pop(group.group_name, None)
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from launchkit.images import OF_ANY_SIZE
 from launchkit.program import Point
 from launchkit.scenario import Compute, TraceKey
 from launchkit.trace.build import Built
@@ -21,6 +22,7 @@ from launchkit.trace.inputs import make_batch
 from launchkit.trace.methods import unpacking_for_dora
 from launchkit.trace.parallel import RankRecorder, local
 from launchkit.trace.recorder import Log, Place, StepRecorder
+from launchkit.trace.values import known_numbers
 
 _AUTOCAST = {
     Compute.AUTOCAST_BF16: torch.bfloat16,
@@ -101,6 +103,7 @@ def trace_step(built: Built, mode: FakeTensorMode, *, point: Point, key: TraceKe
     parameters = dict(model.named_parameters())
     with (
         mode,
+        known_numbers(mode) if key.images and built.config.model_type in OF_ANY_SIZE else nullcontext(),
         full_sequences(packed=key.packed, padded=key.padded),
         random_states(key.device),
         host_apart(key.device),
@@ -132,7 +135,7 @@ def trace_step(built: Built, mode: FakeTensorMode, *, point: Point, key: TraceKe
 def _recorder(key: TraceKey, **tensors: Any) -> StepRecorder:
     if key.split.num_ranks > 1:
         return RankRecorder(key=key, **tensors)
-    return StepRecorder(**tensors, device=key.device, asks_kernels=key.at is not None)
+    return StepRecorder(**tensors, device=key.device, asks_kernels=key.asks_kernels, attention=key.attention)
 
 
 def _one_step(

@@ -21,6 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedConfig
 
 from launchkit.errors import TraceError
+from launchkit.images import SMALL_SIZE, TEXT_ALONE
 from launchkit.model import ModelProfile
 from launchkit.program import Parameter, ParameterGroup, Point, StepProgram
 from launchkit.quiet import without_logs
@@ -39,6 +40,7 @@ from launchkit.trace.build import (
 )
 from launchkit.trace.checkpointing import enable_checkpointing
 from launchkit.trace.cuda import faithful_to_cuda
+from launchkit.trace.flash_attention_3 import LARGEST_HEAD, blocks_of
 from launchkit.trace.float8 import autocast_as_on_cuda, convert_linears
 from launchkit.trace.forward import forward_of
 from launchkit.trace.liger import liger_kernels
@@ -110,6 +112,13 @@ def telling_lengths(config: PreTrainedConfig, *, beyond_window: bool) -> Lengths
     )
 
 
+def _flash_3_stride(config: PreTrainedConfig) -> int:
+    """Tokens in whole blocks of FlashAttention 3, which rounds lengths up to them."""
+    text = config.get_text_config()
+    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return blocks_of(min(head, LARGEST_HEAD), is_causal=True).stride
+
+
 def _chunk_size(config: PreTrainedConfig) -> int:
     """Tokens that the model's recurrent layers take at once and pad the sequence to; 0 where they go token by token.
 
@@ -142,10 +151,16 @@ def trace_model(config: Mapping[str, Any], key: TraceKey, *, progress: ProgressH
         settings = load_config(config)
         lengths = telling_lengths(settings, beyond_window=key.beyond_window)
         if lengths.looped:  # token by token at full length takes minutes
-            key = replace(key, at=None)
+            key = replace(key, at=None, asks_kernels=False)
+        if key.attention is Attention.FLASH_ATTENTION_3:
+            if key.padded:
+                raise TraceError(
+                    "how flash_attention_3 holds padded sequences is not described; use --packing or --attention sdpa"
+                )
+            lengths = replace(lengths, stride=math.lcm(lengths.stride, _flash_3_stride(settings)))
         points = trace_points(key, replace(lengths, stride=lengths.stride * key.split.num_pieces))
         if key.device is DeviceKind.CUDA:
-            stack.enter_context(faithful_to_cuda())
+            stack.enter_context(faithful_to_cuda(key.attention))
         stack.enter_context(autocast_as_on_cuda(key))
         stack.enter_context(kept_linear_inputs(key))
         stack.enter_context(liger_kernels(key, training_class(settings)[0], settings.model_type))
@@ -187,7 +202,7 @@ def _trace_steps(
             )
             firsts.append(done)
             if key.at is not None:  # no other point would show that the first step differs
-                _trace_one(models[point.lora_rank], replace(key, at=None), point)
+                _trace_one(models[point.lora_rank], *_least_of(key, point))
         logs.append(_trace_one(models[point.lora_rank], key, point))
         check_ring(logs[-1], key)
     described = models[points[0].lora_rank].described
@@ -197,6 +212,14 @@ def _trace_steps(
         for i in firsts:
             logs[i] = _trace_one(models[points[i].lora_rank], key, points[i])
         return assemble(described, logs, points)
+
+
+def _least_of(key: TraceKey, point: Point) -> tuple[TraceKey, Point]:
+    """A quick step that leaves behind what a step at ``point`` would."""
+    key = replace(key, asks_kernels=False)
+    if not key.image_size:
+        return key, point
+    return replace(key, image_size=str(SMALL_SIZE)), point._replace(micro_batch=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,7 +255,9 @@ def _build(
     first_apart: bool,
 ) -> _Traceable:
     model_class, task = training_class(settings)
-    whole: nn.Module = build_on_meta(model_class, settings, attention=key.attention, dtype=WEIGHT_DTYPE[key.compute])
+    whole: nn.Module = build_on_meta(
+        model_class, settings, attention=key.built_attention, dtype=WEIGHT_DTYPE[key.compute]
+    )
     config = whole.config
     whole.train()
     convert_linears(whole, key)
@@ -392,7 +417,7 @@ def _notes(settings: PreTrainedConfig) -> tuple[str, ...]:
     """What a plan of this model takes for granted."""
     notes = []
     if getattr(settings, "vision_config", None) is not None:
-        notes.append("sequences are of text alone; --images adds an image to each, whose tokens count as its length")
+        notes.append(TEXT_ALONE)
     if telling_lengths(settings, beyond_window=False).looped:
         notes.append(
             "recurrent layers run as transformers' own Python code, as without mamba-ssm, causal-conv1d or "

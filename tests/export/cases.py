@@ -100,9 +100,10 @@ def axolotl_cases() -> list[Case]:
             for name in ("adamw_bnb_8bit", "paged_adamw_8bit", "adafactor", "sgd", "lion_32bit", "muon")
         ),
         *({"precision": name} for name in ("fp32", "fp16", "bf16-params", "bf16-pure", "fp8")),
-        *({"attention": name} for name in ("eager", "sdpa", "flash_attention_2")),
+        *({"attention": name} for name in ("eager", "sdpa", "flash_attention_2", "flash_attention_3")),
         *({"checkpointing": name} for name in ("none", "full", "selective")),
         {"packing": True, "attention": "flash_attention_2"},
+        {"packing": True, "attention": "flash_attention_3"},
         {"compile": True},
         {"method": "lora", "lora_targets": "attention"},
         {"method": "lora", "lora_targets": "q_proj,v_proj", "lora_rank": 64},

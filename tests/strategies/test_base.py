@@ -211,6 +211,7 @@ def test_trl_has_habits_with_adapters(overrides: dict[str, Any], casts: bool, ch
 
 
 FP8_GPU = {"compute_capability": (8, 9)}
+HOPPER = {"compute_capability": (9, 0)}
 TE = {"precision": "fp8", "fp8_backend": "te", "strategy": "ddp"}
 
 
@@ -273,6 +274,9 @@ TE = {"precision": "fp8", "fp8_backend": "te", "strategy": "ddp"}
         ({"checkpointing": "offload", "strategy": "hsdp"}, {}, "does not exist under --strategy hsdp; use --check"),
         ({"attention": "flash_attention_2"}, {"compute_capability": (7, 5)}, "use --attention sdpa"),
         ({"attention": "flash_attention_2", "precision": "fp32"}, {}, "does not take fp32"),
+        ({"attention": "flash_attention_3"}, {"compute_capability": (8, 0)}, "flash_attention_3 does not run on"),
+        ({"attention": "flash_attention_3"}, {"compute_capability": (10, 0)}, "use --attention sdpa"),
+        ({"attention": "flash_attention_3", "precision": "fp32"}, HOPPER, "flash_attention_3 does not take fp32"),
         ({"strategy": "ddp", "optimizer": "galore_adamw_layerwise"}, {}, "use --strategy single"),
         (
             {"strategy": "single", "optimizer": "apollo_adamw_layerwise", "gradient_accumulation_steps": 2},
@@ -308,6 +312,10 @@ def test_refusals(overrides: dict[str, Any], hardware: dict[str, Any], message: 
 )
 def test_what_is_not_refused(overrides: dict[str, Any]) -> None:
     assert strategies.refusal(scenario(**overrides), profile(), cluster()) is None
+
+
+def test_hopper_has_flash_attention_3() -> None:
+    assert strategies.refusal(scenario(attention="flash_attention_3"), profile(), cluster(**HOPPER)) is None
 
 
 def test_a_classifier_that_would_be_quantised_cannot_be_trained() -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
 import pytest
 
+from bench.accuracy.architectures import ARCHITECTURES, IMAGE_SIZES
 from launchkit.program import Point
 from launchkit.scenario import Attention, Compute
 from launchkit.trace import trace_model
@@ -52,6 +54,10 @@ MIXED: Mapping[str, tuple[Mapping[str, Any], Mapping[str, Any]]] = {
     ),
     "gemma4, keys and values shared": (GEMMA4, {"single_sequence": True}),
 }
+SEEING: Mapping[str, Mapping[str, Any]] = {
+    "qwen2_5_vl": {"fullatt_block_indexes": [3, 7, 11]},
+    "qwen3_vl": {"deepstack_visual_indexes": [3, 6, 9]},
+}
 POINTS = (Point(2, 96, 8), Point(5, 256, 4))
 
 
@@ -69,6 +75,22 @@ def test_depth_can_be_left_out(name: str) -> None:
         if wanted.single_sequence:
             point = point._replace(micro_batch=1)
         assert requests(cut, point) == requests(whole, point)
+
+
+@pytest.mark.parametrize("name", SEEING)
+def test_depth_can_be_left_out_of_a_vision_tower_that_names_layers(name: str) -> None:
+    """Full attention among windows; layers whose output the first layers of the text model get."""
+    config = copy.deepcopy(ARCHITECTURES[name])
+    config["vision_config"] |= {"depth": 12} | SEEING[name]
+    config["text_config"]["num_hidden_layers"] = 9
+    point = Point(2, 96, 0)
+    wanted = key(images=True, image_size=IMAGE_SIZES[name], at=point)
+    cut = trace_model(config, wanted)
+    with whole_stacks():
+        whole = trace_model(config, wanted)
+    assert len(cut.sections) <= len(whole.sections)
+    assert cut.group_counts == whole.group_counts
+    assert requests(cut, point) == requests(whole, point)
 
 
 def test_a_deeper_model_is_the_same_sections_more_often() -> None:

@@ -29,6 +29,9 @@ REMEMBERED: dict[str, Operator] = {
     "the argument itself": lambda x: x.add_(1),
     "an argument by name": lambda x: torch.mul(x, 2, out=torch.empty(4, 6)),
     "out of nothing": lambda x: torch.zeros(3, 3),
+    "whole numbers among tensors": lambda x: aten._scaled_dot_product_flash_attention(
+        *[torch.empty(1, 2, 32, 16, dtype=torch.bfloat16)] * 3
+    ),
     "a list": lambda x: torch.cat([x, x.t().contiguous().t()]),
 }
 FORGOTTEN: dict[str, Operator] = {
@@ -43,7 +46,7 @@ def looks(out: Any, x: torch.Tensor) -> list[Any]:
     """What can be told of each output, with whether it shares ``x``'s storage and is ``x``."""
     tensors = out if isinstance(out, (tuple, list)) else [out]
     return [
-        t if t is None else (
+        t if t is None or type(t) is int else (
             type(t), t.shape, t.stride(), t.storage_offset(), t.dtype, t.device, t.untyped_storage().nbytes(),
             t.untyped_storage()._cdata == x.untyped_storage()._cdata, t is x, torch._C._dispatch_key_set(t),
         )
