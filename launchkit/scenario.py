@@ -515,9 +515,8 @@ class TraceKey:
 
     @property
     def built_attention(self) -> Attention:
-        """The attention that the model is built with. FlashAttention 3 need not be installed: of full sequences its
-        kernel stands for SDPA's."""
-        return Attention.SDPA if self.attention is Attention.FLASH_ATTENTION_3 and not self.padded else self.attention
+        """The attention that the model is built with. FlashAttention need not be installed: SDPA's stands for it."""
+        return Attention.SDPA if self.attention.is_flash else self.attention
 
     @property
     def canonical(self) -> TraceKey:

@@ -9,7 +9,18 @@ import pytest
 from launchkit.errors import IllegalScenarioError, UsageError
 from launchkit.hardware import Backend
 from launchkit.request import FLAGS, Request, find_flag, resolve, scenario_flags
-from launchkit.scenario import Attention, Batch, Loss, Offload, Scenario, Sharding, State, StrategyKind, Trainer
+from launchkit.scenario import (
+    Attention,
+    Batch,
+    Loss,
+    Offload,
+    Precision,
+    Scenario,
+    Sharding,
+    State,
+    StrategyKind,
+    Trainer,
+)
 from tests.report.plans import CLUSTER, MODEL
 
 
@@ -253,3 +264,15 @@ def test_what_the_allocator_is_told(flags: dict[str, object], gpu_is_cuda: bool,
 def test_what_no_allocator_understands(text: str, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         resolve(Request(alloc_conf=text), model=MODEL, cluster=CLUSTER)
+
+
+def test_axolotl_keeps_the_weights_as_it_loads_them_and_pads_what_it_does_not_pack() -> None:
+    alone = _scenario(trainer="axolotl").training
+    assert (alone.precision, alone.padding) == (Precision.BF16_PARAMS, True)
+    assert _scenario(trainer="axolotl", precision="bf16").training.precision is Precision.BF16
+    assert _on_four(trainer="axolotl", strategy="fsdp2").training.precision is Precision.BF16
+    assert not _scenario(trainer="axolotl", packing=True).training.padding
+    assert not _scenario(trainer="axolotl", padding=False).training.padding
+    assert not _scenario().training.padding and _scenario(padding=True).training.padding
+    with pytest.raises(IllegalScenarioError, match="give one of them"):
+        _scenario(packing=True, padding=True)

@@ -51,6 +51,7 @@ from launchkit.trace.recorder import Log
 from launchkit.trace.sequences import check_ring, shared_sequences
 from launchkit.trace.step import trace_step
 from launchkit.trace.transformer_engine import convert_modules
+from launchkit.trace.unpadding import unpadded_flash
 from launchkit.trace.zero_linear import kept_linear_inputs
 from launchkit.units import divide_up
 
@@ -153,10 +154,6 @@ def trace_model(config: Mapping[str, Any], key: TraceKey, *, progress: ProgressH
         if lengths.looped:  # token by token at full length takes minutes
             key = replace(key, at=None, asks_kernels=False)
         if key.attention is Attention.FLASH_ATTENTION_3:
-            if key.padded:
-                raise TraceError(
-                    "how flash_attention_3 holds padded sequences is not described; use --packing or --attention sdpa"
-                )
             lengths = replace(lengths, stride=math.lcm(lengths.stride, _flash_3_stride(settings)))
         points = trace_points(key, replace(lengths, stride=lengths.stride * key.split.num_pieces))
         if key.device is DeviceKind.CUDA:
@@ -167,6 +164,7 @@ def trace_model(config: Mapping[str, Any], key: TraceKey, *, progress: ProgressH
         num_ranks = key.split.num_ranks
         mesh = stack.enter_context(rank_of(num_ranks)) if num_ranks > 1 else None
         stack.enter_context(shared_sequences(key, settings, mesh))
+        stack.enter_context(unpadded_flash(key))
         reason = ""
         for first_apart in (False, True) if key.lora_targets in _BEFORE_ATTENTION else (True,):
             try:
