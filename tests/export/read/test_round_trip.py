@@ -43,6 +43,7 @@ REASONS: Mapping[Tool, Mapping[str, str]] = {
         "training.padding": "Axolotl pads what it does not pack, whoever's step was planned",
         "training.precision": "Axolotl loads weights in bf16 where the plan counted fp32, which it says in the file",
         "strategy.fsdp.backward_prefetch": "Axolotl's FSDP1 prefetches nothing, which the file says",
+        "strategy.fsdp.forward_prefetch": "Axolotl's FSDP1 prefetches nothing, which the file says",
         "training.loss": "the compiled chunked loss is not modelled; plain cross-entropy is counted",
         "training.checkpointing": "FSDP has no selective checkpointing, which planning refuses",
         "training.max_grad_norm": "DeepSpeed's file has the number of a plain loop, which clips nothing",
