@@ -375,6 +375,7 @@ def _assumptions(scenario: Scenario, profile: ModelProfile) -> tuple[str, ...]:
     lines = [
         f"sequences of {batch.seq_len:,} tokens",
         attention,
+        *(["padded batches, with a mask"] if training.padding else []),
         loss,
         training.optimizer,
         f"{training.trainer} trainer",

@@ -252,5 +252,6 @@ def test_without_the_training_stack_the_nearest_program_is_counted(monkeypatch: 
     assert check.candidate is not None and nearest.candidate is not None
     assert check.candidate.estimate == nearest.candidate.estimate
     assert any("without lora_dropout and with full checkpointing" in line for line in check.assumed)
+    assert any("counted as transformers' Trainer runs it" in note for note in nearest.candidate.notes)
     with pytest.raises(MissingExtraError):
         launchkit.check(written("g.yml", AXOLOTL + "peft_use_dora: true\n"), gpus="4090")
