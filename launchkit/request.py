@@ -66,6 +66,7 @@ class Request:
     fsdp_settings: str | None = None
     zero_settings: str | None = None
     method: Method | None = None
+    freeze: str | None = None
     lora_rank: int | None = None
     lora_targets: str | None = None
     lora_dropout: float | None = None
@@ -202,6 +203,7 @@ FLAGS: tuple[Flag, ...] = (
         help="keys of DeepSpeed's zero_optimization: reduce_bucket_size=5e7,overlap_comm=false",
     ),
     Flag(name="method", kind=Method, default="full", help="what is trained"),
+    Flag(name="freeze", kind=str, help="parts that a full fine-tune leaves as they are: vision_tower,embed_tokens"),
     Flag(name="lora_rank", kind=int, default=16, help="rank of the adapters"),
     Flag(
         name="lora_targets",
@@ -313,6 +315,7 @@ def resolve(request: Request, *, model: ModelProfile, cluster: Cluster) -> Resol
     trainer, loss = _trainer_and_loss(request)
     training = Training(
         method=_value(request, "method", Method),
+        freeze=_names(request.freeze),
         lora_rank=_value(request, "lora_rank", int),
         lora_targets=_value(request, "lora_targets", str),
         lora_dropout=_value(request, "lora_dropout", float),
@@ -363,6 +366,7 @@ def scenario_flags(scenario: Scenario, *, cluster: Cluster) -> dict[str, str | i
         "fsdp_settings": FSDP.text(strategy.fsdp, kind=strategy.kind) or None,
         "zero_settings": ZERO.text(strategy.zero, kind=strategy.kind) or None,
         "method": training.method,
+        "freeze": training.freeze or None,
         "lora_rank": training.lora_rank,
         "lora_targets": training.lora_targets,
         "lora_dropout": training.lora_dropout,

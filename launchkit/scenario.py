@@ -313,6 +313,7 @@ class Training:
     """What is trained and how one step computes, whatever the batch and the strategy."""
 
     method: Method = Method.FULL
+    freeze: str = ""  # names of parts that a full fine-tune leaves as they are, separated by commas
     lora_rank: int = 16
     lora_targets: str = "all-linear"
     lora_dropout: float = 0.0  # a share; PEFT drops of what goes into an adapter
@@ -484,6 +485,7 @@ class TraceKey:
     packed: bool = False  # rows of several sequences each, which a mask keeps apart
     padded: bool = False  # a mask tells of padding
     widened: Widened = Widened.NOTHING
+    freeze: str = ""
     input_grads: bool = False  # embedded tokens require gradients, whatever is trained
     adapter_dropout: bool = False  # whatever the share: what is kept of it does not depend on it
     dora: bool = False
@@ -591,6 +593,8 @@ class TraceKey:
             parts.append(f"wide-{self.widened}")
         if self.input_grads:
             parts.append("input-grads")
+        if self.freeze:
+            parts.append(f"freeze-{self.freeze}")
         if self.adapter_dropout:
             parts.append("dropout")
         if self.dora:

@@ -31,6 +31,7 @@ class Cell:
     seq_len: int = 64
     gradient_accumulation_steps: int = 1
     method: str = "full"
+    freeze: str = ""
     lora_rank: int = 8
     lora_targets: str = "all-linear"
     dora: bool = False

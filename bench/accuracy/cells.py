@@ -641,8 +641,42 @@ IMAGES = (
     _seeing("fsdp2", "qwen2_5_vl", strategy="fsdp2", checkpointing="full", **_TWO),
 )
 
+FROZEN = tuple(
+    Cell(name=f"frozen-{name}", config=config, freeze=freeze, **settings)
+    for name, config, freeze, settings in (
+        ("embeddings", LLAMA, "embed_tokens", {}),
+        ("embeddings-bf16", LLAMA, "embed_tokens,lm_head", {"precision": "bf16", "trainer": "hf"}),
+        ("embeddings-checkpointing", LLAMA, "embed_tokens", {"precision": "bf16", "checkpointing": "full"}),
+        ("mlp", LLAMA, "mlp", {"precision": "bf16"}),
+        ("attention-checkpointing", LLAMA, "self_attn", {"checkpointing": "full"}),
+        ("blocks", LLAMA, "layers", {}),
+        ("blocks-and-embeddings-bf16", LLAMA, "layers,embed_tokens", {"precision": "bf16"}),
+        ("tied", TIED, "embed_tokens", {"optimizer": "adamw_torch"}),
+        ("gpt2-tied", GPT2, "wte,wpe", {"precision": "bf16-params"}),
+        ("accumulation", LLAMA, "mlp,embed_tokens", {"gradient_accumulation_steps": 2}),
+        ("bert", ARCHITECTURES["bert"], "embeddings", {"seq_len": 128}),
+        ("t5-encoder", ARCHITECTURES["t5"], "encoder", {"seq_len": 128}),
+        ("vision-tower-gemma3", ARCHITECTURES["gemma3"], "vision_tower", {"images": True, "seq_len": 128}),
+        ("vision-tower-qwen3-vl", ARCHITECTURES["qwen3_vl"], "visual",
+         {"images": True, "image_size": IMAGE_SIZES["qwen3_vl"], "seq_len": 128, "precision": "bf16"}),
+        ("ddp", LLAMA, "mlp,embed_tokens", {"precision": "bf16", "strategy": "ddp", "num_processes": 2}),
+        ("fsdp2", LLAMA, "mlp,embed_tokens", _FSDP),
+        ("fsdp2-bf16", LLAMA, "mlp,embed_tokens", {"precision": "bf16", **_FSDP}),
+        ("fsdp2-blocks", LLAMA, "layers,embed_tokens", {"precision": "bf16", **_FSDP}),
+        ("fsdp1", LLAMA, "mlp,embed_tokens", _FSDP1),
+        ("fsdp1-bf16", LLAMA, "mlp,embed_tokens", {"precision": "bf16", **_FSDP1}),
+        ("zero2", LLAMA, "mlp,embed_tokens", {"precision": "bf16", "strategy": "zero2", "zero": _MILLION,
+         "num_processes": 2}),
+        ("zero3", LLAMA, "mlp,embed_tokens", {"precision": "bf16", "strategy": "zero3", "zero": _MILLION,
+         "num_processes": 2}),
+        ("zero3-blocks", LLAMA, "layers,embed_tokens", {"precision": "bf16", "strategy": "zero3", "zero": _MILLION,
+         "num_processes": 2}),
+    )
+)  # fmt: skip
+
 CELLS = (
     *SINGLE,
+    *FROZEN,
     *PADDED,
     *METHODS,
     *COMBINED,

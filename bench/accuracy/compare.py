@@ -34,7 +34,7 @@ from launchkit.simulate.memory import MemoryReading
 FSDP = ("fsdp", "fsdp2", "hsdp")
 FLAGS = (
     "method", "precision", "checkpointing", "attention", "optimizer", "trainer", "micro_batch", "seq_len", "packing",
-    "padding", "images",
+    "padding", "images", "freeze",
 )  # fmt: skip
 ADAPTER_FLAGS = ("lora_rank", "lora_targets", "dora", "rslora", "lora_dropout", "lora_modules_to_save")
 

@@ -71,7 +71,10 @@ def build_model(cell: Cell) -> nn.Module:
 
 
 def made_trainable(model: Any, cell: Cell) -> nn.Module:
-    """``model`` with adapters and checkpointing in place."""
+    """``model`` with what is frozen, adapters and checkpointing in place."""
+    frozen = set(cell.freeze.split(",")) if cell.freeze else set()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = parameter.requires_grad and frozen.isdisjoint(name.split("."))
     if cell.method != "full":
         model = with_adapter(model, cell)
     if cell.precision == "fp8" and cell.trainer == "loop":  # elsewhere accelerate does it

@@ -123,7 +123,7 @@ def _offloaded(scenario: Scenario, cluster: Cluster) -> Scenario | None:
 def _adapted(scenario: Scenario, cluster: Cluster) -> Scenario | None:
     """LoRA in place of a full fine-tune, which trains something else."""
     training = scenario.training
-    if training.method is not Method.FULL or training.precision is Precision.FP8:
+    if training.method is not Method.FULL or training.freeze or training.precision is Precision.FP8:
         return None
     keeps_fp32 = scenario.strategy.kind.zero_stage or training.trainer is Trainer.AXOLOTL
     if training.precision is Precision.BF16 and not keeps_fp32:

@@ -130,6 +130,8 @@ class Search:
         """What may be trained, in the order of preference: full, then LoRA, then QLoRA."""
         if self.request.method is not None:
             return (self.request.method,)
+        if self.request.freeze is not None:  # which is of a full fine-tune
+            return (Method.FULL,)
         if self._cluster.gpu.device_kind is DeviceKind.CPU:
             return (Method.FULL, Method.LORA)
         return tuple(Method)

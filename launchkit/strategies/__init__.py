@@ -95,6 +95,7 @@ def refusal(scenario: Scenario, profile: ModelProfile, cluster: Cluster) -> str 
     find(scenario.training.optimizer)
     return (
         _pointless(scenario.training)
+        or _freezing_refusal(scenario)
         or _float8_refusal(scenario, profile, cluster)
         or _checkpointing_refusal(scenario, cluster)
         or _optimizer_refusal(scenario)
@@ -118,6 +119,27 @@ def _pointless(training: Training) -> str | None:
     }
     given = next((setting for setting, is_given in settings.items() if is_given), None)
     return given and f"{given} says nothing under --method full; add --method lora"
+
+
+def _freezing_refusal(scenario: Scenario) -> str | None:
+    """Where frozen parts of a full fine-tune are not modelled, or mean nothing."""
+    training, kind = scenario.training, scenario.strategy.kind
+    if not training.freeze:
+        return None
+    facts = {
+        f"--method {training.method} freezes all but its adapters; leave out --freeze": (
+            training.method is not Method.FULL
+        ),
+        f"--freeze under --strategy {kind} is not modelled; use --strategy ddp": (
+            scenario.strategy.split.num_ranks > 1
+        ),
+        "--freeze with --precision fp8 is not modelled: frozen weights get gradients too; use --precision bf16": training.precision
+        is Precision.FP8,
+        "re-entered checkpoints of frozen embeddings get no gradients; use --checkpointing full": (
+            training.checkpointing is Checkpointing.REENTRANT
+        ),
+    }
+    return next((fact for fact, holds in facts.items() if holds), None)
 
 
 def _float8_refusal(scenario: Scenario, profile: ModelProfile, cluster: Cluster) -> str | None:

@@ -89,6 +89,7 @@ def make_trace_key(training: Training, compute: Compute, device: DeviceKind, *, 
         modules_to_save=training.lora_modules_to_save if has_adapter else "",
         images=training.images,
         padded=training.padding,
+        freeze="" if has_adapter else training.freeze,
         image_size=training.image_size,
         pads_float8=compute.is_float8 and not is_te and training.trainer is not Trainer.AXOLOTL,
         transformer_engine=is_te,
@@ -223,6 +224,16 @@ def clip_norm(scenario: Scenario) -> float:
 def accumulates(scenario: Scenario) -> bool:
     """Whether gradients of earlier micro-batches are there when the last one runs."""
     return scenario.batch.gradient_accumulation_steps > 1
+
+
+def with_an_end(program: StepProgram) -> StepProgram:
+    """The program with a stage behind the backward of the blocks, where frozen embeddings left none: what an engine does
+    once the root's backward is over has its place there."""
+    last = program.stages[-1]
+    if not last.stack or last.phase is not Phase.BACKWARD:
+        return program
+    end = Stage(name="backward.0", phase=Phase.BACKWARD, layers=(len(program.sections),))
+    return replace(program, stages=(*program.stages, end), sections=(*program.sections, Section(events=())))
 
 
 def accumulate_gradients(program: StepProgram) -> StepProgram:

@@ -84,6 +84,7 @@ from launchkit.strategies.base import (
     map_sections,
     next_slot,
     persistent_run,
+    with_an_end,
     with_optimizer,
     with_ready_gradients,
 )
@@ -141,7 +142,7 @@ def refusal(scenario: Scenario, profile: ModelProfile, cluster: Cluster) -> str 
 
 def rewrite(program: StepProgram, *, scenario: Scenario, cluster: Cluster) -> StepProgram:
     """What the rank with the most to train does in a step; all ranks hold equally much of the weights."""
-    layout = _layout(scenario, cluster)
+    program, layout = with_an_end(program), _layout(scenario, cluster)
     units = _units(program, layout, scenario)
     rewritten = _Rewriter(program, layout, units, scenario).run()
     return _with_state(rewritten, units, layout, scenario=scenario, cluster=cluster)

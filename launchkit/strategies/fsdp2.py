@@ -78,6 +78,7 @@ from launchkit.strategies.base import (
     make_trace_key,
     map_sections,
     persistent_run,
+    with_an_end,
     with_optimizer,
 )
 from launchkit.strategies.frames import Frame, FramedProgram, Live, Place, Visit
@@ -200,7 +201,7 @@ def shard_group_size(strategy: Strategy, cluster: Cluster) -> int:
 
 def rewrite(program: StepProgram, *, scenario: Scenario, cluster: Cluster) -> StepProgram:
     """What the first rank, the largest, does in a step."""
-    layout = Layout.of(scenario, cluster)
+    program, layout = with_an_end(program), Layout.of(scenario, cluster)
     units = _units(program, layout)
     rewritten = _Rewriter(program, layout, units).run()
     parameters = [p for unit, count in _counted(program, units) for _ in range(count) for p in unit.parameters]

@@ -43,15 +43,17 @@ def trace_key(training: Training, strategy: Strategy, device: DeviceKind, *, sin
     """The whole module runs in the engine's dtype, adapters included.
 
     Stage 3 keeps the input of every linear layer, unless told to leave them torch's. Where all of them have adapters
-    these keep it anyway, but for the head's, which is small; so a program of its own is traced only for other targets.
+    these keep it anyway, but for the head's, which is small; so a program of its own is traced only for other targets,
+    and where parts of a full fine-tune are frozen.
     """
     key = make_trace_key(training, COMPUTE[training.precision], device, single_sequence=single_sequence)
     casts = training.method is not Method.FULL and key.compute is not Compute.FP32
     some_adapted = training.method is Method.LORA and training.lora_targets != ALL_LINEAR
+    has_frozen = some_adapted or (training.method is Method.FULL and bool(training.freeze))
     own_linear = strategy.kind.zero_stage == 3 and strategy.zero.memory_efficient_linear
     if training.must_reenter(strategy.kind):
         key = replace(key, checkpointing=Checkpointing.REENTRANT)
-    return replace(key, cast_adapters=casts, keeps_linear_inputs=some_adapted and own_linear)
+    return replace(key, cast_adapters=casts, keeps_linear_inputs=has_frozen and own_linear)
 
 
 def refusal(scenario: Scenario, profile: ModelProfile, cluster: Cluster) -> str | None:

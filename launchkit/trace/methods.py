@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from launchkit.errors import TraceError
 from launchkit.finetune.split_adapters import declare_whole_widths
+from launchkit.frozen import check_whole_stacks, frozen_names
 from launchkit.recipe import RECIPES
 from launchkit.scenario import Compute, Method, TraceKey, is_fused_expert, names_in
 from launchkit.trace.axolotl import narrow, widen
@@ -50,6 +51,17 @@ def peft_task(model: nn.Module) -> str | None:
     """PEFT's ``task_type``: a classifier's head is trained whole beside its adapters."""
     name = type(model).__name__
     return next((task for suffix, task in _PEFT_TASKS.items() if name.endswith(suffix)), None)
+
+
+def freeze_parts(model: nn.Module, freeze: str) -> None:
+    """Parts of the whole model that are not trained. Raises ``TraceError``; see ``launchkit.frozen``."""
+    if not freeze:
+        return
+    named = dict(model.named_parameters())
+    frozen = frozen_names(named, freeze)
+    check_whole_stacks(named, frozen)
+    for name in frozen:
+        named[name].requires_grad_(False)
 
 
 def apply_method(model: nn.Module, key: TraceKey, *, lora_rank: int) -> nn.Module:
