@@ -228,6 +228,11 @@ def _refusals(candidate: Candidate, cluster: Cluster) -> tuple[tuple[bool, str, 
     is_fsdp1, is_fsdp2 = strategy.kind is StrategyKind.FSDP, strategy.kind in (StrategyKind.FSDP2, StrategyKind.HSDP)
     is_unsharded = strategy.kind in UNSHARDED
     return (
+        (
+            bool(training.freeze),
+            "names what is trained (unfrozen_parameters), which is not written for --freeze",
+            "write that key yourself in the file of a plan without --freeze",
+        ),
         (candidate.model.task != "causal-lm", f"is not for {candidate.model.task} here", "use --trainer hf"),
         (
             strategy.split.cp > 1,

@@ -120,6 +120,8 @@ def check_trl(candidate: Candidate) -> None:
     training, task = candidate.scenario.training, candidate.model.task
     if training.loss is Loss.CCE:
         raise IllegalScenarioError("TRL has no cut cross-entropy; use --loss liger, or leave TRL out")
+    if training.freeze:
+        raise IllegalScenarioError("trl sft has no key for --freeze; leave TRL out")
     if split := candidate.scenario.strategy.split.text:
         raise IllegalScenarioError(f"trl sft computes another loss than was planned with {split}; leave TRL out")
     if not find(training.optimizer).trainer_arguments:

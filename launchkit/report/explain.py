@@ -390,6 +390,16 @@ TERMS: tuple[Term, ...] = (
         see=("optimizer_states",),
     ),
     Term(
+        name="freeze",
+        text="--freeze NAMES leaves parts of a full fine-tune as they are: no gradients, no optimizer states, and no "
+        "backward pass through what lies ahead of all that is trained. A name is a run of components of a parameter's "
+        "path (embed_tokens, vision_tower, self_attn.q_proj), * any text in one; layers of a stack are frozen all or "
+        "none. The built-in fine-tune freezes them; a script of your own calls requires_grad_(False) on them before it "
+        "makes its optimizer. Frozen weights keep the format of the others; FSDP1 makes their gradients all the same.",
+        also=("frozen", "requires_grad", "unfrozen_parameters"),
+        see=("gradients", "optimizer_states"),
+    ),
+    Term(
         name="data",
         text="--data FILE makes plan and estimate read the examples. Where no --seq-len is given, the plan is for the "
         "longest of them, as far as the model was made for it: the batch that runs out of memory is the one that holds "

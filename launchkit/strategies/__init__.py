@@ -123,18 +123,18 @@ def _pointless(training: Training) -> str | None:
 
 def _freezing_refusal(scenario: Scenario) -> str | None:
     """Where frozen parts of a full fine-tune are not modelled, or mean nothing."""
-    training, kind = scenario.training, scenario.strategy.kind
+    training, strategy = scenario.training, scenario.strategy
     if not training.freeze:
         return None
     facts = {
         f"--method {training.method} freezes all but its adapters; leave out --freeze": (
             training.method is not Method.FULL
         ),
-        f"--freeze under --strategy {kind} is not modelled; use --strategy ddp": (
-            scenario.strategy.split.num_ranks > 1
+        f"--freeze with {strategy.split.text} is not modelled; leave out one of them": strategy.split.num_ranks > 1,
+        "FSDP1 flattens no frozen weights with others under use_orig_params=false; set it to true": (
+            strategy.kind is StrategyKind.FSDP and not strategy.fsdp.use_orig_params
         ),
-        "--freeze with --precision fp8 is not modelled: frozen weights get gradients too; use --precision bf16": training.precision
-        is Precision.FP8,
+        "--freeze with --precision fp8 is not modelled; use --precision bf16": training.precision is Precision.FP8,
         "re-entered checkpoints of frozen embeddings get no gradients; use --checkpointing full": (
             training.checkpointing is Checkpointing.REENTRANT
         ),

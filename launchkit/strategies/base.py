@@ -227,8 +227,8 @@ def accumulates(scenario: Scenario) -> bool:
 
 
 def with_an_end(program: StepProgram) -> StepProgram:
-    """The program with a stage behind the backward of the blocks, where frozen embeddings left none: what an engine does
-    once the root's backward is over has its place there."""
+    """The program with a stage behind the blocks' backward, where frozen embeddings left none: there an engine has what
+    it does once the root's backward is over."""
     last = program.stages[-1]
     if not last.stack or last.phase is not Phase.BACKWARD:
         return program

@@ -71,6 +71,8 @@ def _method(keys: Section, draft: Draft, place: Place) -> None:
         draft.assumed.append("load_in_8bit is not modelled: base weights are counted in 16 bits, which takes more")
     if adapter is None:
         draft.flag("method", Method.FULL)
+        if keys.get("unfrozen_parameters"):
+            draft.assumed.append("unfrozen_parameters is not modelled: all weights count as trained, which takes more")
         if dormant := [key for key in _DORMANT if keys.has(key)]:
             draft.assumed.append(f"without adapter nothing comes of {', '.join(dormant)}")
             keys.skip(*dormant)
