@@ -41,7 +41,7 @@ ADAPTER_FLAGS = ("lora_rank", "lora_targets", "dora", "rslora", "lora_dropout", 
 
 def predict(cell: Cell, state: str) -> dict[str, Any]:
     """What ``launchkit estimate`` says: peak bytes and where, or the reason why it says nothing."""
-    flags: dict[str, Any] = {name: value for name, value in asdict(cell).items() if name in FLAGS}
+    flags: dict[str, Any] = {name: value for name, value in asdict(cell).items() if name in FLAGS and value != ""}
     flags |= {"strategy": cell.strategy, "gpus": gpus(cell)}
     if state != "evaluation":
         flags["state"] = state

@@ -94,10 +94,10 @@ class TraceCache:
         return self._root / self._fingerprint / hashlib.sha256(text.encode()).hexdigest()[:12]
 
     def program_path(self, key: TraceKey) -> Path:
-        return self.directory / f"{key.text.replace('/', '_')}.json.gz"
+        return self.directory / f"{_file_name(key)}.json.gz"
 
     def refusal_path(self, key: TraceKey) -> Path:
-        return self.directory / f"{key.text.replace('/', '_')}.refused.json"
+        return self.directory / f"{_file_name(key)}.refused.json"
 
     def holds(self, key: TraceKey) -> bool:
         """Whether the program of ``key`` lies here, or why there is none."""
@@ -153,3 +153,14 @@ def write_atomically(path: Path, data: bytes) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+LONGEST_NAME = 200  # characters; most file systems take 255 bytes, the ending and a temporary one among them
+
+
+def _file_name(key: TraceKey) -> str:
+    """The key's text where that makes a name, else as much of it as does, and a digest."""
+    name = key.text.replace("/", "_")
+    if len(name) <= LONGEST_NAME:
+        return name
+    return f"{name[: LONGEST_NAME - 20]}-{hashlib.sha256(name.encode()).hexdigest()[:16]}"

@@ -93,7 +93,8 @@ def short_name(scenario: Scenario, *, cluster: Cluster, usual: Precision = Preci
 def method_text(training: Training) -> str:
     """``LoRA r=16 on all linear layers``."""
     if training.method is Method.FULL:
-        return "full fine-tuning"
+        frozen = training.freeze.replace(",", " and ")
+        return f"full fine-tuning but for {frozen}" if frozen else "full fine-tuning"
     named = {"all-linear": "all linear layers", "attention": "the attention layers"}
     targets = named.get(training.lora_targets, training.lora_targets)
     adapter = " ".join(

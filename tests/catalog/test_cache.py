@@ -77,6 +77,14 @@ def test_keys_that_share_a_file_name_are_told_apart(cache: TraceCache) -> None:
     assert cache.load_program(replace(KEY, lora_targets="a_b")) is None
 
 
+def test_a_long_key_makes_a_name_that_a_disk_takes(cache: TraceCache) -> None:
+    long = replace(KEY, freeze=",".join(f"part{index}" for index in range(100)))
+    cache.store_program(long, PROGRAM, profile=PROFILE)
+    assert cache.load_program(long) == PROGRAM
+    assert cache.load_program(replace(long, freeze=f"{long.freeze},more")) is None
+    assert len(cache.program_path(long).name) < 255
+
+
 def test_a_key_cannot_leave_its_directory(cache: TraceCache) -> None:
     path = cache.program_path(replace(KEY, lora_targets="../../../etc/passwd"))
     assert path.parent == cache.directory
