@@ -18,6 +18,7 @@ from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, cast
+from unittest import mock
 
 from bench.accuracy import page
 from bench.accuracy.past import Past, PastBench, PastModel
@@ -27,6 +28,7 @@ from launchkit.api import find_cluster
 from launchkit.catalog.models import TracedModel, find_model
 from launchkit.errors import HubError, IllegalScenarioError, LaunchkitError, UnknownModelError
 from launchkit.plan import Candidate
+from launchkit.planner import evaluate
 from launchkit.planner.evaluate import judge
 from launchkit.request import Request, resolve
 from launchkit.scenario import Scenario
@@ -165,8 +167,8 @@ def flags_of(row: Mapping[str, Any]) -> dict[str, Any]:
         "loss": loss,
         "trainer": trainer_of(row, loss),
     }
-    if flags["trainer"] == "axolotl":  # which tells the allocator what these runs did not
-        flags["alloc_conf"] = "expandable_segments:False"
+    if flags["trainer"] == "axolotl":  # which tells the allocator what these runs did not, and pads
+        flags |= {"alloc_conf": "expandable_segments:False", "padding": False}
     if row["source_group"] == "ZeRO gist":
         flags["zero_settings"] = OPENLM_SETTINGS
     if row["method"] not in ("full", "lora", "qlora"):
@@ -257,7 +259,12 @@ def compare(row: Mapping[str, Any]) -> tuple[Row, ...]:
 
 
 def predict(model: str, flags: Mapping[str, Any], past: Past) -> Candidate:
-    """What ``launchkit estimate`` says, of a step with the habits of ``past``."""
+    """What ``launchkit estimate`` says, of a step with the habits of ``past``. No run is Axolotl's own."""
+    with mock.patch.object(evaluate, "as_axolotl", lambda key, *_: key):
+        return _predicted(model, flags, past)
+
+
+def _predicted(model: str, flags: Mapping[str, Any], past: Past) -> Candidate:
     request = Request.from_flags(flags)
     cluster = find_cluster(request.gpus)
     source = find_model(model)

@@ -13,6 +13,7 @@ from launchkit.images import OF_ANY_SIZE
 from launchkit.model import ModelProfile, ModelSource
 from launchkit.optimizers import FP32_BYTES, LocalTensor, find, traffic_bytes
 from launchkit.plan import Candidate, Estimate, RunPhase, StepTime
+from launchkit.planner.axolotl import as_axolotl
 from launchkit.planner.disk import checkpoint_files
 from launchkit.planner.evaluation import evaluated, evaluation_micro_batch, evaluation_peak
 from launchkit.planner.host import HostNeed, greatest_need, known_host_bytes, rare_host_bytes, unfilled_bytes
@@ -21,12 +22,9 @@ from launchkit.planner.point import point_of
 from launchkit.planner.sizes import ModelSizes
 from launchkit.program import Owner, Phase, StepProgram
 from launchkit.scenario import (
-    Attention,
     Batch,
     Checkpointing,
-    Compute,
     DeviceKind,
-    Loss,
     Method,
     Precision,
     Scenario,
@@ -34,8 +32,6 @@ from launchkit.scenario import (
     StrategyKind,
     TraceKey,
     Trainer,
-    Training,
-    Widened,
 )
 from launchkit.simulate.clock import Job, simulate_time
 from launchkit.simulate.loading import left_by_loading
@@ -233,38 +229,13 @@ def program_key(
     key = strategies.trace_key(training, scenario.strategy, device, single_sequence=point.micro_batch == 1)
     window = profile.sliding_window
     beyond_window = bool(window) and point.seq_len >= window
-    return replace(
+    key = replace(
         key,
         beyond_window=beyond_window,
-        packed=training.masks_packing and not _packs_by_boundaries(key, training, profile),
-        widened=_widened(key, training, profile),
-        input_grads=training.trainer is Trainer.AXOLOTL and training.method is not Method.FULL,
+        packed=training.masks_packing,
         transposes_float8=key.transformer_engine and transposes_float8,
-    ).canonical
-
-
-def _packs_by_boundaries(key: TraceKey, training: Training, profile: ModelProfile) -> bool:
-    """Whether Axolotl hands sdpa's flash kernel the boundaries of sequences in place of a mask: on GPUs, of 16-bit
-    weights, without a sliding window. Source: axolotl 0.19 ``loaders/patch_manager.py``,
-    ``_apply_sdpa_varlen_patch``. Omits: heads above 256, and values of another width than keys, for which it does not.
-    """
-    is_narrow = key.compute in (Compute.BF16_AUTOCAST, Compute.FP16_AUTOCAST, Compute.BF16, Compute.FP16)
-    is_stock = training.trainer is not Trainer.AXOLOTL or training.attention is not Attention.SDPA
-    return key.device is DeviceKind.CUDA and is_narrow and not is_stock and not profile.sliding_window
-
-
-def _widened(key: TraceKey, training: Training, profile: ModelProfile) -> Widened:
-    """Of what nothing shards, since ZeRO narrows all weights again and FSDP is left alone. fp32 is wide already, and
-    what flash attention or cut cross-entropy reads, and adapters, are narrowed once more, but for routers.
-
-    Source: axolotl 0.19 ``loaders/model.py``, ``_configure_embedding_dtypes``, ``_convert_embedding_modules_dtype``.
-    """
-    if training.trainer is not Trainer.AXOLOTL or key.compute not in (Compute.BF16_AUTOCAST, Compute.FP16_AUTOCAST):
-        return Widened.NOTHING
-    is_flash = training.attention not in (Attention.EAGER, Attention.SDPA)
-    if training.method is Method.FULL and not is_flash and training.loss is not Loss.CCE:
-        return Widened.EMBEDDINGS
-    return Widened.GATES if profile.num_active_parameters or training.method is Method.QLORA else Widened.NOTHING
+    )
+    return (as_axolotl(key, training, profile) if training.trainer is Trainer.AXOLOTL else key).canonical
 
 
 def judge(bench: Bench, scenario: Scenario) -> Candidate:
