@@ -663,6 +663,8 @@ FROZEN = tuple(
         ("fsdp2", LLAMA, "mlp,embed_tokens", _FSDP),
         ("fsdp2-bf16", LLAMA, "mlp,embed_tokens", {"precision": "bf16", **_FSDP}),
         ("fsdp2-blocks", LLAMA, "layers,embed_tokens", {"precision": "bf16", **_FSDP}),
+        ("zero3-vision-tower", ARCHITECTURES["gemma3"], "vision_tower", {"images": True, "seq_len": 128,
+         "strategy": "zero3", "num_processes": 2, "zero": _MILLION, "precision": "bf16"}),
         ("fsdp1", LLAMA, "mlp,embed_tokens", _FSDP1),
         ("fsdp1-bf16", LLAMA, "mlp,embed_tokens", {"precision": "bf16", **_FSDP1}),
         ("zero2", LLAMA, "mlp,embed_tokens", {"precision": "bf16", "strategy": "zero2", "zero": _MILLION,

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from typing import NamedTuple, TypeGuard, TypeVar
 
+from launchkit.errors import TraceError
 from launchkit.optimizers import (
     FP32_BYTES,
     LocalTensor,
@@ -228,8 +229,18 @@ def accumulates(scenario: Scenario) -> bool:
 
 def with_an_end(program: StepProgram) -> StepProgram:
     """The program with a stage behind the blocks' backward, where frozen embeddings left none: there an engine has what
-    it does once the root's backward is over."""
-    last = program.stages[-1]
+    it does once the root's backward is over.
+
+    Raises ``TraceError`` where one stack of several has no backward at all, nothing ahead of it being trained: FSDP's
+    units are gathered for a backward that such a stack does not have.
+    """
+    last, known = program.stages[-1], {stage.name for stage in program.stages}
+    stacks = [stage.stack for stage in program.stages if stage.phase is Phase.FORWARD and stage.stack]
+    idle = next((stack for stack in stacks if len(stacks) > 1 and f"backward.{stack}" not in known), None)
+    if idle is not None:
+        raise TraceError(
+            f"{idle}, which is frozen with all ahead of it, is not modelled under FSDP; use --strategy zero3 or ddp"
+        )
     if not last.stack or last.phase is not Phase.BACKWARD:
         return program
     end = Stage(name="backward.0", phase=Phase.BACKWARD, layers=(len(program.sections),))
