@@ -117,3 +117,8 @@ def test_right_padding(length: int, width: int) -> None:
 def test_positions_for_trl() -> None:
     batch = RightPadded(pad_token_id=0, with_positions=True)([TokenRows([[1, 2], [3]])[i] for i in (0, 1)])
     assert batch["position_ids"].tolist() == [[0, 1], [0, 1]]
+
+
+def test_a_mask_hides_what_is_padded() -> None:
+    batch = RightPadded(pad_token_id=0, hides_padding=True)([TokenRows([[1, 2], [3]])[i] for i in (0, 1)])
+    assert batch["attention_mask"].tolist() == [[1, 1], [1, 0]]

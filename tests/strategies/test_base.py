@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from launchkit import strategies
-from launchkit.errors import IllegalScenarioError
+from launchkit.errors import IllegalScenarioError, TraceError
 from launchkit.program import Alloc, Event, Free, Owner, Phase, Section, Size, Stage, local
 from launchkit.scenario import Attention, Compute, DeviceKind, Split
 from launchkit.strategies.base import (
@@ -18,6 +18,7 @@ from launchkit.strategies.base import (
     arriving_gradients,
     map_layers,
     whole_tensors,
+    with_an_end,
     with_ready_gradients,
 )
 from tests.builders import cluster, profile, scenario
@@ -284,6 +285,11 @@ TE = {"precision": "fp8", "fp8_backend": "te", "strategy": "ddp"}
             "cannot accumulate gradients; use --global-batch",
         ),
         ({"strategy": "fsdp2", "optimizer": "galore_adamw"}, {}, "shards them; use --strategy ddp"),
+        ({"strategy": "ddp", "freeze": "mlp", "method": "lora"}, {}, "leave out --freeze"),
+        ({"strategy": "ddp", "freeze": "mlp", "checkpointing": "reentrant"}, {}, "use --checkpointing full"),
+        ({"strategy": "ddp", "freeze": "mlp", "precision": "fp8"}, {}, "use --precision bf16"),
+        ({"strategy": "fsdp2", "freeze": "mlp", "split": Split(tp=2)}, {}, "leave out one of them"),
+        ({"strategy": "fsdp", "freeze": "mlp", "use_orig_params": False}, {}, "set it to true"),
         ({"strategy": "single", "offload": "optimizer"}, {}, "--offload optimizer needs an engine that moves tensors"),
         ({"strategy": "ddp", "offload": "all"}, {}, "--offload all needs an engine that moves tensors"),
         ({"strategy": "zero2", "offload": "all"}, {}, "ZeRO-2 does not shard; use --strategy zero3"),
@@ -308,6 +314,7 @@ def test_refusals(overrides: dict[str, Any], hardware: dict[str, Any], message: 
         {"strategy": "zero3", "offload": "all"},
         {"strategy": "zero3", "offload": "nvme", "nvme_path": "/local"},
         {"strategy": "single", "attention": "flash_attention_2"},
+        {"strategy": "zero3", "freeze": "mlp"},
     ],
 )
 def test_what_is_not_refused(overrides: dict[str, Any]) -> None:
@@ -382,3 +389,15 @@ def test_other_precisions_have_the_keys_they_had() -> None:
     chosen = scenario(precision="bf16", strategy="ddp")
     key = strategies.trace_key(chosen.training, chosen.strategy, DeviceKind.CUDA)
     assert key.text == "cuda/full/autocast-bf16/none/sdpa/plain/hf/bn"
+
+
+def test_a_step_that_ends_in_blocks_gets_an_end() -> None:
+    """As with frozen embeddings. Engines that gather for the backward refuse a stack, of several, that has none."""
+    whole = program()
+    assert with_an_end(whole) is whole
+    cut = replace(whole, stages=whole.stages[:-1])
+    assert cut.stages[-1].stack and with_an_end(cut).stages[:-1] == cut.stages
+    assert with_an_end(cut).section_of(with_an_end(cut).stages[-1], 0).events == ()
+    tower = replace(next(stage for stage in whole.stages if stage.stack), name="forward.tower", stack="tower")
+    with pytest.raises(TraceError, match=r"tower, which is frozen with all ahead of it.*use --strategy zero3"):
+        with_an_end(replace(whole, stages=(tower, *whole.stages)))
