@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -95,9 +96,12 @@ def test_heads_that_it_refuses_are_told(head: int) -> None:
         attended(head)
 
 
-def test_padded_sequences_are_refused_in_one_line() -> None:
-    with pytest.raises(TraceError, match="padded sequences is not described; use --packing or --attention sdpa"):
-        trace_model(LLAMA, key(device=DeviceKind.CUDA, compute=Compute.BF16, attention=FLASH_3, padded=True))
+def test_padded_sequences_are_copied_without_their_padding() -> None:
+    usual = key(device=DeviceKind.CUDA, compute=Compute.BF16, attention=FLASH_3)
+    point, head = Point(2, 128, 0), LLAMA["hidden_size"] // LLAMA["num_attention_heads"]
+    rows = 2 * point.micro_batch * point.seq_len * LLAMA["num_attention_heads"] * head
+    copies = [requests(trace_model(LLAMA, each), point).count(rows) for each in (usual, replace(usual, padded=True))]
+    assert copies[1] >= copies[0] + 2 * LLAMA["num_hidden_layers"]  # of queries and of the output
 
 
 def test_a_model_is_traced_in_whole_blocks() -> None:
