@@ -115,9 +115,6 @@ def check_request(
     return judge_file(file, reading, source=source, cluster=cluster, given=request)
 
 
-TEXT_TASK = "causal-lm"  # of the models whose rows are the examples of a data set
-
-
 @dataclass(frozen=True, kw_only=True)
 class Traced:
     """A step program, and which one of which model it is."""
@@ -152,7 +149,7 @@ def find_lengths(
 ) -> Lengths | None:
     """How long the examples of ``--data`` are in the model's tokens. None where there is no such file, or where a row
     of text is not what the model takes."""
-    if request.data is None or request.images or profile.task != TEXT_TASK or not Path(request.data).is_file():
+    if request.data is None or request.images or profile.task != "causal-lm" or not Path(request.data).is_file():
         return None
     return measure_lengths(request.data, model=model if Path(model).exists() else profile.name, progress=progress)
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
+from functools import partial
 from typing import Any
 
 from launchkit.errors import IllegalScenarioError, UsageError
@@ -28,13 +29,6 @@ class _Form:
     read: Callable[[str], Any]
     write: Callable[[Any], str]
     fault: str
-
-
-def _read_switch(written: str) -> bool:
-    try:
-        return _SWITCHES[written.lower()]
-    except KeyError as error:
-        raise ValueError(written) from error
 
 
 def _read_count(written: str) -> int:
@@ -61,17 +55,16 @@ def _choice(words: Mapping[str, Any]) -> _Form:
         except KeyError as error:
             raise ValueError(written) from error
 
-    def write(value: Any) -> str:
-        return next(word for word, meant in words.items() if meant == value)
-
-    return _Form(read=read, write=write, fault=f"is unknown; write {{key}}= and one of {', '.join(words)}")
+    fault = f"is unknown; write {{key}}= and one of {', '.join(words)}"
+    return _Form(read=read, write=partial(word_of, words), fault=fault)
 
 
-_SWITCH = _Form(
-    read=_read_switch,
-    write=lambda value: str(value).lower(),
-    fault="is neither on nor off; write {key}=true or {key}=false",
-)
+def word_of(words: Mapping[str, Any], value: StrEnum | bool) -> str:
+    """The first of the engine's ``words`` that stands for ``value``."""
+    return next(word for word, meant in words.items() if meant == value)
+
+
+_SWITCH = replace(_choice(_SWITCHES), fault="is neither on nor off; write {key}=true or {key}=false")
 _COUNT = _Form(read=_read_count, write=str, fault="is not a whole number of elements; write {key}=5e7")
 _TEXT = _Form(read=str, write=str, fault="")
 _CAP = _Form(
@@ -239,8 +232,3 @@ def auto_sizes(hidden_size: int) -> dict[str, int]:
         "stage3_prefetch_bucket_size": int(0.9 * hidden_size * hidden_size),
         "stage3_param_persistence_threshold": 10 * hidden_size,
     }
-
-
-def word_of(words: Mapping[str, Any], value: StrEnum | bool) -> str:
-    """The engine's word for ``value``."""
-    return next(word for word, meant in words.items() if meant == value)

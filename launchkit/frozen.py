@@ -12,11 +12,21 @@ import re
 from collections import defaultdict
 from collections.abc import Collection, Sequence
 from fnmatch import fnmatchcase
+from typing import Any
 
 from launchkit.errors import TraceError
 from launchkit.scenario import names_in
 
 _NUM_NEAR = 6
+
+
+def freeze_parts(model: Any, freeze: str) -> frozenset[str]:
+    """Freezes what the names mean in a torch module; returns the paths of those parameters. Raises ``TraceError``."""
+    named = dict(model.named_parameters())
+    frozen = frozen_names(named, freeze) if freeze else frozenset()
+    for name in frozen:
+        named[name].requires_grad_(False)
+    return frozen
 
 
 def frozen_names(parameters: Collection[str], freeze: str) -> frozenset[str]:

@@ -19,6 +19,7 @@ from launchkit.hardware import Cluster, format_gpus
 from launchkit.images import DEFAULT_SIZE, OF_ANY_SIZE, ImageSize
 from launchkit.model import ModelProfile
 from launchkit.scenario import (
+    UNSHARDED,
     Attention,
     BackwardPrefetch,
     Batch,
@@ -417,11 +418,19 @@ def _trainer_and_loss(request: Request) -> tuple[Trainer, Loss]:
 
 
 def _precision(request: Request, *, trainer: Trainer, kind: StrategyKind) -> Precision:
-    """What was asked for; else Axolotl's weights stay in the bf16 that they are loaded in where nothing shards them."""
-    stays_narrow = trainer is Trainer.AXOLOTL and kind in (StrategyKind.SINGLE, StrategyKind.DDP)
-    if request.precision is None and stays_narrow:
+    """What was asked for, else the default."""
+    precision = _value(request, "precision", Precision)
+    return precision if request.precision is not None else precision_in(trainer, kind, usual=precision)
+
+
+def precision_in(trainer: Trainer | None, kind: StrategyKind, *, usual: Precision) -> Precision:
+    """The ``usual`` default, but for Axolotl, which loads bf16 weights and always autocasts: ``bf16-params`` where
+    nothing shards them, and never under FSDP."""
+    if trainer is not Trainer.AXOLOTL or usual not in (Precision.BF16, Precision.BF16_PARAMS):
+        return usual
+    if kind in UNSHARDED:
         return Precision.BF16_PARAMS
-    return _value(request, "precision", Precision)
+    return Precision.BF16 if kind.is_fsdp else usual
 
 
 def _padding(request: Request, model: ModelProfile, trainer: Trainer) -> bool:

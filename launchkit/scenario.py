@@ -112,6 +112,9 @@ class StrategyKind(StrEnum):
         return self in (StrategyKind.FSDP, StrategyKind.FSDP2, StrategyKind.HSDP)
 
 
+UNSHARDED = (StrategyKind.SINGLE, StrategyKind.DDP)  # every rank holds everything
+
+
 class Offload(StrEnum):
     NONE = "none"
     OPTIMIZER = "optimizer"
@@ -539,8 +542,8 @@ class TraceKey:
         attention, beyond_window, packed = self.attention, self.beyond_window, self.packed
         if attention.is_flash:
             beyond_window, packed = False, False
-        if attention is Attention.FLASH_ATTENTION_2:
-            attention = attention if self.padded else Attention.SDPA
+        if attention is Attention.FLASH_ATTENTION_2 and not self.padded:
+            attention = Attention.SDPA
         trainer, loss = self._canonical_head(compute)
         return replace(
             self,

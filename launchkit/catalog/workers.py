@@ -13,10 +13,9 @@ import weakref
 from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, wait
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import launchkit
+from launchkit.children import environment_of_child
 from launchkit.errors import LaunchkitError
 from launchkit.model import ModelProfile
 from launchkit.scenario import TraceKey
@@ -120,14 +119,12 @@ class TraceWorkers:
 
 def _start() -> subprocess.Popen[bytes]:
     """A worker with this process's own launchkit, one thread, and nothing imported from the working directory."""
-    package = str(Path(launchkit.__file__).parent.parent)
-    path = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
     return subprocess.Popen(
         [sys.executable, "-P", "-m", "launchkit.catalog.worker"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        env=environment_of_child(OMP_NUM_THREADS="1"),
     )
 
 

@@ -13,17 +13,17 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 
-import launchkit
+from launchkit import __version__
 from launchkit.catalog.cache import cache_directory, write_atomically
+from launchkit.catalog.models import Progress
+from launchkit.children import environment_of_child
 from launchkit.dataset.records import Messages, read_records
 from launchkit.lengths import COUNTED_BY_TOKENIZER, Lengths
-
-Progress = Callable[[int, int, str], None]
 
 # Examples whose tokens are counted: all of as many, else these spread over the file and the largest. The others' tokens
 # follow from their bytes, at the rate of those counted.
@@ -60,7 +60,7 @@ def _cache_path(path: str, *, model: str) -> Path:
     status = file.stat()
     own = Path(model).expanduser()
     stamp = str(own.resolve()) if own.exists() else model
-    parts = (launchkit.__version__, file.resolve(), status.st_size, status.st_mtime_ns, stamp)
+    parts = (__version__, file.resolve(), status.st_size, status.st_mtime_ns, stamp)
     digest = hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:16]
     return cache_directory() / "lengths" / f"{digest}.json"
 
@@ -113,8 +113,6 @@ def _chosen(num_bytes: Sequence[int]) -> list[int]:
 
 def _count_tokens(path: str, chosen: Sequence[int], *, model: str) -> list[int] | None:
     """Tokens of the chosen examples; None where the model's tokenizer cannot be had."""
-    package = str(Path(launchkit.__file__).parent.parent)
-    search = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
     question = json.dumps({"path": str(Path(path).resolve()), "model": model, "chosen": list(chosen)})
     try:
         answer = subprocess.run(
@@ -123,7 +121,7 @@ def _count_tokens(path: str, chosen: Sequence[int], *, model: str) -> list[int] 
             capture_output=True,
             text=True,
             timeout=TIMEOUT_SECONDS,
-            env={**os.environ, "PYTHONPATH": search},
+            env=environment_of_child(),
             check=True,
         )
         counts = json.loads(answer.stdout)

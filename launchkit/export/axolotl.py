@@ -8,7 +8,6 @@ from launchkit.errors import IllegalScenarioError
 from launchkit.export.layout import (
     DEEPSPEED_FILE,
     OUTPUT_DIRECTORY,
-    UNSHARDED,
     adapter_parts,
     adapter_sizes,
     autocast_format,
@@ -25,6 +24,7 @@ from launchkit.optimizers import find
 from launchkit.plan import Candidate
 from launchkit.recipe import RECIPES
 from launchkit.scenario import (
+    UNSHARDED,
     BackwardPrefetch,
     Checkpointing,
     Loss,

@@ -11,6 +11,7 @@ from launchkit.hardware import Backend, Cluster
 from launchkit.plan import Candidate
 from launchkit.recipe import RECIPES
 from launchkit.scenario import (
+    UNSHARDED,
     Checkpointing,
     CommHook,
     DdpSettings,
@@ -32,7 +33,6 @@ from launchkit.units import MIB
 
 DEEPSPEED_FILE = "deepspeed.json"
 OUTPUT_DIRECTORY = "outputs"
-UNSHARDED = (StrategyKind.SINGLE, StrategyKind.DDP)
 _BF16_STATES = (Precision.BF16_PARAMS, Precision.BF16_PURE)
 
 # What ``--lora-targets attention`` stands for, by model type. Source: the attention classes of transformers 5.23.

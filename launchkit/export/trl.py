@@ -5,7 +5,6 @@ from __future__ import annotations
 from launchkit.errors import IllegalScenarioError
 from launchkit.export.layout import (
     OUTPUT_DIRECTORY,
-    UNSHARDED,
     adapter_parts,
     adapter_sizes,
     autocast_format,
@@ -19,7 +18,7 @@ from launchkit.hardware import Backend, Cluster
 from launchkit.optimizers import find
 from launchkit.plan import Candidate
 from launchkit.recipe import RECIPES
-from launchkit.scenario import Checkpointing, Loss, Method, Precision, StrategyKind, Training
+from launchkit.scenario import UNSHARDED, Checkpointing, Loss, Method, Precision, StrategyKind, Training
 
 DEFAULT_DATASET = "train"  # a directory of data files, or a hub id
 _BF16_WEIGHTS = (Precision.BF16_PARAMS, Precision.BF16_PURE)

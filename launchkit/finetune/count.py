@@ -15,6 +15,7 @@ from typing import Any
 
 from launchkit.dataset import read_examples
 from launchkit.finetune.data import tokenise
+from launchkit.hub.local import gguf_in
 from launchkit.hub.remote import is_reachable
 from launchkit.launch.job import split_gguf
 
@@ -55,7 +56,7 @@ def tokenizer_source(model: str) -> dict[str, Any] | None:
         path = path.parent
     if path.is_dir() and any((path / name).is_file() for name in TOKENIZER_FILES):
         return {"pretrained_model_name_or_path": str(path)}
-    gguf = min(path.glob("*.gguf"), default=None) if path.is_dir() else path
+    gguf = gguf_in(path) if path.is_dir() else path
     if gguf is None:
         return None
     directory, name = split_gguf(str(gguf))

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from launchkit.finetune.split_adapters import declare_whole_widths
-from launchkit.frozen import frozen_names
+from launchkit.frozen import freeze_parts
 from launchkit.launch.job import FineTuneJob
 from launchkit.scenario import Method
 
@@ -33,9 +33,7 @@ def load_model(job: FineTuneJob) -> PreTrainedModel:
         **_parts(job),
     )
     model.config.use_cache = False
-    named = dict(model.named_parameters())
-    for name in frozen_names(named, job.training.freeze) if job.training.freeze else ():
-        named[name].requires_grad_(False)
+    freeze_parts(model, job.training.freeze)
     return _widened(model) if _widens_unquantised(job) else model
 
 

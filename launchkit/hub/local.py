@@ -55,7 +55,7 @@ def _read_directory(directory: Path) -> ModelFiles:
     config = directory / "config.json"
     if config.is_file():
         return ModelFiles(config=read_config_file(config), stored=read_stored_weights(directory))
-    gguf = _gguf_in(directory)
+    gguf = gguf_in(directory)
     if gguf is not None:
         return _read_gguf(gguf)
     adapter = directory / "adapter_config.json"
@@ -88,11 +88,11 @@ def _models_in(directory: str) -> list[str]:
 def _holds_model(path: str) -> bool:
     """Whether a directory would be read as a model."""
     return os.path.isfile(os.path.join(path, "config.json")) or (
-        os.path.isdir(path) and _gguf_in(Path(path)) is not None
+        os.path.isdir(path) and gguf_in(Path(path)) is not None
     )
 
 
-def _gguf_in(directory: Path) -> Path | None:
+def gguf_in(directory: Path) -> Path | None:
     """The first GGUF file of ``directory``: the first part of a split one, the first name of several."""
     return min(directory.glob("*.gguf"), default=None)
 

@@ -17,6 +17,7 @@ from launchkit.planner.search import Search
 from launchkit.program import Owner
 from launchkit.request import Request
 from launchkit.scenario import (
+    UNSHARDED,
     Checkpointing,
     DeviceKind,
     FsdpSettings,
@@ -82,7 +83,7 @@ def _sharded(scenario: Scenario, cluster: Cluster) -> Scenario | None:
         return None
     if kind in (StrategyKind.ZERO1, StrategyKind.ZERO2):
         return replace(scenario, strategy=replace(scenario.strategy, kind=StrategyKind.ZERO3))
-    if kind not in (StrategyKind.SINGLE, StrategyKind.DDP):
+    if kind not in UNSHARDED:
         return None
     if training.checkpointing is not Checkpointing.NONE:
         training = replace(training, checkpointing=Checkpointing.FULL)  # the one kind that FSDP has

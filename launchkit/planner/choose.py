@@ -19,6 +19,7 @@ from launchkit.planner.evaluate import GIVEN_BACK, Bench, judge, sketch
 from launchkit.planner.search import Option, Refused, Search
 from launchkit.request import Request, decisions, option_text
 from launchkit.scenario import (
+    UNSHARDED,
     Attention,
     Checkpointing,
     DeviceKind,
@@ -343,7 +344,7 @@ def _more_gpus(search: Search, nearest: Candidate) -> Iterable[Suggestion]:
     if cluster.gpu.device_kind is DeviceKind.CPU:
         return
     strategy = nearest.scenario.strategy
-    if strategy.kind in (StrategyKind.SINGLE, StrategyKind.DDP):
+    if strategy.kind in UNSHARDED:
         strategy = replace(strategy, kind=StrategyKind.FSDP2)
     for wider in wider_clusters(cluster):
         bench = Bench(source=search.bench.source, cluster=wider)

@@ -12,7 +12,7 @@ from launchkit.hardware import Cluster
 from launchkit.model import ModelProfile
 from launchkit.plan import StepTime
 from launchkit.planner.evaluate import Bench, communicators, step_time, usable_bytes
-from launchkit.request import Request, default_prefetch, groups_text, resolve, split_of, with_settings
+from launchkit.request import Request, default_prefetch, groups_text, precision_in, resolve, split_of, with_settings
 from launchkit.scenario import (
     Batch,
     Checkpointing,
@@ -25,7 +25,6 @@ from launchkit.scenario import (
     Strategy,
     StrategyKind,
     TraceKey,
-    Trainer,
 )
 from launchkit.simulate.overheads import cuda_context, reservable_bytes
 from launchkit.strategies.split import engines_of
@@ -196,6 +195,7 @@ class Search:
     def base(self, method: Method, strategy: Strategy) -> Scenario:
         """The scenario of a method and a strategy before a batch is chosen: micro-batch 1 and full checkpointing,
         which needs the least memory, unless something else was asked for."""
+        usual = default_precision(method, self._cluster)
         request = replace(
             self.request,
             method=method,
@@ -208,7 +208,7 @@ class Search:
             zero_settings=None,
             micro_batch=None,
             global_batch=None,
-            precision=self.request.precision or self._precision(method, strategy),
+            precision=self.request.precision or precision_in(self.request.trainer, strategy.kind, usual=usual),
         )
         scenario = resolve(request, model=self._profile, cluster=self._cluster).scenario
         training = replace(scenario.training, checkpointing=self.request.checkpointing or Checkpointing.FULL)
@@ -219,16 +219,6 @@ class Search:
             training=training,
             batch=self._batch(micro_batch, scenario.batch.seq_len, strategy),
         )
-
-    def _precision(self, method: Method, strategy: Strategy) -> Precision:
-        """The default; of Axolotl, which loads bf16 weights and always autocasts, ``bf16-params`` where nothing shards
-        them, and never under FSDP."""
-        precision = default_precision(method, self._cluster)
-        if self.request.trainer is not Trainer.AXOLOTL or precision not in (Precision.BF16, Precision.BF16_PARAMS):
-            return precision
-        if strategy.kind in (StrategyKind.SINGLE, StrategyKind.DDP):
-            return Precision.BF16_PARAMS
-        return Precision.BF16 if strategy.kind.is_fsdp else precision
 
     def options(self, method: Method, *, offload: bool) -> Iterator[Option | Refused]:
         """The best batch of every strategy, of those with or those without offload."""

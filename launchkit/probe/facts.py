@@ -20,6 +20,7 @@ import psutil
 
 from launchkit.catalog.cache import cache_directory
 from launchkit.checkup.facts import Directory, Facts, Hub, Limits, System, Tools, Torch
+from launchkit.children import environment_of_child
 from launchkit.hub.remote import endpoint
 from launchkit.probe.detect import detect
 from launchkit.probe.nvml import read_health
@@ -82,12 +83,9 @@ def _torch() -> Torch | None:
     if importlib.util.find_spec("torch") is None:
         return None
     command = [sys.executable, "-m", "launchkit.probe.torch_child"]
-    package_root = str(Path(__file__).parents[2])
-    paths = [package_root, *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     try:
         child = subprocess.run(
-            command, capture_output=True, text=True, timeout=TORCH_SECONDS, env=environment, check=False
+            command, capture_output=True, text=True, timeout=TORCH_SECONDS, env=environment_of_child(), check=False
         )
     except subprocess.TimeoutExpired:
         return Torch(error=f"no answer within {TORCH_SECONDS:.0f} s")

@@ -15,6 +15,7 @@ from typing import BinaryIO
 from launchkit.diagnosis.rules import signal_name
 from launchkit.errors import IllegalScenarioError, LaunchError, MissingExtraError, UsageError
 from launchkit.hardware import Backend, Cluster
+from launchkit.hub.local import gguf_in
 from launchkit.launch.build import BuiltIn, Launcher, Script, build_command, child_environment, local_ranks, nodes_of
 from launchkit.launch.command import DEFAULT_MASTER_PORT, Command, Engine, Nodes
 from launchkit.launch.devices import require_devices
@@ -148,7 +149,7 @@ def _model_path(name: str, *, is_local: bool) -> str:
     if path.name == "config.json" and path.is_file():
         path = path.parent
     if path.is_dir() and not (path / "config.json").is_file():
-        path = min(path.glob("*.gguf"), default=path)  # the one that was planned
+        path = gguf_in(path) or path  # the one that was planned
     if is_local and not path.exists():
         raise UsageError(f"the model {name} is not here; pass --model-path DIR, or launch where it was planned")
     return str(path.resolve()) if path.exists() else name

@@ -13,6 +13,7 @@ from launchkit.model import ModelProfile
 from launchkit.optimizers import find
 from launchkit.program import Owner, StepProgram
 from launchkit.scenario import (
+    UNSHARDED,
     Attention,
     Checkpointing,
     Compute,
@@ -235,10 +236,10 @@ def _optimizer_refusal(scenario: Scenario) -> str | None:
         return f"{optimizer.name} updates inside the backward pass of one process; leave out the other ranks"
     if optimizer.target_modules and scenario.strategy.split.tp > 1:
         return f"{optimizer.name} projects whole matrices, and --tp shares them out; use --strategy ddp without it"
-    is_whole = kind in (StrategyKind.SINGLE, StrategyKind.DDP) and scenario.strategy.split.num_ranks == 1
+    is_whole = kind in UNSHARDED and scenario.strategy.split.num_ranks == 1
     if optimizer.fetches_states and not is_whole:
         return f"{optimizer.name} keeps states on the host, where no engine looks for them; use --strategy ddp"
-    if optimizer.target_modules and kind not in (StrategyKind.SINGLE, StrategyKind.DDP):
+    if optimizer.target_modules and kind not in UNSHARDED:
         return f"{optimizer.name} projects whole matrices, and --strategy {kind} shards them; use --strategy ddp"
     return None
 

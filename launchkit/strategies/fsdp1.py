@@ -108,7 +108,7 @@ def trace_key(training: Training, strategy: Strategy, device: DeviceKind, *, sin
     key = fsdp2.key_of_gathered(training, strategy, device, compute=compute, single_sequence=single_sequence)
     flattens = _flattens_adapters(training)
     casts = key.cast_adapters and (flattens or training.method is Method.QLORA)
-    return replace(key, flat_gradients=flattens or bool(training.freeze), cast_adapters=casts)
+    return replace(key, flat_gradients=flattens or bool(key.freeze), cast_adapters=casts)
 
 
 def _flattens_adapters(training: Training) -> bool:

@@ -20,6 +20,7 @@ from dataclasses import replace
 from launchkit.hardware import Cluster
 from launchkit.model import ModelProfile
 from launchkit.scenario import (
+    UNSHARDED,
     Attention,
     Checkpointing,
     DeviceKind,
@@ -60,7 +61,7 @@ def mesh_of(strategy: Strategy, cluster: Cluster) -> dict[str, int]:
     """
     split, num_ranks = strategy.split, strategy.num_ranks(cluster.num_gpus)
     data = num_ranks // split.num_ranks
-    shard = 1 if strategy.kind in (StrategyKind.SINGLE, StrategyKind.DDP) else data
+    shard = 1 if strategy.kind in UNSHARDED else data
     if strategy.kind.is_fsdp:
         shard = shard_group_size(strategy, cluster) // split.cp
     return {"dp_replicate": data // shard, "dp_shard": shard, "tp": split.tp, "cp": split.cp, "sp": split.sp}

@@ -49,11 +49,10 @@ def trace_key(training: Training, strategy: Strategy, device: DeviceKind, *, sin
     key = make_trace_key(training, COMPUTE[training.precision], device, single_sequence=single_sequence)
     casts = training.method is not Method.FULL and key.compute is not Compute.FP32
     some_adapted = training.method is Method.LORA and training.lora_targets != ALL_LINEAR
-    has_frozen = some_adapted or (training.method is Method.FULL and bool(training.freeze))
     own_linear = strategy.kind.zero_stage == 3 and strategy.zero.memory_efficient_linear
     if training.must_reenter(strategy.kind):
         key = replace(key, checkpointing=Checkpointing.REENTRANT)
-    return replace(key, cast_adapters=casts, keeps_linear_inputs=has_frozen and own_linear)
+    return replace(key, cast_adapters=casts, keeps_linear_inputs=own_linear and (some_adapted or bool(key.freeze)))
 
 
 def refusal(scenario: Scenario, profile: ModelProfile, cluster: Cluster) -> str | None:

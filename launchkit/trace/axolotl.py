@@ -25,19 +25,16 @@ _USUAL_EMBEDDINGS = ("embed_tokens", "lm_head")
 def widen(model: nn.Module, widened: Widened) -> None:
     """Routers to fp32, by their names, and with them norms, embeddings and the head unless they are narrowed again."""
     for name, module in model.named_modules():
-        if name.endswith(".gate") or (widened is Widened.EMBEDDINGS and _is_of_embeddings(name, module, model)):
+        if name.endswith(".gate"):
             module.to(torch.float32)
+    if widened is Widened.EMBEDDINGS:
+        convert_embeddings(model, torch.float32)
 
 
-def narrow(model: nn.Module, dtype: torch.dtype) -> None:
-    """Norms, embeddings and the head to ``dtype``, behind the fp32 that 4-bit training puts them in."""
-    for name, module in model.named_modules():
-        if _is_of_embeddings(name, module, model):
-            module.to(dtype)
-
-
-def _is_of_embeddings(name: str, module: nn.Module, model: nn.Module) -> bool:
-    """Whether a module is a norm, an embedding or a head, as far as its name says."""
+def convert_embeddings(model: nn.Module, dtype: torch.dtype) -> None:
+    """Norms, embeddings and the head, as far as their names say."""
     config: Any = getattr(model, "config", None)
     parts = _EMBEDDINGS.get(getattr(config, "model_type", ""), _USUAL_EMBEDDINGS)
-    return "norm" in name or (any(part in name for part in parts) and hasattr(module, "weight"))
+    for name, module in model.named_modules():
+        if "norm" in name or (any(part in name for part in parts) and hasattr(module, "weight")):
+            module.to(dtype)

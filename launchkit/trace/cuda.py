@@ -20,6 +20,7 @@ from torch.nn import functional
 
 from launchkit.scenario import Attention
 from launchkit.trace import flash_attention_3
+from launchkit.trace.kernels import in_autocast_dtype
 
 aten = torch.ops.aten
 
@@ -75,9 +76,7 @@ def scaled_dot_product_attention(
     Source: ``aten/src/ATen/native/transformers/cuda/sdp_utils.cpp``: flash for 16-bit tensors of equal head sizes up to
     256 without a mask; memory-efficient for the rest, without grouped queries, with aligned head sizes; else math.
     """
-    if torch.is_autocast_enabled("cpu"):
-        dtype = torch.get_autocast_dtype("cpu")
-        query, key, value = (t.to(dtype) if t.is_floating_point() else t for t in (query, key, value))
+    query, key, value = in_autocast_dtype(query, key, value)
     head = query.shape[-1]
     same_heads = head == key.shape[-1] == value.shape[-1]
     half = query.dtype in (torch.bfloat16, torch.float16)

@@ -14,7 +14,7 @@ import torch
 from torch.nn import functional
 
 from launchkit.errors import TraceError
-from launchkit.trace.kernels import Scratch
+from launchkit.trace.kernels import Scratch, in_autocast_dtype
 from launchkit.units import divide_up
 
 aten = torch.ops.aten
@@ -92,9 +92,7 @@ def attend(
             f"flash_attention_3 takes heads of up to {LARGEST_HEAD} numbers, in multiples of {HEAD_STEP}, and this "
             f"model has some of {head}; use --attention sdpa"
         )
-    if torch.is_autocast_enabled("cpu"):
-        dtype = torch.get_autocast_dtype("cpu")
-        query, key, value = (t.to(dtype) if t.is_floating_point() else t for t in (query, key, value))
+    query, key, value = in_autocast_dtype(query, key, value)
     narrower = head - value.shape[-1]
     padded = functional.pad(value, (0, narrower)) if narrower else value
     scale = head**-0.5 if scale is None else scale

@@ -4,7 +4,7 @@ kernel takes and returns inside one call, which no dispatch mode can see."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -13,6 +13,12 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 aten = torch.ops.aten
 
 SCALED_PRODUCT = "aten::_scaled_mm"  # of 8-bit factors; torch's own registry has its FLOPs
+
+
+def in_autocast_dtype(*tensors: torch.Tensor) -> Iterator[torch.Tensor]:
+    """What autocast hands an attention kernel, if it is on: floating-point tensors in its dtype."""
+    is_on, dtype = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
+    return (tensor.to(dtype) if is_on and tensor.is_floating_point() else tensor for tensor in tensors)
 
 
 def flop_formulas() -> dict[Any, Callable[..., int]]:

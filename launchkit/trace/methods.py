@@ -15,10 +15,9 @@ from torch.distributed.tensor import DTensor
 
 from launchkit.errors import TraceError
 from launchkit.finetune.split_adapters import declare_whole_widths
-from launchkit.frozen import check_whole_stacks, frozen_names
 from launchkit.recipe import RECIPES
 from launchkit.scenario import Compute, Method, TraceKey, is_fused_expert, names_in
-from launchkit.trace.axolotl import narrow, widen
+from launchkit.trace.axolotl import convert_embeddings, widen
 from launchkit.trace.quantised import prepare_for_kbit_training, quantise_linears
 
 # Names that PEFT targets are given by group; resolved against the real module tree.
@@ -53,17 +52,6 @@ def peft_task(model: nn.Module) -> str | None:
     return next((task for suffix, task in _PEFT_TASKS.items() if name.endswith(suffix)), None)
 
 
-def freeze_parts(model: nn.Module, freeze: str) -> None:
-    """Parts of the whole model that are not trained. Raises ``TraceError``; see ``launchkit.frozen``."""
-    if not freeze:
-        return
-    named = dict(model.named_parameters())
-    frozen = frozen_names(named, freeze)
-    check_whole_stacks(named, frozen)
-    for name in frozen:
-        named[name].requires_grad_(False)
-
-
 def apply_method(model: nn.Module, key: TraceKey, *, lora_rank: int) -> nn.Module:
     """The model as it is trained: itself, or wrapped by PEFT with everything else frozen.
 
@@ -81,7 +69,7 @@ def apply_method(model: nn.Module, key: TraceKey, *, lora_rank: int) -> nn.Modul
         quantise_linears(model, dtype=WEIGHT_DTYPE[key.compute], device=key.device)
         prepare_for_kbit_training(model, upcast=not key.cast_adapters)
         if key.widened:
-            narrow(model, WEIGHT_DTYPE[key.compute])
+            convert_embeddings(model, WEIGHT_DTYPE[key.compute])
     config = LoraConfig(
         r=lora_rank,
         lora_alpha=RECIPES[key.method].lora_alpha(lora_rank),

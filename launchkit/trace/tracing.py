@@ -21,6 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedConfig
 
 from launchkit.errors import TraceError
+from launchkit.frozen import check_whole_stacks, freeze_parts
 from launchkit.images import SMALL_SIZE, TEXT_ALONE
 from launchkit.model import ModelProfile
 from launchkit.program import Parameter, ParameterGroup, Point, StepProgram
@@ -44,7 +45,7 @@ from launchkit.trace.flash_attention_3 import LARGEST_HEAD, blocks_of
 from launchkit.trace.float8 import autocast_as_on_cuda, convert_linears
 from launchkit.trace.forward import forward_of
 from launchkit.trace.liger import liger_kernels
-from launchkit.trace.methods import WEIGHT_DTYPE, adapter_error, apply_method, freeze_parts
+from launchkit.trace.methods import WEIGHT_DTYPE, adapter_error, apply_method
 from launchkit.trace.parallel import is_split, local, rank_of, split_weights
 from launchkit.trace.quantised import packed_bytes, quantises_head, scale_bytes
 from launchkit.trace.recorder import Log
@@ -260,7 +261,8 @@ def _build(
     whole.train()
     convert_linears(whole, key)
     convert_modules(whole, key)
-    freeze_parts(whole, key.freeze)
+    if key.freeze:
+        check_whole_stacks(dict(whole.named_parameters()), freeze_parts(whole, key.freeze))
     stacks = cut(whole, config, first_apart=first_apart)
     if mesh is not None and key.tp > 1:
         split_weights(whole, mesh)

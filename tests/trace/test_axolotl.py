@@ -13,7 +13,7 @@ from launchkit.program import Point
 from launchkit.scenario import Attention, Compute, DeviceKind, Method, Precision, Trainer, Widened
 from launchkit.simulate.memory import read_memory
 from launchkit.trace import trace_model
-from launchkit.trace.axolotl import narrow, widen
+from launchkit.trace.axolotl import convert_embeddings, widen
 from tests.builders import profile, scenario
 from tests.trace.models import LLAMA, key
 
@@ -35,7 +35,7 @@ def test_what_is_held_in_fp32_goes_by_names() -> None:
     whole = nn.ModuleDict({"model": model()})
     widen(whole, Widened.EMBEDDINGS)
     assert wide(whole["model"]) == {"embed_tokens", "lm_head", "q_norm", "gate"}
-    narrow(whole, torch.bfloat16)
+    convert_embeddings(whole, torch.bfloat16)
     assert wide(whole["model"]) == {"gate"}
     routed = nn.ModuleDict({"model": model()})
     widen(routed, Widened.GATES)
